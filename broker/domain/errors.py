@@ -1,0 +1,136 @@
+"""Every refusal the broker can make, one tree, each with a stable code.
+
+::
+
+    BrokerError
+    ├── Invalid                 the request cannot be understood
+    │   ├── InvalidTarget           the resource is not one we know
+    │   ├── InvalidScope            a scope the resource does not offer
+    │   └── InvalidTaskDetails      authorization_details we cannot read
+    ├── Unauthenticated         who calls was not proven
+    │   ├── InvalidProof            a DPoP proof that proves nothing
+    │   └── NonceRequired           a DPoP proof without our nonce
+    ├── Forbidden               who calls is known and may not
+    │   ├── RoleMissing
+    │   ├── PolicyDenied            carries the decision
+    │   └── LockedDown
+    ├── NotFound                absent, or not to be seen by this caller (INV-28)
+    ├── Conflict                the state does not allow it
+    │   ├── TaskNotActive
+    │   └── IdempotencyConflict     the same key, another body
+    ├── LimitExceeded           a limit; carries how long to wait
+    └── Unavailable             we cannot answer now; never a yes
+        └── ConfigurationError      refused at start
+
+No HTTP status lives here: `broker.web.problems` maps codes to statuses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class BrokerError(Exception):
+    """A refusal with a sentence for the person who can fix it."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, detail: str, *, member: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.member = member
+
+
+class Invalid(BrokerError):
+    code = "invalid_request"
+
+
+class InvalidTarget(Invalid):
+    code = "invalid_target"
+
+
+class InvalidScope(Invalid):
+    code = "invalid_scope"
+
+
+class InvalidTaskDetails(Invalid):
+    code = "invalid_authorization_details"
+
+
+class Unauthenticated(BrokerError):
+    """`reason` is for our own log and audit trail; outside, every refused token looks the same."""
+
+    code = "unauthenticated"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("the workload token was not accepted")
+        self.reason = reason
+
+
+class InvalidProof(BrokerError):
+    code = "invalid_dpop_proof"
+
+
+class NonceRequired(BrokerError):
+    code = "use_dpop_nonce"
+
+
+class Forbidden(BrokerError):
+    code = "forbidden"
+
+
+class RoleMissing(Forbidden):
+    code = "role_missing"
+
+
+class PolicyDenied(Forbidden):
+    """`decision` is the whole explained decision, as it is stored on the denied grant."""
+
+    code = "policy_denied"
+
+    def __init__(self, detail: str, *, decision: Any, grant_id: str | None = None) -> None:
+        super().__init__(detail)
+        self.decision = decision
+        self.grant_id = grant_id
+
+
+class LockedDown(Forbidden):
+    code = "locked_down"
+
+
+class NotFound(BrokerError):
+    code = "not_found"
+
+
+class Conflict(BrokerError):
+    code = "conflict"
+
+
+class TaskNotActive(Conflict):
+    code = "task_not_active"
+
+
+class IdempotencyConflict(Conflict):
+    code = "idempotency_conflict"
+
+
+class LimitExceeded(BrokerError):
+    code = "limit_exceeded"
+
+    def __init__(self, detail: str, *, retry_after_s: int) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(BrokerError):
+    code = "unavailable"
+
+
+class ConfigurationError(Unavailable):
+    """Everything wrong with a configuration at once; `problems` has one sentence for each."""
+
+    code = "configuration"
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems

@@ -1,0 +1,90 @@
+"""Who calls, and what things are called: principals, attested identities, and prefixed ids.
+
+An identity is a configured issuer and an immutable subject, compared exactly (INV-17); the name of a
+principal is only how our configuration speaks of it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, NewType
+
+TaskId = NewType("TaskId", str)
+GrantId = NewType("GrantId", str)
+LeaseId = NewType("LeaseId", str)
+EventId = NewType("EventId", str)
+
+_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ".lower()
+_ID = re.compile(r"(task|grt|lea|apr|evt|lck)_[0-7][0-9a-hjkmnp-tv-z]{25}")
+
+
+class Role(StrEnum):
+    """What a principal may do; one principal may have several."""
+
+    AGENT = "agent"
+    ORCHESTRATOR = "orchestrator"
+    APPROVER = "approver"
+    ADMIN = "admin"
+    AUDITOR = "auditor"
+    VERIFIER = "verifier"
+
+
+def new_id(prefix: str, at: datetime) -> str:
+    """A UUIDv7 (RFC 9562) in Crockford base32 behind a prefix: it sorts by the millisecond it was made.
+
+    >>> from datetime import UTC
+    >>> first = new_id("grt", datetime(2026, 1, 1, tzinfo=UTC))
+    >>> first[:8], len(first), first < new_id("grt", datetime(2026, 1, 2, tzinfo=UTC))
+    ('grt_01kd', 30, True)
+    """
+    milliseconds = int(at.timestamp() * 1000)
+    random_bits = secrets.randbits(74)
+    value = (
+        (milliseconds & 0xFFFF_FFFF_FFFF) << 80
+        | 0x7 << 76
+        | (random_bits >> 62) << 64
+        | 0b10 << 62
+        | (random_bits & 0x3FFF_FFFF_FFFF_FFFF)
+    )
+    return f"{prefix}_" + "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(125, -1, -5))
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Whether this could be one of our ids, so that nothing else ever reaches a query.
+
+    >>> is_id("task_../../etc/passwd", "task")
+    False
+    """
+    # fullmatch: with match and "$" a trailing newline walks in (INV-31).
+    found = _ID.fullmatch(text)
+    return found is not None and found[1] == prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadIdentity:
+    """What was attested: only verification makes one, so holding it means the token was checked."""
+
+    issuer: str  # the configured name, not what the token calls itself
+    subject: str
+    claims: Mapping[str, Any]
+    expires_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Principal:
+    """Whoever calls, as configuration knows it."""
+
+    name: str
+    kind: str
+    issuer: str
+    subject: str
+    roles: frozenset[Role]
+    owner: str | None = None
+    groups: frozenset[str] = frozenset()
+    attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
+    implicit_tasks: bool = False
