@@ -57,9 +57,7 @@ def canonical_json(value: Any) -> bytes:
     _refuse_floats(value)
     # RFC 8785 sorts by UTF-16 code units and Python by code point; they agree below U+10000, and the
     # names of members are ours and ASCII.
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def _refuse_floats(value: Any) -> None:

@@ -26,13 +26,9 @@ def scope_set(scopes: Iterable[str]) -> frozenset[str]:
     """The same for scopes that came as a list."""
     found = list(scopes)
     if not found:
-        raise InvalidScope(
-            "no scope was asked for: name at least one that the resource offers", member="scope"
-        )
+        raise InvalidScope("no scope was asked for: name at least one that the resource offers", member="scope")
     if len(found) > MAX_SCOPES:
-        raise InvalidScope(
-            f"{len(found)} scopes are more than the {MAX_SCOPES} one request may name", member="scope"
-        )
+        raise InvalidScope(f"{len(found)} scopes are more than the {MAX_SCOPES} one request may name", member="scope")
     for scope in found:
         if not _SCOPE_TOKEN.fullmatch(scope):
             raise InvalidScope(
@@ -46,8 +42,7 @@ def require_offered(wanted: frozenset[str], offered: frozenset[str], resource: s
     unknown = sorted(wanted - offered)
     if unknown:
         raise InvalidScope(
-            f"{resource} does not offer {', '.join(map(repr, unknown))}; "
-            f"it offers {', '.join(sorted(offered))}",
+            f"{resource} does not offer {', '.join(map(repr, unknown))}; it offers {', '.join(sorted(offered))}",
             member="scope",
         )
 

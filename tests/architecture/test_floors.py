@@ -52,9 +52,7 @@ def test_a_room_imports_only_from_floors_beneath_it(path):
 def test_time_is_asked_for_only_in_the_clock(path):
     if path == BROKER / "domain" / "clock.py":
         return
-    calls = {
-        ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
-    }
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
     assert not calls & {"datetime.now", "datetime.utcnow", "time.time", "date.today"}
 
 
@@ -64,3 +62,12 @@ def test_the_environment_is_read_only_by_config(path):
         return
     assert "os.environ" not in path.read_text()
     assert "getenv" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(BROKER)))
+def test_a_state_is_set_only_by_the_one_door(path):
+    if path == BROKER / "store" / "transitions.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assign):
+            assert not any(isinstance(target, ast.Attribute) and target.attr == "state" for target in node.targets)

@@ -34,9 +34,7 @@ def test_one_thing_against_it_ends_a_grant(against):
     assert not is_live(**LIVE | against)
 
 
-@pytest.mark.parametrize(
-    "ended", [GrantState.REVOKED, GrantState.EXPIRED, GrantState.DENIED, GrantState.FAILED]
-)
+@pytest.mark.parametrize("ended", [GrantState.REVOKED, GrantState.EXPIRED, GrantState.DENIED, GrantState.FAILED])
 def test_nothing_leads_out_of_an_ended_grant(ended):
     """INV-23."""
     assert not any(ended in sources(state) for state in GrantState)

@@ -1,0 +1,1 @@
+"""Our memory: the only room that speaks SQL. It decides nothing."""

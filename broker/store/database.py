@@ -1,0 +1,81 @@
+"""Engines and transactions: SQLite (WAL, FULL, one writer) and PostgreSQL, made to behave alike.
+
+`Database.begin()` is the only way to a transaction. While one is open on a thread, `in_transaction()` says so,
+and the providers of the tests refuse to be called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.pool import NullPool
+
+_open: ContextVar[bool] = ContextVar("transaction_open", default=False)
+
+
+def in_transaction() -> bool:
+    """Whether this context holds a transaction open."""
+    return _open.get()
+
+
+class Database:
+    """One engine; `url` is `sqlite:///path` or `postgresql+psycopg://…`."""
+
+    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+        self.engine = _engine(url, pool_size)
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A read-write transaction: committed at the end of the block, rolled back on any exception."""
+        if _open.get():
+            raise RuntimeError("a transaction is already open here; a verb opens one at a time")
+        token = _open.set(True)
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        finally:
+            _open.reset(token)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _engine(url: str, pool_size: int) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise ValueError("an in-memory SQLite database forgets its grants; name a file")
+        engine = create_engine(parsed, poolclass=NullPool, hide_parameters=True, connect_args={"timeout": 30})
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_immediate)
+        return engine
+    return create_engine(
+        parsed,
+        pool_size=pool_size,
+        max_overflow=0,
+        hide_parameters=True,  # an error message is logged, and parameters are not ours to log (INV-30)
+        pool_pre_ping=True,
+        isolation_level="READ COMMITTED",
+        connect_args={"options": "-c timezone=UTC", "connect_timeout": 10},
+    )
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # The driver's own BEGIN is deferred: two readers that both turn writer deadlock. We begin ourselves.
+    connection.isolation_level = None
+    for pragma in (
+        "journal_mode = WAL",
+        "synchronous = FULL",  # NORMAL may lose a committed revocation on power loss (INV-23)
+        "foreign_keys = ON",
+        "busy_timeout = 30000",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

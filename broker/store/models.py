@@ -1,0 +1,331 @@
+"""The tables, one class each; a constraint carries the name of the rule it keeps.
+
+States are words, times are UTC to the second, ids are ours (`broker.domain.identity`). No column holds a
+credential or a token: what may be kept of one is its SHA-256 (INV-30).
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    TypeDecorator,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeEngine
+
+from broker.domain.clock import epoch, from_epoch
+from broker.domain.lifecycle import GrantState, KeyState, TaskState
+
+
+class Instant(TypeDecorator[datetime]):
+    """A moment in UTC: `timestamptz` on PostgreSQL, whole seconds since 1970 on SQLite, which has no such type."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(Integer())
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise TypeError(f"{value!r} has no time zone; the broker speaks UTC")
+        return epoch(value) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return from_epoch(value) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+
+Json = JSON().with_variant(JSONB(), "postgresql")
+Id = String(32)
+Name = String(255)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "pk": "%(table_name)s_pkey",
+            "fk": "%(table_name)s_%(column_0_name)s_fkey",
+            "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+            "uq": "%(table_name)s_%(column_0_N_name)s_key",
+            "ck": "%(table_name)s_%(constraint_name)s",
+        }
+    )
+
+
+def _one_of(column: str, states: type[TaskState] | type[GrantState] | type[KeyState]) -> str:
+    return f"{column} IN ({', '.join(repr(str(state)) for state in states)})"
+
+
+class Gate(Base):
+    """One row. Issuing holds it shared, a bulk revocation or lockdown exclusively, and turns its era.
+
+    So each grant was either committed before the revocation, in an era it covers, or is decided after it.
+    """
+
+    __tablename__ = "gate"
+    __table_args__ = (CheckConstraint("id = 1", name="is_one_row"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    era: Mapped[int] = mapped_column(BigInteger)
+
+
+class Task(Base):
+    __tablename__ = "tasks"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", TaskState), name="state_is_known"),
+        CheckConstraint("(state = 'active') = (ended_at IS NULL)", name="ended_has_a_time"),
+        Index(
+            "tasks_due_idx",
+            "deadline_at",
+            postgresql_where=text("state = 'active'"),
+            sqlite_where=text("state = 'active'"),
+        ),
+        Index(
+            "tasks_heartbeat_idx",
+            "heartbeat_due_at",
+            postgresql_where=text("state = 'active'"),
+            sqlite_where=text("state = 'active'"),
+        ),
+        Index("tasks_orchestrator_idx", "orchestrator", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    purpose: Mapped[str] = mapped_column(String(1000))
+    orchestrator: Mapped[str] = mapped_column(Name)
+    on_behalf_of: Mapped[str | None] = mapped_column(Name)
+    parent_task_id: Mapped[str | None] = mapped_column(Id, ForeignKey("tasks.id"), index=True)
+    ceiling: Mapped[dict[str, list[str]] | None] = mapped_column(Json)
+    labels: Mapped[dict[str, str]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(Instant)
+    deadline_at: Mapped[datetime] = mapped_column(Instant)
+    heartbeat_s: Mapped[int | None] = mapped_column(Integer)
+    heartbeat_due_at: Mapped[datetime | None] = mapped_column(Instant)
+    implicit: Mapped[bool] = mapped_column(Boolean)
+    ended_at: Mapped[datetime | None] = mapped_column(Instant)
+    reason: Mapped[str | None] = mapped_column(String(1000))
+
+
+class TaskAgent(Base):
+    """Which agents may ask under a task."""
+
+    __tablename__ = "task_agents"
+
+    task_id: Mapped[str] = mapped_column(Id, ForeignKey("tasks.id"), primary_key=True)
+    agent: Mapped[str] = mapped_column(Name, primary_key=True, index=True)
+
+
+class Grant(Base):
+    __tablename__ = "grants"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", GrantState), name="state_is_known"),
+        CheckConstraint("(state = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_has_a_time"),
+        CheckConstraint("issued_at IS NULL OR expires_at > issued_at", name="expires_after_issue"),
+        Index("grants_task_idx", "task_id", "state"),
+        Index("grants_agent_idx", "agent", "id"),
+        Index(
+            "grants_live_of_agent_idx",
+            "agent",
+            "expires_at",
+            postgresql_where=text("state = 'active'"),
+            sqlite_where=text("state = 'active'"),
+        ),
+        Index(
+            "grants_due_idx",
+            "expires_at",
+            postgresql_where=text("state IN ('pending', 'approved', 'active')"),
+            sqlite_where=text("state IN ('pending', 'approved', 'active')"),
+        ),
+        Index("grants_status_idx", "status_list", "status_index", unique=True),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    task_id: Mapped[str] = mapped_column(Id, ForeignKey("tasks.id"))
+    era: Mapped[int] = mapped_column(BigInteger)
+    state: Mapped[str] = mapped_column(String(16))
+    agent: Mapped[str] = mapped_column(Name)
+    orchestrator: Mapped[str] = mapped_column(Name)
+    on_behalf_of: Mapped[str | None] = mapped_column(Name)
+    parent_grant_id: Mapped[str | None] = mapped_column(Id, ForeignKey("grants.id"), index=True)
+    resource: Mapped[str] = mapped_column(String(1000))
+    scopes: Mapped[list[str]] = mapped_column(Json)
+    provider: Mapped[str] = mapped_column(String(64))
+    jti: Mapped[str | None] = mapped_column(String(64))
+    kid: Mapped[str | None] = mapped_column(String(64))
+    jkt: Mapped[str | None] = mapped_column(String(64))
+    credential_sha256: Mapped[str | None] = mapped_column(String(64))
+    status_list: Mapped[int | None] = mapped_column(Integer)
+    status_index: Mapped[int | None] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(Instant)
+    issued_at: Mapped[datetime | None] = mapped_column(Instant)
+    expires_at: Mapped[datetime] = mapped_column(Instant)
+    ttl_s: Mapped[int] = mapped_column(Integer)
+    ttl_decided_by: Mapped[str] = mapped_column(String(64))
+    intent: Mapped[str | None] = mapped_column(String(1000))
+    decision: Mapped[dict[str, Any]] = mapped_column(Json)
+    policies: Mapped[str] = mapped_column(String(4000))
+    policy_version: Mapped[int | None] = mapped_column(Integer)
+    trace_id: Mapped[str | None] = mapped_column(String(32))
+    revoked_at: Mapped[datetime | None] = mapped_column(Instant)
+    revoked_by: Mapped[str | None] = mapped_column(Name)
+    reason: Mapped[str | None] = mapped_column(String(1000))
+
+
+class Lockdown(Base):
+    """A standing refusal: nothing it covers is live or can be issued until it is lifted."""
+
+    __tablename__ = "lockdowns"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    axis: Mapped[str] = mapped_column(String(16))
+    value: Mapped[str] = mapped_column(String(1000))
+    reason: Mapped[str] = mapped_column(String(1000))
+    set_at: Mapped[datetime] = mapped_column(Instant)
+    set_by: Mapped[str] = mapped_column(Name)
+    lifted_at: Mapped[datetime | None] = mapped_column(Instant)
+    lifted_by: Mapped[str | None] = mapped_column(Name)
+
+
+class BulkRevocation(Base):
+    """One revocation along an axis: it covers every grant up to its era, whether their rows followed yet or not."""
+
+    __tablename__ = "bulk_revocations"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    axis: Mapped[str] = mapped_column(String(16))
+    value: Mapped[str] = mapped_column(String(1000))
+    era: Mapped[int] = mapped_column(BigInteger)
+    reason: Mapped[str] = mapped_column(String(1000))
+    revoked_at: Mapped[datetime] = mapped_column(Instant)
+    revoked_by: Mapped[str] = mapped_column(Name)
+    rows_followed_at: Mapped[datetime | None] = mapped_column(Instant)
+
+
+class AuditEvent(Base):
+    """`broker.domain.audit.Event`, as a row."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        Index("events_task_idx", "task_id", "id"),
+        Index("events_grant_idx", "grant_id", "id"),
+        Index("events_agent_idx", "agent", "id"),
+        Index("events_type_idx", "type", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    at: Mapped[datetime] = mapped_column(Instant)
+    type: Mapped[str] = mapped_column(String(64))
+    actor: Mapped[str] = mapped_column(Name)
+    outcome: Mapped[str] = mapped_column(String(32))
+    task_id: Mapped[str | None] = mapped_column(Id)
+    grant_id: Mapped[str | None] = mapped_column(Id)
+    agent: Mapped[str | None] = mapped_column(Name)
+    user: Mapped[str | None] = mapped_column(Name)
+    resource: Mapped[str | None] = mapped_column(String(1000))
+    reason: Mapped[str | None] = mapped_column(String(1000))
+    policy_version: Mapped[int | None] = mapped_column(Integer)
+    trace_id: Mapped[str | None] = mapped_column(String(32))
+    data: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class ConsumedProof(Base):
+    """A one-time thing that was used; the primary key is what makes a second use fail (INV-20)."""
+
+    __tablename__ = "consumed_proofs"
+
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    forget_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
+class IdempotencyKey(Base):
+    """What one caller's key stands for; the same key with another body is refused (INV-06)."""
+
+    __tablename__ = "idempotency_keys"
+
+    principal: Mapped[str] = mapped_column(Name, primary_key=True)
+    key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    made_id: Mapped[str] = mapped_column(Id)
+    forget_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
+class SigningKey(Base):
+    """A key pair of the broker; the private half only as AES-GCM ciphertext under the master key."""
+
+    __tablename__ = "signing_keys"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", KeyState), name="state_is_known"),
+        Index(
+            "signing_keys_one_current_idx",
+            "algorithm",
+            unique=True,
+            postgresql_where=text("state = 'current'"),
+            sqlite_where=text("state = 'current'"),
+        ),
+    )
+
+    kid: Mapped[str] = mapped_column(String(64), primary_key=True)
+    algorithm: Mapped[str] = mapped_column(String(16))
+    state: Mapped[str] = mapped_column(String(16))
+    public_jwk: Mapped[dict[str, str]] = mapped_column(Json)
+    sealed_private_key: Mapped[bytes] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(Instant)
+    activated_at: Mapped[datetime | None] = mapped_column(Instant)
+    retired_at: Mapped[datetime | None] = mapped_column(Instant)
+
+
+class StatusList(Base):
+    """One status list; indexes are handed out once and never again, so none is ever reused."""
+
+    __tablename__ = "status_lists"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    next_index: Mapped[int] = mapped_column(Integer)
+    last_expiry_at: Mapped[datetime] = mapped_column(Instant)
+
+
+class StatusBlock(Base):
+    """A contiguous run of one list's indexes, held for one task: its revocation compresses to almost nothing."""
+
+    __tablename__ = "status_blocks"
+
+    task_id: Mapped[str] = mapped_column(Id, ForeignKey("tasks.id"), primary_key=True)
+    status_list: Mapped[int] = mapped_column(Integer, ForeignKey("status_lists.id"), primary_key=True)
+    start: Mapped[int] = mapped_column(Integer, primary_key=True)
+    next_index: Mapped[int] = mapped_column(Integer)
+    end: Mapped[int] = mapped_column(Integer)
+
+
+class ConfigurationVersion(Base):
+    """Issuers, principals, resources and policies as they were applied: the same for every broker on this database."""
+
+    __tablename__ = "configuration_versions"
+
+    version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    sha256: Mapped[str] = mapped_column(String(64))
+    document: Mapped[dict[str, Any]] = mapped_column(Json)
+    applied_at: Mapped[datetime] = mapped_column(Instant)
+    applied_by: Mapped[str] = mapped_column(Name)

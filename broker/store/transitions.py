@@ -1,0 +1,71 @@
+"""The one door through which a state changes.
+
+`move` is a compare-and-set with an audit event per row in the same transaction (INV-32). It answers the rows
+that moved: losing a race gives a shorter list, never a corrupt row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, insert, update
+
+from broker.domain.audit import Event
+from broker.domain.identity import new_id
+from broker.domain.lifecycle import sources
+from broker.store.models import AuditEvent, Base
+
+
+def move(
+    db: Connection,
+    model: type[Base],
+    to: StrEnum,
+    *where: ColumnElement[bool],
+    event: Callable[[Row[Any]], Event],
+    **values: Any,
+) -> Sequence[Row[Any]]:
+    """Set `state` to `to`, and the other `values`, on every matching row that may legally go there.
+
+    `event` makes the audit event of one moved row, which has every column of `model`.
+    """
+    table: Any = model.__table__
+    statement = (
+        update(table)
+        .where(*where, table.c.state.in_([str(source) for source in sources(to)]))
+        .values(state=str(to), **values)
+        .returning(*table.c)
+    )
+    moved = db.execute(statement).fetchall()
+    record(db, map(event, moved))
+    return moved
+
+
+def record(db: Connection, events: Iterable[Event]) -> None:
+    """Write audit events; the caller's transaction is that of the change they speak of."""
+    rows = [{name: getattr(event, name) for name in Event.__dataclass_fields__} for event in events]
+    if rows:
+        db.execute(insert(AuditEvent), rows)
+
+
+def change_of(at: datetime, actor: str, type_: str, **more: Any) -> Callable[[Row[Any]], Event]:
+    """The event maker for grants that moved: their task, agent, user, resource and policy stand in the event."""
+
+    def make(row: Row[Any]) -> Event:
+        return Event(
+            id=new_id("evt", at),
+            at=at,
+            type=type_,
+            actor=actor,
+            task_id=row.task_id,
+            grant_id=row.id,
+            agent=row.agent,
+            user=row.on_behalf_of,
+            resource=row.resource,
+            policy_version=row.policy_version,
+            **more,
+        )
+
+    return make
