@@ -88,3 +88,19 @@ class Principal:
     groups: frozenset[str] = frozenset()
     attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
     implicit_tasks: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """An authenticated principal in one request. `proof_expires_at` is when its workload token ends (INV-08)."""
+
+    principal: Principal
+    proof_expires_at: datetime
+    trace_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.principal.name
+
+    def has(self, role: Role) -> bool:
+        return role in self.principal.roles

@@ -184,6 +184,7 @@ class Grant(Base):
     ttl_s: Mapped[int] = mapped_column(Integer)
     ttl_decided_by: Mapped[str] = mapped_column(String(64))
     intent: Mapped[str | None] = mapped_column(String(1000))
+    request_sha256: Mapped[str] = mapped_column(String(64))
     decision: Mapped[dict[str, Any]] = mapped_column(Json)
     policies: Mapped[str] = mapped_column(String(4000))
     policy_version: Mapped[int | None] = mapped_column(Integer)
@@ -305,18 +306,6 @@ class StatusList(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     next_index: Mapped[int] = mapped_column(Integer)
     last_expiry_at: Mapped[datetime] = mapped_column(Instant)
-
-
-class StatusBlock(Base):
-    """A contiguous run of one list's indexes, held for one task: its revocation compresses to almost nothing."""
-
-    __tablename__ = "status_blocks"
-
-    task_id: Mapped[str] = mapped_column(Id, ForeignKey("tasks.id"), primary_key=True)
-    status_list: Mapped[int] = mapped_column(Integer, ForeignKey("status_lists.id"), primary_key=True)
-    start: Mapped[int] = mapped_column(Integer, primary_key=True)
-    next_index: Mapped[int] = mapped_column(Integer)
-    end: Mapped[int] = mapped_column(Integer)
 
 
 class ConfigurationVersion(Base):

@@ -200,6 +200,7 @@ def upgrade() -> None:
         sa.Column("ttl_s", sa.Integer(), nullable=False),
         sa.Column("ttl_decided_by", sa.String(length=64), nullable=False),
         sa.Column("intent", sa.String(length=1000), nullable=True),
+        sa.Column("request_sha256", sa.String(length=64), nullable=False),
         sa.Column("decision", JSON, nullable=False),
         sa.Column("policies", sa.String(length=4000), nullable=False),
         sa.Column("policy_version", sa.Integer(), nullable=True),
@@ -238,17 +239,6 @@ def upgrade() -> None:
     op.create_index("grants_status_idx", "grants", ["status_list", "status_index"], unique=True)
     op.create_index("grants_task_idx", "grants", ["task_id", "state"], unique=False)
 
-    op.create_table(
-        "status_blocks",
-        sa.Column("task_id", sa.String(length=32), nullable=False),
-        sa.Column("status_list", sa.Integer(), nullable=False),
-        sa.Column("start", sa.Integer(), nullable=False),
-        sa.Column("next_index", sa.Integer(), nullable=False),
-        sa.Column("end", sa.Integer(), nullable=False),
-        sa.ForeignKeyConstraint(["status_list"], ["status_lists.id"], name=op.f("status_blocks_status_list_fkey")),
-        sa.ForeignKeyConstraint(["task_id"], ["tasks.id"], name=op.f("status_blocks_task_id_fkey")),
-        sa.PrimaryKeyConstraint("task_id", "status_list", "start", name=op.f("status_blocks_pkey")),
-    )
     op.create_table(
         "task_agents",
         sa.Column("task_id", sa.String(length=32), nullable=False),

@@ -1,0 +1,206 @@
+"""What configuration declares: trusted issuers, principals, resources, policies; one immutable, numbered version.
+
+Parsing and refusing is `broker.config`'s work; whoever holds a `Catalogue` holds a checked one. Two brokers on
+one database work from the same version, because the version's document is a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from functools import cached_property
+from typing import Any
+
+from broker.domain.errors import InvalidTarget, Unauthenticated
+from broker.domain.identity import Principal, Role, WorkloadIdentity
+
+KEY_SOURCES = ("discovery", "jwks_uri", "jwks_file", "spiffe_bundle_file", "spiffe_bundle_url")
+SENSITIVITIES = ("public", "internal", "confidential", "restricted")
+SIGNING_ALGORITHMS = ("ES256", "RS256", "EdDSA")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustedIssuer:
+    """Whose workload tokens we believe. `location` is the path or URL of `key_source`; discovery has none.
+
+    With a SPIFFE bundle `issuer` is `spiffe://<trust domain>`, because a JWT-SVID need not carry `iss`.
+    """
+
+    name: str
+    issuer: str
+    key_source: str
+    location: str | None = None
+    algorithms: tuple[str, ...] = ("ES256",)
+    max_lifetime_s: int = 3600
+    single_use: bool = False
+    users: bool = False
+
+    @property
+    def trust_domain(self) -> str | None:
+        if not self.key_source.startswith("spiffe_bundle"):
+            return None
+        return self.issuer.removeprefix("spiffe://")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrincipalRule:
+    """Which attested identity is which principal. Exactly one of `subject` and `subject_prefix` is set.
+
+    A prefix ends with "/", so that `…/ns/agents/` does not match `…/ns/agents-evil`.
+    """
+
+    name: str
+    kind: str
+    issuer: str
+    subject: str | None = None
+    subject_prefix: str | None = None
+    claims: Mapping[str, str | int | bool] = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
+    owner: str | None = None
+    groups: tuple[str, ...] = ()
+    attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
+    implicit_tasks: bool = False
+
+    def matches(self, identity: WorkloadIdentity) -> bool:
+        """Exact comparison of issuer and subject (INV-17), then every required claim."""
+        if identity.issuer != self.issuer:
+            return False
+        if self.subject is not None:
+            if identity.subject != self.subject:
+                return False
+        elif not identity.subject.startswith(self.subject_prefix or "\0"):
+            return False
+        return all(_claim(identity.claims, path) == (type(value), value) for path, value in self.claims.items())
+
+    def principal(self, identity: WorkloadIdentity) -> Principal:
+        return Principal(
+            name=self.name,
+            kind=self.kind,
+            issuer=identity.issuer,
+            subject=identity.subject,
+            roles=frozenset(Role(role) for role in self.roles),
+            owner=self.owner,
+            groups=frozenset(self.groups),
+            attributes=self.attributes,
+            implicit_tasks=self.implicit_tasks,
+        )
+
+
+def _claim(claims: Mapping[str, Any], path: str) -> tuple[type, Any] | None:
+    # A member's own name may hold dots ("kubernetes.io"), so every split of the path is tried. The type is part of
+    # the comparison: in Python True == 1, in a claim they are different facts.
+    if path in claims:
+        return type(claims[path]), claims[path]
+    for name, below in claims.items():
+        if isinstance(below, Mapping) and path.startswith(f"{name}."):
+            found = _claim(below, path[len(name) + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resource:
+    """Something a credential opens."""
+
+    identifier: str
+    provider: str = "jwt"
+    scopes: tuple[str, ...] = ()
+    sensitivity: str = "internal"
+    environment: str = "production"
+    max_ttl_s: int = 900
+    signing_algorithm: str = "ES256"
+    token_typ: str = "at+jwt"  # noqa: S105 - a media type
+    require_dpop: bool = False
+    verifiers: tuple[str, ...] = ()
+    attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+    @cached_property
+    def offered(self) -> frozenset[str]:
+        return frozenset(self.scopes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The bounds one broker sets on every request, whatever a policy says."""
+
+    max_deadline: timedelta = timedelta(seconds=86400)
+    default_ttl: timedelta = timedelta(seconds=300)
+    max_ttl: timedelta = timedelta(seconds=3600)
+    max_live_per_agent: int = 100
+    max_delegation_depth: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalogue:
+    """One version of everything configuration declares. `policies` maps file name to Cedar text."""
+
+    version: int = 0
+    issuers: tuple[TrustedIssuer, ...] = ()
+    principals: tuple[PrincipalRule, ...] = ()
+    resources: tuple[Resource, ...] = ()
+    policies: Mapping[str, str] = field(default_factory=dict)
+    schema: str | None = None
+
+    @cached_property
+    def _resources(self) -> Mapping[str, Resource]:
+        return {resource.identifier: resource for resource in self.resources}
+
+    @cached_property
+    def principal_names(self) -> frozenset[str]:
+        return frozenset(rule.name for rule in self.principals)
+
+    def has_resource(self, identifier: str) -> bool:
+        return identifier in self._resources
+
+    def resource(self, identifier: str) -> Resource:
+        """The registered resource, compared as it is written: no normalising, no prefix."""
+        found = self._resources.get(identifier)
+        if found is None:
+            raise InvalidTarget(
+                f"{identifier[:200]!r} is not a resource this broker knows; ask its administrator to register it",
+                member="resource",
+            )
+        return found
+
+    def principal_for(self, identity: WorkloadIdentity) -> Principal:
+        """Who this identity is. A rule with the exact subject wins over a prefix, the longer prefix over the shorter."""
+        found = [rule for rule in self.principals if rule.matches(identity)]
+        if not found:
+            raise Unauthenticated(f"no principal is configured for subject {identity.subject!r} of {identity.issuer}")
+        best = max(map(_rank, found))
+        ranked = [rule for rule in found if _rank(rule) == best]
+        if len(ranked) > 1:
+            # Guessing would let the order of a file decide who somebody is.
+            names = ", ".join(rule.name for rule in ranked)
+            raise Unauthenticated(f"subject {identity.subject!r} of {identity.issuer} is several principals: {names}")
+        return ranked[0].principal(identity)
+
+    def as_document(self) -> dict[str, Any]:
+        """The JSON kept as a configuration version; `from_document` is its inverse. The version is not part of it."""
+        document = asdict(self)
+        del document["version"]
+        return document
+
+    @classmethod
+    def from_document(cls, version: int, document: Mapping[str, Any]) -> Catalogue:
+        return cls(
+            version=version,
+            issuers=tuple(_read(TrustedIssuer, item) for item in document["issuers"]),
+            principals=tuple(_read(PrincipalRule, item) for item in document["principals"]),
+            resources=tuple(_read(Resource, item) for item in document["resources"]),
+            policies=document["policies"],
+            schema=document["schema"],
+        )
+
+
+def _rank(rule: PrincipalRule) -> tuple[bool, int, int]:
+    return rule.subject is not None, len(rule.subject_prefix or ""), len(rule.claims)
+
+
+def _read(kind: Any, item: Mapping[str, Any]) -> Any:
+    names = {entry.name for entry in fields(kind)}
+    return kind(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in item.items() if name in names}
+    )
