@@ -1,0 +1,1 @@
+"""Everything outside: key sets, signers, secret engines. Each call has a deadline; none sees the database."""

@@ -1,0 +1,1 @@
+"""The verbs. They own every transaction, and call providers only between them."""

@@ -1,0 +1,189 @@
+"""Who calls: a workload token becomes a Caller (RFC 7523, SPIFFE JWT-SVID, OIDC, Kubernetes, CI systems).
+
+An unverified token chooses one thing, which configured issuer is tried; key source, algorithms, type and trust are
+configuration's (INV-18). All refusals are one Unauthenticated; its reason is for our log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from broker.domain.catalogue import Catalogue, TrustedIssuer
+from broker.domain.clock import LEEWAY, from_epoch
+from broker.domain.errors import Unauthenticated
+from broker.domain.identity import Caller, WorkloadIdentity
+from broker.providers import jose
+from broker.providers.key_sets import KeySets
+from broker.services.proofs import ASSERTION, MARGIN, Proofs, joined
+from broker.store.database import Database
+
+REMEMBERED = 10_000
+
+# SPIFFE-ID 1.0 section 2. A root id names a trust domain, not a workload.
+_SPIFFE_ID = re.compile(r"spiffe://([a-z0-9._-]{1,255})((?:/[A-Za-z0-9._-]+)+)")
+_SVID_HEADERS = frozenset({"alg", "kid", "typ"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Accepted:
+    """A token that was verified, and all that its acceptance rests on."""
+
+    caller: Caller
+    catalogue: Catalogue
+    issuer: TrustedIssuer
+    generation: int
+    usable_until: datetime
+
+
+class Authenticator:
+    """`audience` is the broker's own issuer: the only audience it accepts."""
+
+    def __init__(self, *, database: Database, key_sets: KeySets, audience: str, remembered: int = REMEMBERED) -> None:
+        self._proofs = Proofs(database)
+        self._key_sets = key_sets
+        self._audience = audience
+        self._remembered = remembered
+        self._guard = threading.Lock()
+        self._accepted: OrderedDict[bytes, _Accepted] = OrderedDict()
+
+    def authenticate(self, token: str, catalogue: Catalogue, *, now: datetime, trace_id: str | None = None) -> Caller:
+        """The principal this token proves, until the token's own end; opens a transaction for one-time tokens."""
+        digest = _digest(token)
+        caller = self._recall(digest, catalogue, now)
+        if caller is None:
+            identity, issuer, generation = self._verified(token, catalogue, now, users=False)
+            caller = Caller(
+                principal=catalogue.principal_for(identity),
+                proof_expires_at=identity.expires_at,
+                identity=identity,
+                catalogue_version=catalogue.version,
+            )
+            if issuer.single_use:
+                self._use_up(identity, issuer, now)
+            else:
+                self._remember(digest, caller, catalogue, issuer, generation)
+        return caller if trace_id is None else replace(caller, trace_id=trace_id)
+
+    def identify_user(self, token: str, catalogue: Catalogue, *, now: datetime) -> WorkloadIdentity:
+        """The person a token of an issuer with `users = true` was made for. Such a token never makes a caller."""
+        identity, issuer, _ = self._verified(token, catalogue, now, users=True)
+        if issuer.single_use:
+            self._use_up(identity, issuer, now)
+        return identity
+
+    def _verified(
+        self, token: str, catalogue: Catalogue, now: datetime, *, users: bool
+    ) -> tuple[WorkloadIdentity, TrustedIssuer, int]:
+        parsed = jose.unverified(token)
+        issuer = _issuer_to_try(parsed.claims, catalogue, users=users)
+        is_svid = issuer.trust_domain is not None
+        # Before the key is looked for: garbage must not cause a fetch.
+        if parsed.algorithm not in issuer.algorithms:
+            raise Unauthenticated(f"algorithm {parsed.algorithm} is not listed for {issuer.name}")
+        key = self._key_sets.key_for(issuer, parsed.key_id, parsed.algorithm, now)
+        claims = jose.verify(
+            parsed,
+            key=key.key,
+            algorithms=issuer.algorithms,
+            issuer=None if is_svid else issuer.issuer,
+            audience=self._audience,
+            now=now,
+            max_lifetime=timedelta(seconds=issuer.max_lifetime_s),
+            typ=jose.SVID_TYPES if is_svid else jose.USER_TYPES if users else jose.WORKLOAD_TYPES,
+            headers=_SVID_HEADERS if is_svid else None,
+        )
+        identity = WorkloadIdentity(
+            issuer=issuer.name, subject=claims["sub"], claims=claims, expires_at=from_epoch(claims["exp"])
+        )
+        return identity, issuer, key.generation
+
+    def _use_up(self, identity: WorkloadIdentity, issuer: TrustedIssuer, now: datetime) -> None:
+        jti = identity.claims.get("jti")
+        if jti is None:
+            raise Unauthenticated(f"tokens of {issuer.name} are for one use, and this one has no jti")
+        # Its `iss`, not our name for it: renaming an issuer must not make its tokens new.
+        key = joined(issuer.issuer, jti)
+        # Longer than it could be accepted (INV-20).
+        forget_at = identity.expires_at + LEEWAY + MARGIN
+        if not self._proofs.consume(ASSERTION, key, forget_at=forget_at, now=now):
+            raise Unauthenticated(f"the token {ascii(jti)[:80]} of {issuer.name} was used before")
+
+    def _recall(self, digest: bytes, catalogue: Catalogue, now: datetime) -> Caller | None:
+        accepted = self._accepted.get(digest)
+        if accepted is None:
+            return None
+        # Everything the acceptance rested on must still be so: this very configuration, these keys, this side of exp.
+        if (
+            accepted.catalogue is catalogue
+            and now < accepted.usable_until
+            and accepted.generation == self._key_sets.generation(accepted.issuer, now)
+        ):
+            with self._guard:
+                if digest in self._accepted:
+                    self._accepted.move_to_end(digest)
+            return accepted.caller
+        with self._guard:
+            if self._accepted.get(digest) is accepted:
+                del self._accepted[digest]
+        return None
+
+    def _remember(
+        self, digest: bytes, caller: Caller, catalogue: Catalogue, issuer: TrustedIssuer, generation: int
+    ) -> None:
+        accepted = _Accepted(
+            caller=caller,
+            catalogue=catalogue,
+            issuer=issuer,
+            generation=generation,
+            usable_until=caller.proof_expires_at + LEEWAY,
+        )
+        with self._guard:
+            self._accepted[digest] = accepted
+            self._accepted.move_to_end(digest)
+            if len(self._accepted) > self._remembered:
+                self._accepted.popitem(last=False)
+
+
+def _digest(token: str) -> bytes:
+    # The whole token: a key made of its beginning is the same for everybody's.
+    if len(token) > jose.MAX_TOKEN_BYTES:
+        raise Unauthenticated(f"the token has more than {jose.MAX_TOKEN_BYTES} bytes")
+    return hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+
+
+def _issuer_to_try(unverified_claims: Mapping[str, Any], catalogue: Catalogue, *, users: bool) -> TrustedIssuer:
+    unverified_issuer, unverified_subject = unverified_claims.get("iss"), unverified_claims.get("sub")
+    kind = "users" if users else "workloads"
+    candidates = [issuer for issuer in catalogue.issuers if issuer.users is users]
+    found = [issuer for issuer in candidates if issuer.trust_domain is None and issuer.issuer == unverified_issuer]
+    if not found:
+        domain = trust_domain_of(unverified_subject)
+        if domain is not None:
+            found = [issuer for issuer in candidates if issuer.trust_domain == domain]
+    if len(found) != 1:
+        shown = ascii(unverified_issuer)[:200]
+        raise Unauthenticated(
+            f"{len(found)} trusted issuers of {kind} fit iss {shown}, sub {ascii(unverified_subject)[:200]}"
+        )
+    return found[0]
+
+
+def trust_domain_of(subject: object) -> str | None:
+    """The trust domain of a workload's SPIFFE ID, or None for anything else.
+
+    >>> trust_domain_of("spiffe://prod.example/ns/agents"), trust_domain_of("spiffe://prod.example/a/../b")
+    ('prod.example', None)
+    """
+    if not isinstance(subject, str) or len(subject) > 2048:
+        return None
+    found = _SPIFFE_ID.fullmatch(subject)
+    if found is None or any(segment in (".", "..") for segment in found[2].split("/")):
+        return None
+    return found[1]
