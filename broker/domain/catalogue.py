@@ -165,7 +165,7 @@ class Catalogue:
         return found
 
     def principal_for(self, identity: WorkloadIdentity) -> Principal:
-        """Who this identity is. A rule with the exact subject wins over a prefix, the longer prefix over the shorter."""
+        """Who this identity is: an exact subject wins over a prefix, a longer prefix over a shorter."""
         found = [rule for rule in self.principals if rule.matches(identity)]
         if not found:
             raise Unauthenticated(f"no principal is configured for subject {identity.subject!r} of {identity.issuer}")

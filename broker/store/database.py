@@ -1,18 +1,20 @@
 """Engines and transactions: SQLite (WAL, FULL, one writer) and PostgreSQL, made to behave alike.
 
-`Database.begin()` is the only way to a transaction. While one is open on a thread, `in_transaction()` says so,
-and the providers of the tests refuse to be called.
+`Database.begin()` and `Database.read()` are the only ways to a transaction. While one is open on a thread,
+`in_transaction()` says so, and the providers of the tests refuse to be called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import QueuePool
+
+_READS_ONLY = "reads_only"
 
 _open: ContextVar[bool] = ContextVar("transaction_open", default=False)
 
@@ -28,21 +30,31 @@ class Database:
     def __init__(self, url: str, *, pool_size: int = 10) -> None:
         self.engine = _engine(url, pool_size)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        reading: dict[str, Any] = {_READS_ONLY: True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
+        self._reader = self.engine.execution_options(**reading)
 
-    @contextmanager
-    def begin(self) -> Iterator[Connection]:
+    def begin(self) -> AbstractContextManager[Connection]:
         """A read-write transaction: committed at the end of the block, rolled back on any exception."""
-        if _open.get():
-            raise RuntimeError("a transaction is already open here; a verb opens one at a time")
-        token = _open.set(True)
-        try:
-            with self.engine.begin() as connection:
-                yield connection
-        finally:
-            _open.reset(token)
+        return _transaction(self.engine)
+
+    def read(self) -> AbstractContextManager[Connection]:
+        """Reading only: waits for no writer. On PostgreSQL each statement sees the newest state for itself."""
+        return _transaction(self._reader)
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+@contextmanager
+def _transaction(engine: Engine) -> Iterator[Connection]:
+    if _open.get():
+        raise RuntimeError("a transaction is already open here; a verb opens one at a time")
+    token = _open.set(True)
+    try:
+        with engine.begin() as connection:
+            yield connection
+    finally:
+        _open.reset(token)
 
 
 def _engine(url: str, pool_size: int) -> Engine:
@@ -50,7 +62,14 @@ def _engine(url: str, pool_size: int) -> Engine:
     if parsed.get_backend_name() == "sqlite":
         if parsed.database in (None, "", ":memory:"):
             raise ValueError("an in-memory SQLite database forgets its grants; name a file")
-        engine = create_engine(parsed, poolclass=NullPool, hide_parameters=True, connect_args={"timeout": 30})
+        engine = create_engine(
+            parsed,
+            poolclass=QueuePool,
+            pool_size=pool_size,
+            max_overflow=0,
+            hide_parameters=True,
+            connect_args={"timeout": 30, "check_same_thread": False},
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_immediate)
         return engine
@@ -78,4 +97,5 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    reads_only = connection.get_execution_options().get(_READS_ONLY)
+    connection.exec_driver_sql("BEGIN" if reads_only else "BEGIN IMMEDIATE")

@@ -11,20 +11,31 @@ from alembic.script import ScriptDirectory
 
 from broker.store.database import Database
 
+_PACKAGE = Path(__file__).parents[1]
 
-def migrate(database: Database, scripts: Path) -> None:
+
+def migrate(database: Database) -> None:
     """Run what is missing; all of it or, on an error, none of it."""
     with database.begin() as db:
-        config = Config()
-        config.set_main_option("script_location", str(scripts).replace("%", "%%"))
+        config = _config()
         config.attributes["connection"] = db
         command.upgrade(config, "head")
 
 
-def is_current(database: Database, scripts: Path) -> bool:
+def is_current(database: Database) -> bool:
     """Whether the database is at the newest revision."""
-    config = Config()
-    config.set_main_option("script_location", str(scripts).replace("%", "%%"))
     with database.begin() as db:
         have = MigrationContext.configure(db).get_current_heads()
-    return set(have) == set(ScriptDirectory.from_config(config).get_heads())
+    return set(have) == set(ScriptDirectory.from_config(_config()).get_heads())
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
+    return config
+
+
+def scripts() -> Path:
+    """The revisions: inside an installed package, beside the package in a checkout."""
+    installed = _PACKAGE / "migrations"
+    return installed if installed.is_dir() else _PACKAGE.parent / "migrations"

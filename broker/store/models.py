@@ -7,7 +7,7 @@ credential or a token: what may be kept of one is its SHA-256 (INV-30).
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     JSON,
@@ -22,6 +22,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     String,
+    Table,
     TypeDecorator,
     text,
 )
@@ -57,7 +58,7 @@ class Instant(TypeDecorator[datetime]):
         return from_epoch(value) if dialect.name == "sqlite" else value.astimezone(UTC)
 
 
-Json = JSON().with_variant(JSONB(), "postgresql")
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 Id = String(32)
 Name = String(255)
 
@@ -72,6 +73,11 @@ class Base(DeclarativeBase):
             "ck": "%(table_name)s_%(constraint_name)s",
         }
     )
+
+
+def table_of(model: type[Base]) -> Table:
+    """The Core table of a model; SQLAlchemy types it as something more general than it is."""
+    return cast(Table, model.__table__)
 
 
 def _one_of(column: str, states: type[TaskState] | type[GrantState] | type[KeyState]) -> str:
@@ -181,9 +187,11 @@ class Grant(Base):
     created_at: Mapped[datetime] = mapped_column(Instant)
     issued_at: Mapped[datetime | None] = mapped_column(Instant)
     expires_at: Mapped[datetime] = mapped_column(Instant)
+    renewable_until: Mapped[datetime | None] = mapped_column(Instant)
     ttl_s: Mapped[int] = mapped_column(Integer)
     ttl_decided_by: Mapped[str] = mapped_column(String(64))
     intent: Mapped[str | None] = mapped_column(String(1000))
+    claimed: Mapped[dict[str, Any]] = mapped_column(Json)
     request_sha256: Mapped[str] = mapped_column(String(64))
     decision: Mapped[dict[str, Any]] = mapped_column(Json)
     policies: Mapped[str] = mapped_column(String(4000))

@@ -11,12 +11,15 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, insert, update
+from sqlalchemy import ColumnElement, Connection, Row, update
 
 from broker.domain.audit import Event
 from broker.domain.identity import new_id
 from broker.domain.lifecycle import sources
-from broker.store.models import AuditEvent, Base
+from broker.store.models import AuditEvent, Base, table_of
+from broker.store.rows import insert_rows
+
+_EVENT = tuple(Event.__dataclass_fields__)
 
 
 def move(
@@ -31,7 +34,7 @@ def move(
 
     `event` makes the audit event of one moved row, which has every column of `model`.
     """
-    table: Any = model.__table__
+    table = table_of(model)
     statement = (
         update(table)
         .where(*where, table.c.state.in_([str(source) for source in sources(to)]))
@@ -45,9 +48,7 @@ def move(
 
 def record(db: Connection, events: Iterable[Event]) -> None:
     """Write audit events; the caller's transaction is that of the change they speak of."""
-    rows = [{name: getattr(event, name) for name in Event.__dataclass_fields__} for event in events]
-    if rows:
-        db.execute(insert(AuditEvent), rows)
+    insert_rows(db, AuditEvent, [{name: getattr(event, name) for name in _EVENT} for event in events])
 
 
 def change_of(at: datetime, actor: str, type_: str, **more: Any) -> Callable[[Row[Any]], Event]:

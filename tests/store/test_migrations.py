@@ -6,19 +6,18 @@ from alembic.migration import MigrationContext
 from broker.store.database import in_transaction
 from broker.store.migration import is_current, migrate
 from broker.store.models import Base, Gate
-from tests.conftest import MIGRATIONS
 
 
 def test_migrations_from_empty_give_exactly_the_models(empty_database):
-    assert not is_current(empty_database, MIGRATIONS)
-    migrate(empty_database, MIGRATIONS)
-    assert is_current(empty_database, MIGRATIONS)
+    assert not is_current(empty_database)
+    migrate(empty_database)
+    assert is_current(empty_database)
     with empty_database.begin() as db:
         assert compare_metadata(MigrationContext.configure(db), Base.metadata) == []
 
 
 def test_migrating_twice_changes_nothing(database):
-    migrate(database, MIGRATIONS)
+    migrate(database)
     with database.begin() as db:
         assert db.execute(sa.select(Gate.era)).scalars().all() == [1]
 

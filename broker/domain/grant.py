@@ -1,0 +1,113 @@
+"""A grant, what was asked for it, and what is handed out for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from broker.domain.identity import Caller
+from broker.domain.lifecycle import GrantState
+from broker.domain.secret import Secret
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant:
+    """As it was when it was read. Whether it is live is another question: `broker.domain.lifecycle.is_live`."""
+
+    id: str
+    task_id: str
+    era: int
+    state: GrantState
+    agent: str
+    orchestrator: str
+    on_behalf_of: str | None
+    parent_grant_id: str | None
+    resource: str
+    scopes: tuple[str, ...]
+    provider: str
+    jti: str | None
+    kid: str | None
+    jkt: str | None
+    credential_sha256: str | None
+    status_list: int | None
+    status_index: int | None
+    created_at: datetime
+    issued_at: datetime | None
+    expires_at: datetime
+    renewable_until: datetime | None
+    ttl_s: int
+    ttl_decided_by: str
+    intent: str | None
+    claimed: Mapping[str, Any]
+    request_sha256: str
+    decision: Mapping[str, Any]
+    policies: tuple[str, ...]
+    policy_version: int | None
+    trace_id: str | None
+    revoked_at: datetime | None = None
+    revoked_by: str | None = None
+    reason: str | None = None
+
+    def on_axis(self, axis: str) -> tuple[str, ...]:
+        """What this grant is along an axis of revocation; `broker.domain.refusal` compares it."""
+        match axis:
+            case "task":
+                return (self.task_id,)
+            case "agent":
+                return (self.agent,)
+            case "user":
+                return () if self.on_behalf_of is None else (self.on_behalf_of,)
+            case "orchestrator":
+                return (self.orchestrator,)
+            case "resource":
+                return (self.resource,)
+            case "provider":
+                return (self.provider,)
+            case "policy":
+                return self.policies
+            case "key":
+                return () if self.kid is None else (self.kid,)
+            case _:
+                raise ValueError(f"{axis!r} is not an axis of revocation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrantRequest:
+    """What one caller asks for. `task_id` absent asks for an implicit task."""
+
+    caller: Caller
+    resource: str
+    scopes: frozenset[str]
+    task_id: str | None = None
+    ttl: timedelta | None = None
+    intent: str | None = None
+    purpose: str | None = None
+    claimed: Mapping[str, Any] = field(default_factory=dict)
+    jkt: str | None = None
+    idempotency: IdempotencyClaim | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdempotencyClaim:
+    """A caller's idempotency key and the body it came with, both as lower-case hex SHA-256 (INV-06)."""
+
+    key_sha256: str
+    request_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credential:
+    """The secret itself: it exists in memory, once, and is handed out only after its grant is durable (INV-01)."""
+
+    type: str
+    token: Secret
+    token_type: str
+    expires_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Issued:
+    grant: Grant
+    credential: Credential

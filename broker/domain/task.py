@@ -1,0 +1,40 @@
+"""A task: a bounded piece of work from which every authority hangs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from broker.domain.lifecycle import TaskState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """As it was when it was read; only the row can say what it is now."""
+
+    id: str
+    state: TaskState
+    purpose: str
+    orchestrator: str
+    agents: tuple[str, ...]
+    created_at: datetime
+    deadline_at: datetime
+    on_behalf_of: str | None = None
+    parent_task_id: str | None = None
+    ceiling: Mapping[str, list[str]] | None = None  # resource -> scopes; None is "whatever policy allows"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    heartbeat_s: int | None = None
+    heartbeat_due_at: datetime | None = None
+    implicit: bool = False
+    ended_at: datetime | None = None
+    reason: str | None = None
+
+    @property
+    def ends_at(self) -> datetime:
+        """When time alone ends it: its deadline, or sooner when nobody sends its heartbeat."""
+        return self.deadline_at if self.heartbeat_due_at is None else min(self.deadline_at, self.heartbeat_due_at)
+
+    def is_open(self, now: datetime) -> bool:
+        """Whether anything may still be issued for it; it does not wait for the sweeper to say so."""
+        return self.state is TaskState.ACTIVE and now < self.ends_at

@@ -1,0 +1,225 @@
+"""Grants: reading, counting, inserting, renewing, and finding those a refusal covers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from datetime import datetime
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, func, literal, or_, select, text, true, update
+
+from broker.domain.grant import Grant
+from broker.domain.lifecycle import GrantState, TaskState, sources
+from broker.domain.refusal import Refusal
+from broker.store import models
+from broker.store.rows import insert_rows
+
+_grants = models.table_of(models.Grant)
+_tasks = models.table_of(models.Task)
+_NAMES = tuple(entry.name for entry in fields(Grant))
+_values_of = attrgetter(*_NAMES)
+_SELECT = select(*(_grants.c[name] for name in _NAMES))
+
+UNENDED = sorted(str(state) for state in sources(GrantState.REVOKED))
+
+
+def insert_grants(db: Connection, grants: Sequence[Grant]) -> None:
+    insert_rows(db, models.Grant, [_row_of(grant) for grant in grants])
+
+
+def _row_of(grant: Grant) -> dict[str, Any]:
+    row = dict(zip(_NAMES, _values_of(grant), strict=True))
+    row["state"] = str(grant.state)
+    row["scopes"] = list(grant.scopes)
+    row["policies"] = _padded(grant.policies)
+    return row
+
+
+def _padded(policies: Iterable[str]) -> str:
+    # Blanks on both sides, so that looking for " crm-read " cannot find "crm-read-all".
+    return f" {' '.join(policies)} "
+
+
+def grant_of(row: Any) -> Grant:
+    """A row that has every column of the table, or more."""
+    values = dict(zip(_NAMES, _values_of(row), strict=True))
+    values["state"] = GrantState(row.state)
+    values["scopes"] = tuple(row.scopes)
+    values["policies"] = tuple(row.policies.split())
+    return Grant(**values)
+
+
+def find_grant(db: Connection, grant_id: str, *, lock: bool = False) -> Grant | None:
+    statement = _SELECT.where(_grants.c.id == grant_id)
+    if lock:
+        statement = statement.with_for_update()
+    row = db.execute(statement).one_or_none()
+    return None if row is None else grant_of(row)
+
+
+def find_with_tasks(db: Connection, ids: Collection[str]) -> Mapping[str, tuple[Grant, TaskState, datetime]]:
+    """Each grant with its task's state and when time ends that task: all that `is_live` asks of the store."""
+    ends_at = (_tasks.c.deadline_at, _tasks.c.heartbeat_due_at)
+    statement = (
+        select(*_SELECT.selected_columns, _tasks.c.state.label("task_state"), *ends_at)
+        .join(_tasks, _tasks.c.id == _grants.c.task_id)
+        .where(_grants.c.id.in_(list(ids)))
+    )
+    return {
+        row.id: (
+            grant_of(row),
+            TaskState(row.task_state),
+            row.deadline_at if row.heartbeat_due_at is None else min(row.deadline_at, row.heartbeat_due_at),
+        )
+        for row in db.execute(statement)
+    }
+
+
+def count_live(db: Connection, agents: Collection[str], *, now: datetime, at_most: int) -> dict[str, int]:
+    """How many grants of each agent are active and unexpired, counted up to `at_most`.
+
+    Other transactions that would add to the same agents wait until this one ends, so the count holds (INV-34).
+    """
+    counts: dict[str, int] = {}
+    if db.dialect.name == "postgresql" and agents:
+        locks = text("SELECT pg_advisory_xact_lock(h) FROM (SELECT DISTINCT hashtextextended(a, 7) AS h "
+                     "FROM unnest(CAST(:agents AS text[])) AS a ORDER BY h) AS ordered")  # fmt: skip
+        db.execute(locks, {"agents": sorted(agents)})
+    for agent in sorted(agents):
+        live = (
+            select(literal(1))
+            .where(_grants.c.agent == agent, _grants.c.state == str(GrantState.ACTIVE), _grants.c.expires_at > now)
+            .limit(at_most)
+            .subquery()
+        )
+        counts[agent] = db.execute(select(func.count()).select_from(live)).scalar_one()
+    return counts
+
+
+def renew_grant(db: Connection, grant: Grant) -> None:
+    """Write what a renewal changes; the caller holds the row, and it is active."""
+    changed = (
+        "jti", "kid", "credential_sha256", "expires_at", "ttl_s", "ttl_decided_by",
+        "request_sha256", "decision", "policy_version",
+    )  # fmt: skip
+    values = {name: getattr(grant, name) for name in changed}
+    values["policies"] = _padded(grant.policies)
+    db.execute(update(_grants).where(_grants.c.id == grant.id).values(**values))
+
+
+def page_of_grants(
+    db: Connection, *, where: Iterable[ColumnElement[bool]], before: str | None, limit: int
+) -> list[Grant]:
+    """Newest first, below the id `before`."""
+    statement: Select[Any] = _SELECT.where(*where).order_by(_grants.c.id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(_grants.c.id < before)
+    return [grant_of(row) for row in db.execute(statement)]
+
+
+def grants_of_task(db: Connection, task_id: str) -> list[Grant]:
+    return [grant_of(row) for row in db.execute(_SELECT.where(_grants.c.task_id == task_id).order_by(_grants.c.id))]
+
+
+def seen_by(name: str) -> ColumnElement[bool]:
+    """Grants this principal holds, or whose task it opened."""
+    return or_(_grants.c.agent == name, _grants.c.orchestrator == name)
+
+
+def matching(
+    *,
+    state: str | None = None,
+    task_id: str | None = None,
+    agent: str | None = None,
+    user: str | None = None,
+    resource: str | None = None,
+) -> list[ColumnElement[bool]]:
+    wanted = {"state": state, "task_id": task_id, "agent": agent, "on_behalf_of": user, "resource": resource}
+    return [_grants.c[name] == value for name, value in wanted.items() if value is not None]
+
+
+def with_id(grant_id: str) -> ColumnElement[bool]:
+    return _grants.c.id == grant_id
+
+
+def with_ids(grant_ids: Collection[str]) -> ColumnElement[bool]:
+    return _grants.c.id.in_(grant_ids)
+
+
+def of_tasks(task_ids: Collection[str]) -> ColumnElement[bool]:
+    return _grants.c.task_id.in_(task_ids)
+
+
+def expired(now: datetime) -> ColumnElement[bool]:
+    return _grants.c.expires_at <= now
+
+
+def unexpired(now: datetime) -> ColumnElement[bool]:
+    return _grants.c.expires_at > now
+
+
+def due_grant_ids(db: Connection, *, now: datetime, limit: int) -> list[str]:
+    statement = (
+        select(_grants.c.id)
+        .where(_grants.c.state.in_(UNENDED), _grants.c.expires_at <= now)
+        .order_by(_grants.c.expires_at)
+        .limit(limit)
+    )
+    return list(db.execute(statement).scalars())
+
+
+def covered_by(refusal: Refusal) -> ColumnElement[bool]:
+    """The same question as `Refusal.covers`, asked of every row; a test holds the two together."""
+    match refusal.axis:
+        case "all":
+            on_axis: ColumnElement[bool] = true()
+        case "task":
+            on_axis = _grants.c.task_id == refusal.value
+        case "user":
+            on_axis = _grants.c.on_behalf_of == refusal.value
+        case "policy":
+            on_axis = _grants.c.policies.contains(f" {refusal.value} ", autoescape=True)
+        case "key":
+            on_axis = _grants.c.kid == refusal.value
+        case "agent" | "orchestrator" | "resource" | "provider":
+            on_axis = _grants.c[refusal.axis] == refusal.value
+        case _:
+            raise ValueError(f"{refusal.axis!r} is not an axis of revocation")
+    return on_axis if refusal.era is None else on_axis & (_grants.c.era <= refusal.era)
+
+
+def unended() -> ColumnElement[bool]:
+    return _grants.c.state.in_(UNENDED)
+
+
+def unended_ids(db: Connection, *where: ColumnElement[bool], limit: int) -> list[str]:
+    return list(db.execute(select(_grants.c.id).where(unended(), *where).limit(limit)).scalars())
+
+
+def count_by_agent(db: Connection, *where: ColumnElement[bool]) -> dict[str, int]:
+    """How many unended grants match, by agent: the blast radius of a revocation."""
+    statement = select(_grants.c.agent, func.count()).where(unended(), *where).group_by(_grants.c.agent)
+    return {agent: count for agent, count in db.execute(statement)}  # noqa: C416 - rows are not quite pairs
+
+
+def invalid_indexes(db: Connection, status_list: int, standing: Iterable[Refusal], *, now: datetime) -> list[int]:
+    """The indexes of one status list whose tokens open nothing any more.
+
+    Ended rows, rows of tasks that ended or that time has ended, and rows a standing refusal covers before they
+    followed it. Expired tokens may stay: they are refused by their own `exp`.
+    """
+    dead = [
+        _grants.c.state != str(GrantState.ACTIVE),
+        _tasks.c.state != str(TaskState.ACTIVE),
+        _tasks.c.deadline_at <= now,
+        _tasks.c.heartbeat_due_at <= now,
+        *(covered_by(refusal) for refusal in standing),
+    ]
+    statement = (
+        select(_grants.c.status_index)
+        .join(_tasks, _tasks.c.id == _grants.c.task_id)
+        .where(_grants.c.status_list == status_list, or_(*dead))
+    )
+    return list(db.execute(statement).scalars())

@@ -1,0 +1,82 @@
+"""Writing many rows at once: COPY on PostgreSQL, one prepared statement on SQLite.
+
+Statement building is most of what an insert costs in Python, so it is done once per table. Values are bound or
+copied, never written into SQL (INV-31).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import JSON, Connection, insert
+from sqlalchemy.dialects.postgresql import JSONB
+
+from broker.domain.clock import epoch
+from broker.store.models import Base, Instant
+
+# Below this COPY's fixed cost is more than it saves.
+_WORTH_COPYING = 4
+
+Row = Mapping[str, Any]
+
+
+def insert_rows(db: Connection, model: type[Base], rows: Sequence[Row]) -> None:
+    """Insert rows that name every column of `model`."""
+    if not rows:
+        return
+    if db.dialect.name == "sqlite":
+        statement, columns = _sqlite_insert(model)
+        db.exec_driver_sql(statement, [tuple(convert(row[name]) for name, convert in columns) for row in rows])
+    elif len(rows) >= _WORTH_COPYING:
+        statement, columns = _copy(model)
+        driver: Any = db.connection.driver_connection
+        with driver.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row([convert(row[name]) for name, convert in columns])
+    else:
+        db.execute(insert(model), list(rows))
+
+
+Columns = tuple[tuple[str, Callable[[Any], Any]], ...]
+
+
+@lru_cache
+def _sqlite_insert(model: type[Base]) -> tuple[str, Columns]:
+    columns = _columns(model, instant=_epoch_or_none)
+    names = ", ".join(f'"{name}"' for name, _ in columns)
+    return f"INSERT INTO {model.__tablename__} ({names}) VALUES ({', '.join('?' * len(columns))})", columns  # noqa: S608
+
+
+@lru_cache
+def _copy(model: type[Base]) -> tuple[str, Columns]:
+    columns = _columns(model, instant=_same)
+    names = ", ".join(f'"{name}"' for name, _ in columns)
+    return f"COPY {model.__tablename__} ({names}) FROM STDIN", columns
+
+
+def _columns(model: type[Base], *, instant: Callable[[Any], Any]) -> Columns:
+    def converter(kind: Any) -> Callable[[Any], Any]:
+        if isinstance(kind, Instant):
+            return instant
+        if isinstance(kind, JSON | JSONB):
+            return _json_or_none
+        return _same
+
+    return tuple((column.name, converter(column.type)) for column in model.__table__.columns)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _epoch_or_none(value: datetime | None) -> int | None:
+    return None if value is None else epoch(value)
+
+
+def _json_or_none(value: Any) -> str | None:
+    # SQL NULL is what our nullable JSON columns mean by None.
+    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))

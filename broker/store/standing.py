@@ -1,0 +1,163 @@
+"""What stands above single grants: refusals, configuration versions, status lists, idempotency keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, select, text, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from broker.domain.refusal import Refusal
+from broker.store import models
+from broker.store.rows import insert_rows
+
+_lockdowns = models.table_of(models.Lockdown)
+_revocations = models.table_of(models.BulkRevocation)
+_configurations = models.table_of(models.ConfigurationVersion)
+_lists = models.table_of(models.StatusList)
+_keys = models.table_of(models.IdempotencyKey)
+
+# Bits in one status list: 2 each, 32 KiB before compression.
+STATUS_LIST_SIZE = 2**17
+
+
+def insert_lockdown(db: Connection, row: Mapping[str, Any]) -> None:
+    insert_rows(db, models.Lockdown, [row])
+
+
+def insert_bulk_revocation(db: Connection, row: Mapping[str, Any]) -> None:
+    insert_rows(db, models.BulkRevocation, [row])
+
+
+def standing_refusals(db: Connection) -> list[Refusal]:
+    """Lockdowns not lifted, and bulk revocations whose rows have not all followed."""
+    stand = [
+        Refusal(id=row.id, axis=row.axis, value=row.value, reason=row.reason)
+        for row in db.execute(select(_lockdowns).where(_lockdowns.c.lifted_at.is_(None)))
+    ]
+    return stand + unfollowed(db)
+
+
+def unfollowed(db: Connection) -> list[Refusal]:
+    statement = select(_revocations).where(_revocations.c.rows_followed_at.is_(None)).order_by(_revocations.c.id)
+    return [
+        Refusal(id=row.id, axis=row.axis, value=row.value, reason=row.reason, era=row.era)
+        for row in db.execute(statement)
+    ]
+
+
+def who_revoked(db: Connection, revocation_id: str) -> str:
+    statement = select(_revocations.c.revoked_by).where(_revocations.c.id == revocation_id)
+    return str(db.execute(statement).scalar_one())
+
+
+def followed(db: Connection, revocation_id: str, *, now: datetime) -> None:
+    db.execute(update(_revocations).where(_revocations.c.id == revocation_id).values(rows_followed_at=now))
+
+
+def lockdowns(db: Connection, *, standing: bool) -> list[Row[Any]]:
+    statement = select(_lockdowns).order_by(_lockdowns.c.id.desc())
+    if standing:
+        statement = statement.where(_lockdowns.c.lifted_at.is_(None))
+    return list(db.execute(statement.limit(1000)))
+
+
+def lift(db: Connection, lockdown_id: str, *, now: datetime, by: str) -> Row[Any] | None:
+    """The lifted row; None where there is no such lockdown standing."""
+    statement = (
+        update(_lockdowns)
+        .where(_lockdowns.c.id == lockdown_id, _lockdowns.c.lifted_at.is_(None))
+        .values(lifted_at=now, lifted_by=by)
+        .returning(*_lockdowns.c)
+    )
+    return db.execute(statement).one_or_none()
+
+
+def latest_configuration(db: Connection) -> Row[Any] | None:
+    return db.execute(select(_configurations).order_by(_configurations.c.version.desc()).limit(1)).one_or_none()
+
+
+def configurations(db: Connection, *, limit: int = 100) -> list[Row[Any]]:
+    columns = [column for column in _configurations.c if column.name != "document"]
+    return list(db.execute(select(*columns).order_by(_configurations.c.version.desc()).limit(limit)))
+
+
+def has_configuration(db: Connection, sha256: str) -> int | None:
+    """The version under which this very configuration was once applied."""
+    statement = select(func.max(_configurations.c.version)).where(_configurations.c.sha256 == sha256)
+    version: int | None = db.execute(statement).scalar_one()
+    return version
+
+
+def insert_configuration(db: Connection, row: Mapping[str, Any]) -> None:
+    insert_rows(db, models.ConfigurationVersion, [row])
+
+
+def reserve_indexes(db: Connection, count: int, *, last_expiry_at: datetime) -> tuple[int, int]:
+    """(list, first index) of `count` status indexes nobody ever gets again."""
+    if db.dialect.name == "postgresql":
+        db.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('status_lists', 7))"))
+    newest = db.execute(select(_lists).order_by(_lists.c.id.desc()).limit(1)).one_or_none()
+    if newest is None or newest.next_index + count > STATUS_LIST_SIZE:
+        made = 1 if newest is None else newest.id + 1
+        row = {"id": made, "next_index": count, "last_expiry_at": last_expiry_at}
+        insert_rows(db, models.StatusList, [row])
+        return made, 0
+    db.execute(
+        update(_lists)
+        .where(_lists.c.id == newest.id)
+        .values(next_index=newest.next_index + count, last_expiry_at=max(last_expiry_at, newest.last_expiry_at))
+    )
+    return newest.id, newest.next_index
+
+
+def status_list(db: Connection, list_id: int) -> Row[Any] | None:
+    return db.execute(select(_lists).where(_lists.c.id == list_id)).one_or_none()
+
+
+def status_lists(db: Connection, *, now: datetime) -> list[int]:
+    """Those to which a live token may still point."""
+    return list(db.execute(select(_lists.c.id).where(_lists.c.last_expiry_at > now).order_by(_lists.c.id)).scalars())
+
+
+def claim_key(
+    db: Connection, *, principal: str, key_sha256: str, request_sha256: str, made_id: str, forget_at: datetime
+) -> tuple[str, str]:
+    """(id it stands for, hash of its request): ours if the key was new, the first claimant's otherwise (INV-06).
+
+    A claim by a transaction in flight is waited for.
+    """
+    values = {
+        "principal": principal,
+        "key_sha256": key_sha256,
+        "request_sha256": request_sha256,
+        "made_id": made_id,
+        "forget_at": forget_at,
+    }
+    dialect = postgresql if db.dialect.name == "postgresql" else sqlite
+    claim = dialect.insert(_keys).values(values).on_conflict_do_nothing().returning(_keys.c.made_id)
+    if db.execute(claim).one_or_none() is not None:
+        return made_id, request_sha256
+    row = db.execute(
+        select(_keys.c.made_id, _keys.c.request_sha256).where(
+            _keys.c.principal == principal, _keys.c.key_sha256 == key_sha256
+        )
+    ).one()
+    return row.made_id, row.request_sha256
+
+
+def release_key(db: Connection, *, principal: str, key_sha256: str) -> None:
+    """Forget a key under which nothing was made."""
+    db.execute(delete(_keys).where(_keys.c.principal == principal, _keys.c.key_sha256 == key_sha256))
+
+
+def forget(db: Connection, *, now: datetime, limit: int) -> int:
+    """Drop proofs and idempotency keys that could not be accepted any more anyway."""
+    gone = 0
+    for table in (models.table_of(models.ConsumedProof), _keys):
+        primary_key = list(table.primary_key)
+        due = select(*primary_key).where(table.c.forget_at <= now).limit(limit)
+        gone += db.execute(delete(table).where(tuple_(*primary_key).in_(due))).rowcount
+    return gone

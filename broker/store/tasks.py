@@ -1,0 +1,149 @@
+"""Tasks: reading, locking, inserting, ending."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, or_, select, update
+
+from broker.domain.lifecycle import TaskState
+from broker.domain.task import Task
+from broker.store import models
+from broker.store.rows import insert_rows
+
+_COLUMNS = tuple(entry.name for entry in fields(Task) if entry.name != "agents")
+_tasks = models.table_of(models.Task)
+_agents = models.table_of(models.TaskAgent)
+_SELECT = select(*(_tasks.c[name] for name in _COLUMNS))
+
+
+def insert_tasks(db: Connection, tasks: Iterable[Task]) -> None:
+    made = list(tasks)
+    insert_rows(db, models.Task, [{name: getattr(task, name) for name in _COLUMNS} for task in made])
+    pairs = [{"task_id": task.id, "agent": agent} for task in made for agent in task.agents]
+    insert_rows(db, models.TaskAgent, pairs)
+
+
+def find_task(db: Connection, task_id: str) -> Task | None:
+    return _with_agents(db, db.execute(_SELECT.where(_tasks.c.id == task_id)).fetchall()).get(task_id)
+
+
+class Tasks:
+    """Locks tasks for issuing. What of a task never changes is remembered, so that the lock reads only what can."""
+
+    _REMEMBERED = 4096
+
+    def __init__(self) -> None:
+        self._known: dict[str, Task] = {}
+
+    def hold_shared(self, db: Connection, ids: Collection[str]) -> Mapping[str, Task]:
+        """The tasks as they are, kept from ending until this transaction does (INV-12)."""
+        if not ids:
+            return {}
+        changing = (_tasks.c.id, _tasks.c.state, _tasks.c.heartbeat_due_at, _tasks.c.ended_at, _tasks.c.reason)
+        # In one order everywhere, so that two transactions cannot wait for each other.
+        statement = (
+            select(*changing).where(_tasks.c.id.in_(sorted(ids))).order_by(_tasks.c.id).with_for_update(read=True)
+        )
+        rows = db.execute(statement).fetchall()
+        unknown = [row.id for row in rows if row.id not in self._known]
+        known = dict(self._known)
+        if unknown:
+            if len(self._known) + len(unknown) > self._REMEMBERED:
+                self._known = {}
+            found = _with_agents(db, db.execute(_SELECT.where(_tasks.c.id.in_(unknown))).fetchall())
+            self._known = self._known | found
+            known |= found
+        return {
+            row.id: replace(
+                known[row.id],
+                state=TaskState(row.state),
+                heartbeat_due_at=row.heartbeat_due_at,
+                ended_at=row.ended_at,
+                reason=row.reason,
+            )
+            for row in rows
+        }
+
+
+def beat(db: Connection, task_id: str, *, now: datetime, heartbeat_s: int) -> bool:
+    """Move the heartbeat on, unless the task ended or already lost it."""
+    statement = (
+        update(_tasks)
+        .where(
+            _tasks.c.id == task_id,
+            _tasks.c.state == str(TaskState.ACTIVE),
+            _tasks.c.deadline_at > now,
+            _tasks.c.heartbeat_due_at > now,
+        )
+        .values(heartbeat_due_at=now + timedelta(seconds=heartbeat_s))
+    )
+    return db.execute(statement).rowcount == 1
+
+
+def due_task_ids(db: Connection, *, now: datetime, limit: int) -> list[str]:
+    """Active tasks that time has ended: two small index ranges rather than one scan over an OR."""
+    active = _tasks.c.state == str(TaskState.ACTIVE)
+    found: list[str] = []
+    for column in (_tasks.c.deadline_at, _tasks.c.heartbeat_due_at):
+        statement = select(_tasks.c.id).where(active, column <= now).order_by(column).limit(limit)
+        found += db.execute(statement).scalars()
+    return sorted(set(found))[:limit]
+
+
+def page_of_tasks(
+    db: Connection, *, where: Iterable[ColumnElement[bool]], before: str | None, limit: int
+) -> list[Task]:
+    """Newest first, below the id `before`."""
+    statement: Select[Any] = _SELECT.where(*where).order_by(_tasks.c.id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(_tasks.c.id < before)
+    return list(_with_agents(db, db.execute(statement).fetchall()).values())
+
+
+def seen_by(name: str) -> ColumnElement[bool]:
+    """Tasks this principal opened or may ask under."""
+    of_agent = select(_agents.c.task_id).where(_agents.c.agent == name)
+    return or_(_tasks.c.orchestrator == name, _tasks.c.id.in_(of_agent))
+
+
+def matching(
+    *, state: str | None = None, agent: str | None = None, user: str | None = None
+) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if state is not None:
+        conditions.append(_tasks.c.state == state)
+    if agent is not None:
+        conditions.append(_tasks.c.id.in_(select(_agents.c.task_id).where(_agents.c.agent == agent)))
+    if user is not None:
+        conditions.append(and_(_tasks.c.on_behalf_of == user))
+    return conditions
+
+
+def with_id(task_id: str) -> ColumnElement[bool]:
+    return _tasks.c.id == task_id
+
+
+def with_ids(task_ids: Collection[str]) -> ColumnElement[bool]:
+    return _tasks.c.id.in_(task_ids)
+
+
+def overdue(now: datetime) -> ColumnElement[bool]:
+    return or_(_tasks.c.deadline_at <= now, _tasks.c.heartbeat_due_at <= now)
+
+
+def task_of(row: Row[Any], agents: tuple[str, ...]) -> Task:
+    values = {name: getattr(row, name) for name in _COLUMNS}
+    return Task(**values | {"state": TaskState(row.state), "agents": agents})
+
+
+def _with_agents(db: Connection, rows: Iterable[Row[Any]]) -> dict[str, Task]:
+    found = list(rows)
+    agents: dict[str, list[str]] = {row.id: [] for row in found}
+    statement = select(_agents).where(_agents.c.task_id.in_(list(agents))).order_by(_agents.c.task_id, _agents.c.agent)
+    for task_id, agent in db.execute(statement) if found else ():
+        agents[task_id].append(agent)
+    return {row.id: task_of(row, tuple(agents[row.id])) for row in found}
