@@ -1,0 +1,59 @@
+"""APScheduler, waking what works by rows. It holds no truth: a missed run costs tidiness, never safety."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from broker import telemetry
+from broker.domain.errors import BrokerError
+from broker.wiring import Broker
+
+_log = logging.getLogger(__name__)
+
+
+def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
+    """The fixed table: name, what to do, every how many seconds."""
+
+    def sweep() -> None:
+        started = time.perf_counter()
+        swept = broker.sweeper.sweep()
+        telemetry.swept(asdict(swept), time.perf_counter() - started)
+
+    def look_again() -> None:
+        # A broker that nobody asks for grants still learns of new configuration and keys.
+        broker.standing.now()
+
+    return (("sweep", sweep, 1), ("look again", look_again, 1))
+
+
+def start(broker: Broker, *, only: tuple[str, ...] | None = None) -> BackgroundScheduler:
+    """A running scheduler; the caller shuts it down.
+
+    The default misfire grace of one second would silently drop the very runs that follow a pause.
+    """
+    scheduler = BackgroundScheduler(
+        job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}, timezone="UTC"
+    )
+    for name, job, seconds in jobs(broker):
+        if only is None or name in only:
+            scheduler.add_job(_reported(name, job), "interval", seconds=seconds, id=name)
+    scheduler.start()
+    return scheduler
+
+
+def _reported(name: str, job: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        try:
+            job()
+        except BrokerError as problem:
+            _log.warning("job refused", extra={"fields": {"job": name, "detail": problem.detail}})
+        except Exception:
+            # The next run tries again; what is owed is in rows.
+            _log.exception("job failed", extra={"fields": {"job": name}})
+
+    return run

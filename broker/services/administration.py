@@ -1,0 +1,140 @@
+"""Configuration as numbered versions, so that all brokers on one database decide alike.
+
+A version is immutable. An older one never overwrites a newer one unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from broker.domain.audit import Event, canonical_json
+from broker.domain.catalogue import Catalogue
+from broker.domain.clock import Clock
+from broker.domain.errors import Conflict, Invalid, RoleMissing
+from broker.domain.identity import Caller, Role, WorkloadIdentity, new_id
+from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
+from broker.domain.scope import require_offered
+from broker.services.keys import Keys
+from broker.services.standing import Standing, StandingReader
+from broker.store import gate, standing
+from broker.store.database import Database
+from broker.store.transitions import record
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppliedVersion:
+    version: int
+    sha256: str
+    applied_at: datetime
+    applied_by: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatIf:
+    """A request that nobody made, under a task that nobody opened."""
+
+    agent: str
+    resource: str
+    scopes: frozenset[str]
+    ttl_s: int
+    purpose: str
+    labels: Mapping[str, str]
+    intent: str | None
+    sender_bound: bool
+    claimed: Mapping[str, Any]
+
+
+class Administration:
+    def __init__(self, *, database: Database, standing: StandingReader, keys: Keys, clock: Clock) -> None:
+        self._database = database
+        self._standing = standing
+        self._keys = keys
+        self._clock = clock
+
+    def apply(self, catalogue: Catalogue, *, by: str, allow_older: bool = False) -> int:
+        """Store the configuration as the newest version, unless it is already; answers its number.
+
+        Raises Conflict where this very configuration was once applied and a newer one followed: a broker restarted
+        with a stale file must not undo what others run on. `allow_older` says that this is meant.
+        """
+        PolicySet.compile(catalogue)
+        self._keys.ensure({resource.signing_algorithm for resource in catalogue.resources} | {"ES256"})
+        document = catalogue.as_document()
+        sha256 = hashlib.sha256(canonical_json(document)).hexdigest()
+        now = self._clock()
+        with self._database.begin() as db:
+            # Turning the era is what makes every broker look again; it also makes two that apply take turns.
+            gate.turn(db)
+            latest = standing.latest_configuration(db)
+            if latest is not None and latest.sha256 == sha256:
+                return int(latest.version)
+            earlier = standing.has_configuration(db, sha256)
+            if earlier is not None and latest is not None and not allow_older:
+                raise Conflict(
+                    f"this configuration is version {earlier}, and version {latest.version} was applied after it: "
+                    "bring the file up to date, or say `broker apply --allow-older` to go back on purpose"
+                )
+            version = 1 if latest is None else int(latest.version) + 1
+            row = {"version": version, "sha256": sha256, "document": document, "applied_at": now, "applied_by": by}
+            standing.insert_configuration(db, row)
+            event = Event(
+                id=new_id("evt", now),
+                at=now,
+                type="configuration.applied",
+                actor=by,
+                policy_version=version,
+                data={"version": version, "sha256": sha256},
+            )
+            record(db, [event])
+        return version
+
+    def versions(self, caller: Caller) -> list[AppliedVersion]:
+        require_reader(caller)
+        with self._database.read() as db:
+            return [
+                AppliedVersion(
+                    version=row.version, sha256=row.sha256, applied_at=row.applied_at, applied_by=row.applied_by
+                )
+                for row in standing.configurations(db)
+            ]
+
+    def evaluate(self, caller: Caller, asked: WhatIf) -> Decision:
+        """What policy would say; nothing is issued or recorded."""
+        require_reader(caller)
+        return evaluate(self._standing.now(), asked, now=self._clock())
+
+
+def evaluate(standing: Standing, asked: WhatIf, *, now: datetime) -> Decision:
+    catalogue = standing.catalogue
+    rule = next((rule for rule in catalogue.principals if rule.name == asked.agent), None)
+    if rule is None:
+        raise Invalid(f"no principal is called {asked.agent[:200]!r}: name a configured agent", member="agent")
+    resource = catalogue.resource(asked.resource)
+    require_offered(asked.scopes, resource.offered, resource.identifier)
+    identity = WorkloadIdentity(
+        issuer=rule.issuer, subject=rule.subject or rule.subject_prefix or "", claims={}, expires_at=now
+    )
+    task = TaskFacts(
+        id=new_id("task", now), purpose=asked.purpose, age_s=0, orchestrator=asked.agent, labels=asked.labels
+    )
+    request = AccessRequest(
+        agent=rule.principal(identity),
+        resource=resource,
+        scopes=asked.scopes,
+        ttl_s=asked.ttl_s,
+        task=task,
+        intent=asked.intent,
+        sender_bound=asked.sender_bound,
+        claimed=asked.claimed,
+        now=now,
+    )
+    return standing.policies.decide(request)
+
+
+def require_reader(caller: Caller) -> None:
+    if not (caller.has(Role.ADMIN) or caller.has(Role.AUDITOR)):
+        raise RoleMissing(f"{caller.name} is neither admin nor auditor: policies are not theirs to read")

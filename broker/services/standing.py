@@ -1,0 +1,78 @@
+"""What stands above every request at one era: configuration, policies, keys, refusals; read once per era.
+
+All of it changes only together with the era (`broker.store.gate`), so seeing the same era is seeing the same standing.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from sqlalchemy import Connection
+
+from broker.domain.catalogue import Catalogue
+from broker.domain.errors import Unavailable
+from broker.domain.policy import PolicySet
+from broker.domain.refusal import Refusals
+from broker.services.keys import KeyRing, Keys
+from broker.store import gate
+from broker.store.database import Database
+from broker.store.standing import latest_configuration, standing_refusals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    era: int
+    catalogue: Catalogue
+    policies: PolicySet
+    keys: KeyRing
+    refusals: Refusals
+
+
+class StandingReader:
+    """The newest `Standing`, from memory where the era did not turn."""
+
+    def __init__(self, *, database: Database, keys: Keys) -> None:
+        self._database = database
+        self._keys = keys
+        self._guard = threading.Lock()
+        self._newest: Standing | None = None
+
+    def at(self, db: Connection, era: int) -> Standing:
+        """What stands at `era`, which was read in this transaction before this call.
+
+        Rows may be newer than `era` says, never older: the next look finds the era turned and reads again.
+        """
+        newest = self._newest
+        if newest is not None and newest.era == era:
+            return newest
+        with self._guard:
+            newest = self._newest
+            if newest is not None and newest.era == era:
+                return newest
+            read = self._read(db, era)
+            if newest is None or newest.era < era:
+                self._newest = read
+            return read
+
+    def now(self) -> Standing:
+        """What stands now, in a transaction of its own."""
+        with self._database.read() as db:
+            return self.at(db, gate.era_of(db))
+
+    def last_known(self) -> Standing:
+        """What stood at the last look. For routing and authentication only: a verb looks again in its transaction."""
+        return self._newest or self.now()
+
+    def _read(self, db: Connection, era: int) -> Standing:
+        row = latest_configuration(db)
+        if row is None:
+            raise Unavailable("no configuration was applied to this database yet: run `broker apply --config FILE`")
+        known = self._newest
+        if known is not None and known.catalogue.version == row.version:
+            catalogue, policies = known.catalogue, known.policies
+        else:
+            catalogue = Catalogue.from_document(row.version, row.document)
+            policies = PolicySet.compile(catalogue)
+        refusals = Refusals(standing_refusals(db))
+        return Standing(era=era, catalogue=catalogue, policies=policies, keys=self._keys.load(db), refusals=refusals)

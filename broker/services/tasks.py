@@ -1,0 +1,267 @@
+"""Tasks: opened, kept alive, ended. Ending one ends everything issued for it in the same transaction (INV-12)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from broker.domain.audit import Event
+from broker.domain.catalogue import Limits
+from broker.domain.clock import Clock, epoch
+from broker.domain.errors import IdempotencyConflict, Invalid, NotFound, RoleMissing, TaskNotActive
+from broker.domain.grant import IdempotencyClaim
+from broker.domain.identity import Caller, Role, is_id, new_id
+from broker.domain.lifecycle import GrantState, TaskState
+from broker.domain.receipt import Receipt, receipt_line
+from broker.domain.scope import require_offered, scope_set
+from broker.domain.task import Task
+from broker.services.issuance import principal_of
+from broker.services.standing import StandingReader
+from broker.store import gate, grants, models, tasks
+from broker.store.database import Database
+from broker.store.standing import claim_key
+from broker.store.transitions import change_of, move, record
+
+_KEYS_REMEMBERED_FOR = timedelta(days=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRequest:
+    caller: Caller
+    purpose: str
+    agents: tuple[str, ...]
+    deadline: timedelta
+    heartbeat: timedelta | None = None
+    ceiling: Mapping[str, Sequence[str]] | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    idempotency: IdempotencyClaim | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignedReceipt:
+    receipt: Receipt
+    jws: str
+
+
+class TaskService:
+    def __init__(
+        self, *, database: Database, standing: StandingReader, limits: Limits, issuer: str, clock: Clock
+    ) -> None:
+        self._database = database
+        self._standing = standing
+        self._limits = limits
+        self._issuer = issuer
+        self._clock = clock
+
+    def open(self, request: TaskRequest) -> Task:
+        now = self._clock()
+        with self._database.begin() as db:
+            standing = self._standing.at(db, gate.hold_shared(db))
+            principal = principal_of(request.caller, standing)
+            if Role.ORCHESTRATOR not in principal.roles:
+                raise RoleMissing(f"{principal.name} is not an orchestrator: only one of those opens tasks")
+            if request.deadline > self._limits.max_deadline:
+                raise Invalid(
+                    f"deadline_s {int(request.deadline.total_seconds())} is beyond this broker's maximum of "
+                    f"{int(self._limits.max_deadline.total_seconds())}",
+                    member="deadline_s",
+                )
+            unknown = sorted(set(request.agents) - standing.catalogue.principal_names)
+            if unknown:
+                raise Invalid(f"no principal is called {unknown[0]!r}: name configured agents", member="agents")
+            ceiling: dict[str, list[str]] | None = None if request.ceiling is None else {}
+            for identifier, scopes in (request.ceiling or {}).items():
+                resource = standing.catalogue.resource(identifier)
+                wanted = scope_set(scopes)
+                require_offered(wanted, resource.offered, identifier)
+                ceiling = (ceiling or {}) | {identifier: sorted(wanted)}
+            task = Task(
+                id=new_id("task", now),
+                state=TaskState.ACTIVE,
+                purpose=request.purpose,
+                orchestrator=principal.name,
+                agents=tuple(sorted(set(request.agents))),
+                created_at=now,
+                deadline_at=now + request.deadline,
+                ceiling=ceiling,
+                labels=dict(request.labels),
+                heartbeat_s=None if request.heartbeat is None else int(request.heartbeat.total_seconds()),
+                heartbeat_due_at=None if request.heartbeat is None else now + request.heartbeat,
+            )
+            earlier = self._claimed(db, request, task, now)
+            if earlier is not None:
+                return earlier
+            tasks.insert_tasks(db, [task])
+            record(db, [_event(task, request.caller.name, now, "task.opened", trace_id=request.caller.trace_id)])
+        return task
+
+    def _claimed(self, db: Connection, request: TaskRequest, task: Task, now: datetime) -> Task | None:
+        if request.idempotency is None:
+            return None
+        made_id, request_sha256 = claim_key(
+            db,
+            principal=request.caller.name,
+            key_sha256=request.idempotency.key_sha256,
+            request_sha256=request.idempotency.request_sha256,
+            made_id=task.id,
+            forget_at=now + _KEYS_REMEMBERED_FOR,
+        )
+        if request_sha256 != request.idempotency.request_sha256:
+            raise IdempotencyConflict(
+                "this Idempotency-Key was used with another body: use a new key for a new request"
+            )
+        return None if made_id == task.id else tasks.find_task(db, made_id)
+
+    def heartbeat(self, caller: Caller, task_id: str) -> Task:
+        """Move the heartbeat's due time on. A task that lost it stays lost, whether or not the sweeper came by."""
+        now = self._clock()
+        with self._database.begin() as db:
+            task = _owned(db, caller, task_id, admin=False)
+            if not task.is_open(now):
+                raise TaskNotActive(f"task {task.id} has ended: open a new one")
+            if task.heartbeat_s is None:
+                return task
+            if not tasks.beat(db, task.id, now=now, heartbeat_s=task.heartbeat_s):
+                raise TaskNotActive(f"task {task.id} has ended: open a new one")
+            return replace(task, heartbeat_due_at=now + timedelta(seconds=task.heartbeat_s))
+
+    def end(self, caller: Caller, task_id: str, state: TaskState, *, reason: str | None = None) -> SignedReceipt:
+        """Complete, fail or cancel, with everything below. Once ended, the answer is the receipt of how it ended."""
+        now = self._clock()
+        with self._database.begin() as db:
+            task = _owned(db, caller, task_id, admin=True)
+            if task.state is TaskState.ACTIVE and not task.is_open(now):
+                state, reason = TaskState.EXPIRED, _why_expired(task, now)
+            end_tasks(db, [task.id], state, now=now, actor=caller.name, reason=reason, trace_id=caller.trace_id)
+        return self.receipt_for(task.id)
+
+    def find(self, caller: Caller, task_id: str) -> Task:
+        with self._database.read() as db:
+            return _visible(db, caller, task_id)
+
+    def page(
+        self,
+        caller: Caller,
+        *,
+        state: str | None = None,
+        agent: str | None = None,
+        user: str | None = None,
+        before: str | None = None,
+        limit: int = 100,
+    ) -> list[Task]:
+        where = tasks.matching(state=state, agent=agent, user=user)
+        if not _sees_all(caller):
+            where.append(tasks.seen_by(caller.name))
+        with self._database.read() as db:
+            return tasks.page_of_tasks(db, where=where, before=before, limit=limit)
+
+    def receipt(self, caller: Caller, task_id: str) -> SignedReceipt:
+        """The receipt as it stands now."""
+        with self._database.read() as db:
+            _visible(db, caller, task_id)
+        return self.receipt_for(task_id)
+
+    def receipt_for(self, task_id: str) -> SignedReceipt:
+        now = self._clock()
+        with self._database.read() as db:
+            standing = self._standing.at(db, gate.era_of(db))
+            task = tasks.find_task(db, task_id)
+            below = grants.grants_of_task(db, task_id)
+        if task is None:
+            raise NotFound(f"there is no task {task_id[:64]!r}")
+        receipt = Receipt(
+            task_id=task.id,
+            ended_at=task.ended_at,
+            outcome=str(task.state),
+            lines=[receipt_line(grant, ended_at=task.ended_at, now=now) for grant in below if grant.issued_at],
+        )
+        return SignedReceipt(receipt=receipt, jws=_signed(receipt, standing.keys.current("ES256"), self._issuer, now))
+
+
+def sign_receipt(receipt: Receipt, standing: Any, issuer: str, now: datetime) -> SignedReceipt:
+    return SignedReceipt(receipt=receipt, jws=_signed(receipt, standing.keys.current("ES256"), issuer, now))
+
+
+def _signed(receipt: Receipt, key: Any, issuer: str, now: datetime) -> str:
+    claims = {"iss": issuer, "iat": epoch(now), "sub": receipt.task_id, "receipt": receipt.as_json()}
+    return str(key.sign(claims, typ="receipt+jwt"))
+
+
+def end_tasks(
+    db: Connection,
+    task_ids: Iterable[str],
+    state: TaskState,
+    *,
+    now: datetime,
+    actor: str,
+    reason: str | None,
+    trace_id: str | None = None,
+) -> int:
+    """End the tasks that are still active and every grant below them; answers how many tasks that were.
+
+    The task's row is written first: a grant being issued holds it shared, so it is either seen here or refused there.
+    """
+
+    def task_ended(row: Row[Any]) -> Event:
+        return _event(tasks.task_of(row, ()), actor, now, f"task.{state}", reason=reason, trace_id=trace_id)
+
+    where = [tasks.with_ids(sorted(task_ids))]
+    if state is TaskState.EXPIRED:
+        # A heartbeat that came in between must win.
+        where.append(tasks.overdue(now))
+    ended = move(db, models.Task, state, *where, event=task_ended, ended_at=now, reason=reason)
+    if not ended:
+        return 0
+    below = grants.of_tasks([row.id for row in ended])
+    why = f"task {state}"
+    expired = change_of(now, actor, "grant.expired", trace_id=trace_id)
+    move(db, models.Grant, GrantState.EXPIRED, below, grants.expired(now), event=expired)
+    revoked = change_of(now, actor, "grant.revoked", reason=why, trace_id=trace_id)
+    values = {"revoked_at": now, "revoked_by": actor, "reason": why}
+    move(db, models.Grant, GrantState.REVOKED, below, event=revoked, **values)
+    return len(ended)
+
+
+def _why_expired(task: Task, now: datetime) -> str:
+    return "its deadline passed" if task.deadline_at <= now else "its heartbeat was lost"
+
+
+def _sees_all(caller: Caller) -> bool:
+    return caller.has(Role.ADMIN) or caller.has(Role.AUDITOR)
+
+
+def _visible(db: Connection, caller: Caller, task_id: str) -> Task:
+    """The task, for those who may see it; one answer for all the others (INV-28)."""
+    task = tasks.find_task(db, task_id) if is_id(task_id, "task") else None
+    if task is None or not (_sees_all(caller) or caller.name == task.orchestrator or caller.name in task.agents):
+        raise NotFound(f"there is no task {task_id[:64]!r} that you may see")
+    return task
+
+
+def _owned(db: Connection, caller: Caller, task_id: str, *, admin: bool) -> Task:
+    task = _visible(db, caller, task_id)
+    if caller.name == task.orchestrator or (admin and caller.has(Role.ADMIN)):
+        return task
+    raise RoleMissing(
+        f"task {task.id} belongs to {task.orchestrator}: only it{' or an admin' if admin else ''} may do this"
+    )
+
+
+def _event(
+    task: Task, actor: str, now: datetime, type_: str, *, reason: str | None = None, trace_id: str | None = None
+) -> Event:
+    return Event(
+        id=new_id("evt", now),
+        at=now,
+        type=type_,
+        actor=actor,
+        task_id=task.id,
+        user=task.on_behalf_of,
+        reason=reason if reason is not None else task.purpose,
+        trace_id=trace_id,
+        data={"agents": list(task.agents)} if task.agents else {},
+    )

@@ -1,0 +1,210 @@
+"""Token introspection (RFC 7662), status lists (IETF Token Status List), and the question behind both: is it live now?
+
+Reads only. Never calls a provider: a verifier's answer may not wait for Vault. Unknown is "not active" (INV-24).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from broker.domain.clock import Clock, epoch
+from broker.domain.errors import BrokerError, InvalidTarget, NotFound, Unauthenticated
+from broker.domain.grant import Grant
+from broker.domain.identity import Caller, Role, is_id
+from broker.domain.lifecycle import is_live
+from broker.domain.receipt import OFFLINE_BOUND
+from broker.domain.status_list import claims as status_list_claims
+from broker.domain.status_list import encode
+from broker.providers.jwt import verify
+from broker.services.group_commit import GroupCommit
+from broker.services.keys import KeyRing
+from broker.services.revocation import may_see
+from broker.services.standing import Standing, StandingReader
+from broker.store import gate
+from broker.store.database import Database
+from broker.store.grants import find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
+from broker.store.standing import STATUS_LIST_SIZE, status_list, status_lists
+
+# Our own memory and the verifier's add up to the published bound.
+_KEPT_FOR = timedelta(seconds=5)
+_TTL = OFFLINE_BOUND - _KEPT_FOR
+_TOKENS_REMEMBERED = 20_000
+_TOKEN_TYPES = ("at+jwt", "JWT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """A grant at the moment of one look, and what stood over it."""
+
+    grant: Grant | None
+    live: bool
+    standing: Standing
+
+
+@dataclass(frozen=True, kw_only=True)
+class _List:
+    era: int
+    built_at: datetime
+    token: str
+
+
+class Verification:
+    def __init__(self, *, database: Database, standing: StandingReader, issuer: str, clock: Clock) -> None:
+        self._database = database
+        self._standing = standing
+        self._issuer = issuer
+        self._clock = clock
+        self._looks: GroupCommit[str, _Seen] = GroupCommit(self._look)
+        self._verified: dict[bytes, tuple[KeyRing, Mapping[str, Any]]] = {}
+        self._lists: dict[int, _List] = {}
+        self._building = threading.Lock()
+
+    def introspect(self, caller: Caller, token: str) -> Mapping[str, Any]:
+        """RFC 7662's answer; `{"active": false}` says nothing more, whatever the reason (INV-26)."""
+        claims = self.live_claims(token)
+        if claims is None:
+            return {"active": False}
+        grant, standing = claims[1], claims[2]
+        try:
+            resource = standing.catalogue.resource(grant.resource)
+        except InvalidTarget:
+            return {"active": False}
+        if not caller.has(Role.VERIFIER) or caller.name not in resource.verifiers:
+            return {"active": False}
+        token_type = "DPoP" if "cnf" in claims[0] else "Bearer"
+        return {"active": True, "token_type": token_type, **claims[0]}
+
+    def live_claims(self, token: str) -> tuple[Mapping[str, Any], Grant, Standing] | None:
+        """The claims of a token of ours that opens something now, with its grant; None for anything else."""
+        now = self._clock()
+        claims = self._claims(token, self._standing.last_known().keys, now)
+        if claims is None:
+            # Signed by a key that was made since our last look, perhaps.
+            claims = self._claims(token, self._standing.now().keys, now)
+        if claims is None:
+            return None
+        seen = self._looks.submit(str(claims["grant_id"]))
+        # A key that was compromised since is not in the ring of this look.
+        if seen.grant is None or not seen.live or self._claims(token, seen.standing.keys, now) is None:
+            return None
+        if claims["aud"] != seen.grant.resource:
+            return None
+        return claims, seen.grant, seen.standing
+
+    def find_grant(self, caller: Caller, grant_id: str) -> tuple[Grant, bool]:
+        """The grant and whether it is live; NotFound for those who may not see it (INV-28)."""
+        now = self._clock()
+        with self._database.read() as db:
+            found = find_with_tasks(db, [grant_id]).get(grant_id) if is_id(grant_id, "grt") else None
+            standing = self._standing.at(db, gate.era_of(db))
+        if found is None or not may_see(caller, found[0]):
+            raise NotFound(f"there is no grant {grant_id[:64]!r} that you may see")
+        return found[0], _live(standing, now, *found)
+
+    def page_of_grants(
+        self, caller: Caller, filters: Mapping[str, str], *, before: str | None, limit: int
+    ) -> list[tuple[Grant, bool]]:
+        """Newest first, below the id `before`, of those the caller may see; each with whether it is live."""
+        now = self._clock()
+        where = matching(**filters)
+        if not (caller.has(Role.ADMIN) or caller.has(Role.AUDITOR)):
+            where.append(seen_by(caller.name))
+        with self._database.read() as db:
+            page = page_of_grants(db, where=where, before=before, limit=limit)
+            found = find_with_tasks(db, [grant.id for grant in page])
+            standing = self._standing.at(db, gate.era_of(db))
+        return [(grant, _live(standing, now, *found[grant.id])) for grant in page]
+
+    def jwks(self) -> Mapping[str, Any]:
+        return self._standing.now().keys.jwks()
+
+    def status_list(self, list_id: int) -> str:
+        """A signed status list, never older than its `iat` says by more than the bound."""
+        now = self._clock()
+        with self._database.read() as db:
+            era = gate.era_of(db)
+        kept = self._fresh(list_id, era, now)
+        if kept is None:
+            # One builder at a time: a crowd of verifiers costs one scan (INV-35).
+            with self._building:
+                kept = self._fresh(list_id, era, now) or self._build(list_id)
+        return kept.token
+
+    def status_lists(self) -> Mapping[str, Any]:
+        with self._database.read() as db:
+            live = status_lists(db, now=self._clock())
+        return {"status_lists": [self.status_uri(list_id) for list_id in live]}
+
+    def status_uri(self, list_id: int) -> str:
+        return f"{self._issuer}/status-lists/{list_id}"
+
+    def _look(self, grant_ids: Sequence[str]) -> Sequence[_Seen | BrokerError]:
+        now = self._clock()
+        with self._database.read() as db:
+            # The rows first: what stands is then at least as new, and a refusal is never missed (INV-24).
+            found = find_with_tasks(db, set(grant_ids))
+            standing = self._standing.at(db, gate.era_of(db))
+        return [self._seen(found.get(grant_id), standing, now) for grant_id in grant_ids]
+
+    def _seen(self, row: Any, standing: Standing, now: datetime) -> _Seen:
+        if row is None:
+            return _Seen(grant=None, live=False, standing=standing)
+        return _Seen(grant=row[0], live=_live(standing, now, *row), standing=standing)
+
+    def _claims(self, token: str, keys: KeyRing, now: datetime) -> Mapping[str, Any] | None:
+        digest = hashlib.sha256(token.encode(errors="surrogatepass")).digest()
+        known = self._verified.get(digest)
+        if known is not None and known[0] is keys:
+            return known[1] if epoch(now) < known[1]["exp"] else None
+        try:
+            claims = verify(token, keys.verification_keys, now=now, typ=_TOKEN_TYPES)
+        except Unauthenticated:
+            return None
+        if claims.get("iss") != self._issuer or not isinstance(claims.get("grant_id"), str):
+            return None
+        if len(self._verified) >= _TOKENS_REMEMBERED:
+            self._verified.clear()
+        self._verified[digest] = (keys, claims)
+        return claims
+
+    def _fresh(self, list_id: int, era: int, now: datetime) -> _List | None:
+        kept = self._lists.get(list_id)
+        if kept is None or kept.era != era or now - kept.built_at >= _KEPT_FOR:
+            return None
+        return kept
+
+    def _build(self, list_id: int) -> _List:
+        now = self._clock()
+        with self._database.read() as db:
+            if status_list(db, list_id) is None:
+                raise NotFound(f"there is no status list {list_id}")
+            standing = self._standing.at(db, gate.era_of(db))
+            invalid = invalid_indexes(db, list_id, standing.refusals, now=now)
+        claims = status_list_claims(
+            uri=self.status_uri(list_id),
+            issued_at=now,
+            expires_at=now + OFFLINE_BOUND,
+            ttl_s=int(_TTL.total_seconds()),
+            lst=encode(bits=2, size=STATUS_LIST_SIZE, invalid=invalid),
+            bits=2,
+        )
+        token = standing.keys.current("ES256").sign({"iss": self._issuer, **claims}, typ="statuslist+jwt")
+        built = _List(era=standing.era, built_at=now, token=token)
+        self._lists[list_id] = built
+        return built
+
+
+def _live(standing: Standing, now: datetime, grant: Grant, task_state: Any, ends_at: datetime) -> bool:
+    return is_live(
+        grant=grant.state,
+        expires_at=grant.expires_at,
+        task=task_state,
+        deadline_at=ends_at,
+        locked_down=standing.refusals.over(grant) is not None,
+        now=now,
+    )

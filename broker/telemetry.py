@@ -1,0 +1,90 @@
+"""Names of metrics and log events: the same words as in audit events and routes.
+
+Logs are one JSON object a line. No label and no line holds a token, a request's body or text of unbounded variety
+(INV-30, INV-31).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any, TextIO
+
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest, start_http_server
+
+from broker.domain.clock import from_epoch, rfc3339
+
+_log = logging.getLogger("broker.web")
+
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_SECONDS = Histogram("broker_http_request_seconds", "Time to answer", ["method", "route"], buckets=_BUCKETS)
+_REQUESTS = Counter("broker_http_requests", "Requests answered", ["method", "route", "status"])
+_UNAUTHENTICATED = Counter("broker_unauthenticated", "Workload tokens refused")
+_SWEPT = Counter("broker_swept_rows", "Rows the sweeper moved", ["what"])
+_SWEEP_SECONDS = Histogram("broker_sweep_seconds", "Time of one sweep", buckets=_BUCKETS)
+_LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep finished")
+
+
+def answered(*, method: str, route: str, status: int, seconds: float, caller: str | None, trace_id: str) -> None:
+    """One request was answered. `route` is the rule, never the path: paths are of unbounded variety."""
+    _SECONDS.labels(method, route).observe(seconds)
+    _REQUESTS.labels(method, route, status).inc()
+    if _log.isEnabledFor(logging.INFO):
+        fields = {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2), "caller": caller}
+        _log.info("request", extra={"fields": {**fields, "trace_id": trace_id}})
+
+
+def unauthenticated(reason: str, trace_id: str) -> None:
+    """A workload token was refused. Only here is said why; it costs no row, because anybody can cause it (INV-35)."""
+    _UNAUTHENTICATED.inc()
+    _log.info("unauthenticated", extra={"fields": {"reason": reason, "trace_id": trace_id}})
+
+
+def broke(problem: Exception, trace_id: str) -> None:
+    """An error nobody expected."""
+    _log.error("internal error", exc_info=problem, extra={"fields": {"trace_id": trace_id}})
+
+
+def swept(counts: dict[str, int], seconds: float) -> None:
+    for what, count in counts.items():
+        if count:
+            _SWEPT.labels(what).inc(count)
+    _SWEEP_SECONDS.observe(seconds)
+    _LAST_SWEEP.set_to_current_time()
+
+
+def exposition() -> tuple[bytes, str]:
+    """Everything, in Prometheus' text format, with its content type."""
+    return generate_latest(), CONTENT_TYPE_LATEST
+
+
+def serve_metrics(host: str, port: int) -> None:
+    """Answer `/metrics` on a port of its own, in a daemon thread."""
+    start_http_server(port, addr=host)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: nothing in a message can start a new one (INV-31)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "at": rfc3339(from_epoch(int(record.created))),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def log_to(stream: TextIO = sys.stderr, *, level: int = logging.INFO) -> None:
+    """Send every logger's lines there, as JSON."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    # They log each request a second time, httpx with its URL.
+    for name in ("httpx", "httpcore", "apscheduler", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)

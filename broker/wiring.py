@@ -1,0 +1,101 @@
+"""The stairs: the only place where things are built, from settings that are already checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from broker.config import Settings, read_master_key
+from broker.domain.clock import Clock, system_clock
+from broker.providers.dev_issuer import DevIssuer
+from broker.providers.key_sets import KeySets
+from broker.services.administration import Administration
+from broker.services.audit_trail import AuditTrail
+from broker.services.authentication import Authenticator
+from broker.services.issuance import Issuance
+from broker.services.keys import Keys, MasterKey
+from broker.services.proofs import Proofs
+from broker.services.revocation import Revocation
+from broker.services.standing import StandingReader
+from broker.services.status_indexes import StatusIndexes
+from broker.services.sweeper import Sweeper
+from broker.services.tasks import TaskService
+from broker.services.verification import Verification
+from broker.store.database import Database
+from broker.store.migration import is_current, migrate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broker:
+    """Everything a door needs, once per process."""
+
+    settings: Settings
+    clock: Clock
+    database: Database
+    keys: Keys
+    key_sets: KeySets
+    standing: StandingReader
+    authenticator: Authenticator
+    proofs: Proofs
+    issuance: Issuance
+    tasks: TaskService
+    revocation: Revocation
+    verification: Verification
+    administration: Administration
+    audit_trail: AuditTrail
+    sweeper: Sweeper
+
+    def migrate(self) -> None:
+        """Bring the database to the revision this code expects."""
+        migrate(self.database)
+
+    def is_migrated(self) -> bool:
+        return is_current(self.database)
+
+    def apply(self, *, by: str, allow_older: bool = False) -> int:
+        """Store the configuration file as the newest version, unless it is already; answers its number."""
+        return self.administration.apply(self.settings.catalogue, by=by, allow_older=allow_older)
+
+    def close(self) -> None:
+        self.database.close()
+
+
+def build(settings: Settings, *, clock: Clock = system_clock) -> Broker:
+    """A broker of these settings. Opens files and connections as they are needed; starts nothing."""
+    database = Database(settings.store_url)
+    keys = Keys(
+        database=database,
+        master_key=MasterKey(read_master_key(settings.master_key_file)),
+        clock=clock,
+        rotate_every=settings.rotate_every,
+        max_ttl=settings.limits.max_ttl,
+    )
+    standing = StandingReader(database=database, keys=keys)
+    key_sets = KeySets()
+    issuer, limits = settings.issuer, settings.limits
+    indexes = StatusIndexes(database=database, longest_life=2 * limits.max_ttl)
+    revocation = Revocation(database=database, standing=standing, keys=keys, issuer=issuer, clock=clock)
+    return Broker(
+        settings=settings,
+        clock=clock,
+        database=database,
+        keys=keys,
+        key_sets=key_sets,
+        standing=standing,
+        authenticator=Authenticator(database=database, key_sets=key_sets, audience=issuer),
+        proofs=Proofs(database),
+        issuance=Issuance(
+            database=database, standing=standing, indexes=indexes, limits=limits, issuer=issuer, clock=clock
+        ),
+        tasks=TaskService(database=database, standing=standing, limits=limits, issuer=issuer, clock=clock),
+        revocation=revocation,
+        verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
+        administration=Administration(database=database, standing=standing, keys=keys, clock=clock),
+        audit_trail=AuditTrail(database=database),
+        sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
+    )
+
+
+def dev_issuer(directory: Path) -> DevIssuer:
+    """The development issuer kept in this directory, made on first use."""
+    return DevIssuer.create_or_load(directory)
