@@ -1,0 +1,1 @@
+"""HTTP in, HTTP out. Knows no SQL, calls no provider, decides nothing."""

@@ -1,0 +1,86 @@
+"""Grants, for the agents that hold them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from flask import g
+
+from broker.domain.grant import GrantRequest
+from broker.domain.identity import Caller
+from broker.domain.scope import scope_set
+from broker.web import shapes
+from broker.web.auth import proven_key
+from broker.web.context import broker
+from broker.web.operations import Operations, before, page
+from broker.web.reading import idempotency
+
+grants = Operations("grants")
+
+
+@grants(
+    "POST",
+    "/v1/grants",
+    "Ask for a credential",
+    body=shapes.RequestGrant,
+    answers={201: shapes.IssuedAnswer},
+    creates=True,
+    proof=True,
+)
+def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
+    request = GrantRequest(
+        caller=caller,
+        resource=body.resource,
+        scopes=scope_set(body.scopes),
+        task_id=body.task_id,
+        ttl=None if body.ttl_s is None else timedelta(seconds=body.ttl_s),
+        intent=body.intent,
+        claimed=body.context,
+        idempotency=idempotency(g.raw_body),
+        jkt=proven_key(),
+    )
+    return 201, shapes.of_issued(broker().issuance.issue(request))
+
+
+@grants(
+    "POST",
+    "/v1/grants/{id}/renew",
+    "A new token for the same grant, decided again",
+    body=shapes.RenewGrant,
+    answers={200: shapes.IssuedAnswer},
+    proof=True,
+)
+def renew_grant(caller: Caller, grant_id: str, body: shapes.RenewGrant) -> tuple[int, Any]:
+    ttl = None if body.ttl_s is None else timedelta(seconds=body.ttl_s)
+    return 200, shapes.of_issued(broker().issuance.renew(caller, grant_id, ttl=ttl, jkt=proven_key()))
+
+
+@grants("GET", "/v1/grants", "List grants, newest first", query_=shapes.GrantQuery, answers={200: shapes.GrantPage})
+def list_grants(caller: Caller, query: shapes.GrantQuery) -> tuple[int, Any]:
+    wanted = {
+        "state": query.state,
+        "task_id": query.task,
+        "agent": query.agent,
+        "user": query.user,
+        "resource": query.resource,
+    }
+    filters = {name: str(value) for name, value in wanted.items() if value is not None}
+    found = broker().verification.page_of_grants(caller, filters, before=before(query.cursor, "grt"), limit=query.limit)
+    return 200, page([grant for grant, _ in found], [shapes.of_grant(*pair) for pair in found], query.limit)
+
+
+@grants("GET", "/v1/grants/{id}", "One grant, never its credential", answers={200: shapes.GrantAnswer})
+def show_grant(caller: Caller, grant_id: str) -> tuple[int, Any]:
+    return 200, shapes.of_grant(*broker().verification.find_grant(caller, grant_id))
+
+
+@grants(
+    "POST",
+    "/v1/grants/{id}/revoke",
+    "End one grant",
+    body=shapes.WithReason,
+    answers={200: shapes.ReceiptAnswer},
+)
+def revoke_grant(caller: Caller, grant_id: str, body: shapes.WithReason) -> tuple[int, Any]:
+    return 200, shapes.of_receipt(broker().revocation.revoke_grant(caller, grant_id, reason=body.reason))

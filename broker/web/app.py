@@ -1,0 +1,152 @@
+"""The WSGI application: routes, error pages, limits, health, metrics. One request is one span, one log line."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from importlib.metadata import version
+
+from flask import Flask, Response, g, request
+from werkzeug.exceptions import HTTPException
+
+from broker import telemetry
+from broker.domain.errors import BrokerError, NotFound, RoleMissing, Unauthenticated
+from broker.domain.identity import Role
+from broker.web import auth, problems
+from broker.web.api.audit import audit
+from broker.web.api.grants import grants
+from broker.web.api.policies import policies
+from broker.web.api.revocations import revocations
+from broker.web.api.tasks import tasks
+from broker.web.context import broker as house
+from broker.web.oauth.metadata import metadata
+from broker.web.oauth.token import token
+from broker.web.operations import json_response, openapi
+from broker.web.reading import TooLarge, UnsupportedMediaType, printable, trace_id_of
+from broker.wiring import Broker
+
+API = (tasks, grants, revocations, policies, audit)
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+
+
+def create_app(built: Broker) -> Flask:
+    app = Flask("broker", static_folder=None)
+    app.extensions["broker"] = built
+    # A body is read by `broker.web.reading` alone; this is for whoever forgets.
+    app.config["MAX_CONTENT_LENGTH"] = 65_536
+    app.url_map.strict_slashes = True
+    app.url_map.merge_slashes = False
+    for operations in API:
+        app.register_blueprint(operations.blueprint)
+    app.register_blueprint(token)
+    app.register_blueprint(metadata)
+    app.before_request(_begin)
+    app.after_request(_end)
+    _add_error_pages(app)
+    _add_pages(app)
+    return app
+
+
+def _begin() -> None:
+    g.started = time.perf_counter()
+    g.trace_id = trace_id_of(request.headers.get("traceparent", "")) or secrets.token_hex(16)
+    g.caller = None
+
+
+def _end(response: Response) -> Response:
+    response.headers.update(_SECURITY_HEADERS)
+    if request.url_rule is not None and request.url_rule.rule.startswith("/problems"):
+        response.headers["Content-Security-Policy"] = "default-src 'none'; style-src 'unsafe-inline'"
+    route = request.url_rule.rule if request.url_rule is not None else "unknown"
+    seconds = time.perf_counter() - g.started
+    telemetry.answered(
+        method=request.method,
+        route=route,
+        status=response.status_code,
+        seconds=seconds,
+        caller=g.caller,
+        trace_id=g.trace_id,
+    )
+    return response
+
+
+def _add_error_pages(app: Flask) -> None:
+    def refused(problem: BrokerError) -> Response:
+        if isinstance(problem, Unauthenticated):
+            telemetry.unauthenticated(printable(problem.reason), g.trace_id)
+        return problems.problem_response(problem, _issuer(), g.trace_id)
+
+    def other(problem: HTTPException) -> Response:
+        status = problem.code or 500
+        headers = {}
+        if status == 405 and problem.get_response() is not None:
+            headers = {"Allow": problem.get_response().headers.get("Allow", "")}
+            detail = f"{request.method} is not a method of {printable(request.path)}: use {headers['Allow']}"
+            return problems.document(405, "method_not_allowed", detail, _issuer(), g.trace_id, headers=headers)
+        if status == 413:
+            return too_large(TooLarge())
+        if status == 404:
+            detail = f"there is nothing at {printable(request.path)}: see {_issuer()}/openapi.json"
+            return problems.document(404, "not_found", detail, _issuer(), g.trace_id)
+        return problems.document(status, "invalid_request", printable(problem.name), _issuer(), g.trace_id)
+
+    def too_large(_problem: TooLarge) -> Response:
+        detail = "the body is longer than 64 KiB, the most this broker reads"
+        return problems.document(413, "too_large", detail, _issuer(), g.trace_id)
+
+    def media_type(problem: UnsupportedMediaType) -> Response:
+        detail = f"send the body as {problem.wanted}"
+        return problems.document(415, "unsupported_media_type", detail, _issuer(), g.trace_id)
+
+    def broken(problem: Exception) -> Response:
+        telemetry.broke(problem, g.trace_id)
+        detail = f"it was logged under trace id {g.trace_id}: tell the broker's administrator"
+        return problems.document(500, "internal", detail, _issuer(), g.trace_id)
+
+    app.register_error_handler(BrokerError, refused)
+    app.register_error_handler(HTTPException, other)
+    app.register_error_handler(TooLarge, too_large)
+    app.register_error_handler(UnsupportedMediaType, media_type)
+    app.register_error_handler(Exception, broken)
+
+
+def _add_pages(app: Flask) -> None:
+    @app.get("/healthz")
+    def healthz() -> Response:
+        """Whether the process answers; says nothing of what it needs."""
+        return json_response({"status": "ok"})
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        """Whether it can do its work: the store answers, and holds a configuration."""
+        standing = house().standing.now()
+        return json_response({"status": "ok", "configuration_version": standing.catalogue.version})
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """For those who cannot reach the separate port: behind a workload token of an admin or auditor."""
+        caller = auth.caller()
+        if not (caller.has(Role.ADMIN) or caller.has(Role.AUDITOR)):
+            raise RoleMissing(f"{caller.name} is neither admin nor auditor: scrape the metrics port instead")
+        body, media_type = telemetry.exposition()
+        return Response(body, content_type=media_type)
+
+    @app.get("/openapi.json")
+    def openapi_document() -> Response:
+        declared = [operation for operations in API for operation in operations.declared]
+        return json_response(openapi(declared, _issuer(), version("agent-credential-broker")))
+
+    @app.get("/problems/<code>")
+    def problem_page(code: str) -> Response:
+        title = problems.TITLES.get(code)
+        if title is None:
+            raise NotFound("there is no such problem")
+        return Response(problems.page(code), mimetype="text/html")
+
+
+def _issuer() -> str:
+    return house().settings.issuer

@@ -1,0 +1,44 @@
+"""Who calls: the workload token of a request, and the DPoP proof that comes with it."""
+
+from __future__ import annotations
+
+from flask import g, request
+
+from broker.domain.errors import Unauthenticated
+from broker.domain.identity import Caller
+from broker.web.context import broker
+from broker.web.reading import single_header
+
+_SCHEME = "Bearer "
+
+
+def caller() -> Caller:
+    """The authenticated caller of a `/v1` request, by `Authorization: Bearer <workload token>`."""
+    header = single_header("Authorization")
+    if header is None:
+        raise Unauthenticated("no Authorization header")
+    if header[: len(_SCHEME)].lower() != _SCHEME.lower():
+        raise Unauthenticated("Authorization is not of the scheme Bearer")
+    return authenticate(header[len(_SCHEME) :])
+
+
+def authenticate(token: str) -> Caller:
+    """The caller that a workload token proves."""
+    house = broker()
+    found: Caller = house.authenticator.authenticate(
+        token, house.standing.last_known().catalogue, now=house.clock(), trace_id=g.trace_id
+    )
+    g.caller = found.name
+    return found
+
+
+def proven_key() -> str | None:
+    """The thumbprint of the key a `DPoP` header proves (RFC 9449), None without one; the proof is used up by it."""
+    proof = single_header("DPoP")
+    if proof is None:
+        return None
+    house = broker()
+    jkt: str = house.proofs.verify_dpop(
+        proof, method=request.method, url=house.settings.issuer + request.path, now=house.clock()
+    )
+    return jkt

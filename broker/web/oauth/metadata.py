@@ -1,0 +1,110 @@
+"""What this broker is, for machines: RFC 8414, RFC 9728, RFC 7517, and the status lists' own documents."""
+
+from __future__ import annotations
+
+import hashlib
+
+from flask import Blueprint, Response, request
+
+from broker.domain.errors import NotFound
+from broker.web.context import broker
+from broker.web.operations import json_response
+
+metadata = Blueprint("metadata", __name__)
+
+GRANT_TYPES = (
+    "client_credentials",
+    "urn:ietf:params:oauth:grant-type:jwt-bearer",
+    "urn:ietf:params:oauth:grant-type:token-exchange",
+)
+_ASSERTION_ALGORITHMS = ["ES256", "ES384", "RS256", "PS256", "EdDSA"]
+
+
+@metadata.get("/.well-known/oauth-authorization-server")
+@metadata.get("/.well-known/openid-configuration")
+def server_metadata() -> Response:
+    issuer = broker().settings.issuer
+    catalogue = broker().standing.last_known().catalogue
+    scopes = sorted({scope for resource in catalogue.resources for scope in resource.scopes})
+    return _cached(
+        {
+            "issuer": issuer,
+            # MCP clients demand the member, though nothing interactive is here yet.
+            "authorization_endpoint": f"{issuer}/oauth2/authorize",
+            "token_endpoint": f"{issuer}/oauth2/token",
+            "introspection_endpoint": f"{issuer}/oauth2/introspect",
+            "revocation_endpoint": f"{issuer}/oauth2/revoke",
+            "jwks_uri": f"{issuer}/oauth2/jwks",
+            "status_list_aggregation_endpoint": f"{issuer}/status-lists",
+            "scopes_supported": scopes,
+            "response_types_supported": ["none"],
+            "grant_types_supported": list(GRANT_TYPES),
+            "token_endpoint_auth_methods_supported": ["private_key_jwt"],
+            "token_endpoint_auth_signing_alg_values_supported": _ASSERTION_ALGORITHMS,
+            "introspection_endpoint_auth_methods_supported": ["private_key_jwt"],
+            "introspection_endpoint_auth_signing_alg_values_supported": _ASSERTION_ALGORITHMS,
+            "revocation_endpoint_auth_methods_supported": ["private_key_jwt"],
+            "revocation_endpoint_auth_signing_alg_values_supported": _ASSERTION_ALGORITHMS,
+            "authorization_details_types_supported": ["urn:broker:task"],
+            "dpop_signing_alg_values_supported": ["ES256", "EdDSA", "RS256", "PS256"],
+            "subject_types_supported": ["public"],
+            "id_token_signing_alg_values_supported": ["RS256", "ES256"],
+            "service_documentation": f"{issuer}/openapi.json",
+        }
+    )
+
+
+@metadata.get("/.well-known/oauth-protected-resource/v1")
+def resource_metadata() -> Response:
+    issuer = broker().settings.issuer
+    return _cached(
+        {
+            "resource": f"{issuer}/v1",
+            "authorization_servers": sorted(
+                entry.issuer for entry in broker().standing.last_known().catalogue.issuers if not entry.users
+            ),
+            "bearer_methods_supported": ["header"],
+            "resource_documentation": f"{issuer}/openapi.json",
+        }
+    )
+
+
+@metadata.get("/oauth2/jwks")
+def jwks() -> Response:
+    return _cached(dict(broker().verification.jwks()), media_type="application/jwk-set+json")
+
+
+@metadata.get("/status-lists")
+def status_lists() -> Response:
+    return json_response(dict(broker().verification.status_lists()))
+
+
+@metadata.get("/status-lists/<list_id>")
+def status_list(list_id: str) -> Response:
+    # As many digits as our lists can ever have, and only those (INV-31).
+    if not (list_id.isascii() and list_id.isdigit() and len(list_id) <= 9):
+        raise NotFound("a status list has a number: see /status-lists")
+    token = broker().verification.status_list(int(list_id))
+    response = Response(token, mimetype="application/statuslist+jwt")
+    # The token says itself how long it may be kept; a shared cache in between would add to the bound.
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+@metadata.get("/oauth2/authorize")
+def authorize() -> Response:
+    page = (
+        "<!doctype html><html lang=en><title>Nothing to sign in to</title><h1>Nothing to sign in to</h1>"
+        "<p>This broker issues credentials to workloads that prove their identity at <code>/oauth2/token</code>. "
+        "There is no interactive flow.</p></html>"
+    )
+    return Response(page, 400, mimetype="text/html")
+
+
+def _cached(document: dict[str, object], *, media_type: str = "application/json") -> Response:
+    response = json_response(document)
+    response.mimetype = media_type
+    response.headers["Cache-Control"] = "public, max-age=60"
+    response.set_etag(hashlib.sha256(response.get_data()).hexdigest()[:32])
+    response.make_conditional(request)
+    return response

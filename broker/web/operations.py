@@ -1,0 +1,217 @@
+"""Operations of the JSON API: a route, the shapes it reads and answers, and so its place in the OpenAPI document.
+
+Declared in one breath, so that the document cannot say anything else than the code does.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+from flask import Blueprint, Response, g, request
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from broker.domain.errors import Invalid
+from broker.domain.identity import Caller, is_id
+from broker.web import auth
+from broker.web.reading import json_body, query, raw_body
+from broker.web.shapes import NoQuery, ProblemAnswer
+
+Handler = Callable[..., tuple[int, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    method: str
+    path: str
+    summary: str
+    name: str
+    body: type[BaseModel] | None
+    query: type[BaseModel]
+    answers: Mapping[int, type[BaseModel]]
+    creates: bool
+    proof: bool
+
+
+class Operations:
+    """One blueprint and the operations declared on it."""
+
+    def __init__(self, name: str) -> None:
+        self.blueprint = Blueprint(name, __name__)
+        self.declared: list[Operation] = []
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        summary: str,
+        *,
+        answers: Mapping[int, type[BaseModel]],
+        body: type[BaseModel] | None = None,
+        query_: type[BaseModel] = NoQuery,
+        creates: bool = False,
+        proof: bool = False,
+    ) -> Callable[[Handler], Handler]:
+        """Declare `handler(caller, *ids, body?, query?)`; `creates` takes an Idempotency-Key, `proof` a DPoP header."""
+
+        def declare(handler: Handler) -> Handler:
+            operation = Operation(
+                method=method,
+                path=path,
+                summary=summary,
+                name=handler.__name__,
+                body=body,
+                query=query_,
+                answers=answers,
+                creates=creates,
+                proof=proof,
+            )
+            self.declared.append(operation)
+            rule = path.replace("{", "<").replace("}", ">")
+            self.blueprint.add_url_rule(rule, handler.__name__, _route(operation, handler), methods=[method])
+            return handler
+
+        return declare
+
+
+def _route(operation: Operation, handler: Handler) -> Callable[..., Response]:
+    optional_body = operation.body is not None and not any(
+        field.is_required() for field in operation.body.model_fields.values()
+    )
+
+    @wraps(handler)
+    def route(**ids: str) -> Response:
+        caller: Caller = auth.caller()
+        given: dict[str, Any] = {}
+        if operation.query is not NoQuery or request.query_string:
+            read = query(operation.query)
+            if operation.query is not NoQuery:
+                given["query"] = read
+        if operation.method in ("POST", "PUT"):
+            raw = raw_body(request)
+            g.raw_body = raw
+            if operation.body is not None:
+                given["body"] = json_body(operation.body, raw, optional=optional_body)
+            elif raw.strip() not in (b"", b"{}"):
+                raise Invalid("this request takes no body: leave it empty")
+        status, answer = handler(caller, *ids.values(), **given)
+        if status == 204:
+            return Response(status=204)
+        return json_response(answer, status)
+
+    return route
+
+
+def json_response(answer: Any, status: int = 200) -> Response:
+    response = Response(json.dumps(answer, separators=(",", ":")), status, mimetype="application/json")
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def page(items: Sequence[Any], shown: Sequence[Any], limit: int) -> dict[str, Any]:
+    """A list answer; the cursor is the id of its last item, and opaque to everybody else."""
+    more = len(items) == limit
+    cursor = base64.urlsafe_b64encode(items[-1].id.encode()).decode() if more else None
+    return {"items": list(shown), "next_cursor": cursor}
+
+
+def before(cursor: str | None, prefix: str) -> str | None:
+    """The id a cursor stands for."""
+    if cursor is None:
+        return None
+    try:
+        text = base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
+    except ValueError:
+        text = ""
+    if not is_id(text, prefix):
+        raise Invalid("cursor is not one that this list answered: start again without it", member="cursor")
+    return text
+
+
+def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of these operations."""
+    models: list[tuple[type[BaseModel], Any]] = [(ProblemAnswer, "validation")]
+    for operation in operations:
+        models += [(model, "validation") for model in operation.answers.values()]
+        models += [(operation.body, "validation")] if operation.body else []
+    references, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    paths: dict[str, Any] = {}
+    for operation in operations:
+        responses: dict[str, Any] = {
+            str(status): _content(references[(model, "validation")], "The answer.")
+            if status != 204
+            else {"description": "Done."}
+            for status, model in operation.answers.items()
+        }
+        problem = _content(references[(ProblemAnswer, "validation")], "A problem document.", "application/problem+json")
+        for status in (400, 401, 403, 404, 409, 413, 415, 429, 503):
+            responses[str(status)] = problem
+        entry: dict[str, Any] = {
+            "operationId": operation.name,
+            "summary": operation.summary,
+            "parameters": _parameters(operation),
+            "responses": responses,
+        }
+        if operation.body is not None:
+            required = any(field.is_required() for field in operation.body.model_fields.values())
+            schema = references[(operation.body, "validation")]
+            entry["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
+        paths.setdefault(operation.path, {})[operation.method.lower()] = entry
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Agent credential broker",
+            "version": version,
+            "description": "Just-in-time credentials for AI agents. Errors are RFC 9457 problem documents.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": issuer}],
+        "security": [{"workload_token": []}],
+        "paths": paths,
+        "components": {
+            "schemas": definitions.get("$defs", {}),
+            "securitySchemes": {
+                "workload_token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "bearerFormat": "JWT",
+                    "description": f"A JWT of a trusted issuer with {issuer} as its only audience.",
+                }
+            },
+        },
+    }
+
+
+def _content(schema: Any, description: str, media_type: str = "application/json") -> dict[str, Any]:
+    return {"description": description, "content": {media_type: {"schema": schema}}}
+
+
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [
+        {"name": part[1:-1], "in": "path", "required": True, "schema": {"type": "string"}}
+        for part in operation.path.split("/")
+        if part.startswith("{")
+    ]
+    schema = operation.query.model_json_schema()
+    for name, property_ in schema.get("properties", {}).items():
+        found.append({"name": name, "in": "query", "required": False, "schema": _inlined(property_, schema)})
+    if operation.creates:
+        key = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
+        found.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": key})
+    if operation.proof:
+        proof = {"type": "string", "description": "A DPoP proof (RFC 9449): the credential is bound to its key."}
+        found.append({"name": "DPoP", "in": "header", "required": False, "schema": proof})
+    return found
+
+
+def _inlined(property_: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    choices = [choice for choice in property_.get("anyOf", [property_]) if choice != {"type": "null"}]
+    chosen = choices[0]
+    if "$ref" in chosen:
+        chosen = schema["$defs"][chosen["$ref"].rsplit("/", 1)[1]]
+    return {name: value for name, value in chosen.items() if name not in ("title", "default")}

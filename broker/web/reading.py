@@ -1,0 +1,155 @@
+"""Reading requests strictly: one way to say a thing, and a sentence for every other (RFC 8259, RFC 6749 appendix B).
+
+A member twice, a parameter twice, an unknown name, a wrong type: refused with the name and the remedy. What a lenient
+reader would pick for us, somebody else's reader picks otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+from flask import Request, request
+from pydantic import BaseModel, ValidationError
+
+from broker.domain import strict_json
+from broker.domain.errors import Invalid
+from broker.domain.grant import IdempotencyClaim
+
+MAX_BODY_BYTES = 65_536
+_MAX_PARAMETERS = 64
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class UnsupportedMediaType(Exception):
+    """The body is of another content type than the one this endpoint reads."""
+
+    def __init__(self, wanted: str) -> None:
+        super().__init__(wanted)
+        self.wanted = wanted
+
+
+class TooLarge(Exception):
+    """The body is longer than `MAX_BODY_BYTES`."""
+
+
+def raw_body(request: Request) -> bytes:
+    """The body, cut off before it can fill memory."""
+    if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
+        raise TooLarge
+    raw = request.stream.read(MAX_BODY_BYTES + 1)
+    if len(raw) > MAX_BODY_BYTES:
+        raise TooLarge
+    return raw
+
+
+def json_body(model: type[Body], raw: bytes, *, optional: bool) -> Body:
+    """The body as `model`; an empty one counts as `{}` where every member is optional."""
+    if not raw and optional:
+        return model()
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType("application/json")
+    value = strict_json.loads(raw, max_bytes=MAX_BODY_BYTES)
+    if not isinstance(value, dict):
+        raise Invalid(f"the body is {_json_type(value)}: send a JSON object")
+    try:
+        return model.model_validate(value)
+    except ValidationError as problems:
+        raise invalid(problems) from None
+
+
+def query(model: type[Body]) -> Body:
+    """The query string as `model`."""
+    try:
+        return model.model_validate(_once(request.args.items(multi=True)))
+    except ValidationError as problems:
+        raise invalid(problems) from None
+
+
+def form(raw: bytes) -> dict[str, str]:
+    """The parameters of an OAuth request. Unknown ones are ignored, as RFC 6749 section 3.2 asks."""
+    if request.query_string:
+        raise Invalid("parameters belong into the body: a query string ends up in logs")
+    if request.mimetype != "application/x-www-form-urlencoded":
+        raise Invalid("send the parameters as application/x-www-form-urlencoded")
+    try:
+        pairs = parse_qsl(
+            raw.decode("ascii"),
+            keep_blank_values=True,
+            strict_parsing=bool(raw),
+            errors="strict",
+            max_num_fields=_MAX_PARAMETERS,
+        )
+    except ValueError:
+        raise Invalid("the body is not well-formed application/x-www-form-urlencoded text in UTF-8") from None
+    values = _once(pairs)
+    for name, value in values.items():
+        if _CONTROL.search(value):
+            raise Invalid(f"{name} holds a control character", member=printable(name))
+    # RFC 6749 section 3.1: a parameter without a value counts as absent.
+    return {name: value for name, value in values.items() if value}
+
+
+def _once(pairs: Any) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise Invalid(f"{printable(name)} is given more than once", member=printable(name))
+        values[name] = value
+    return values
+
+
+def idempotency(raw: bytes) -> IdempotencyClaim | None:
+    """The Idempotency-Key with what it stands for: this path and this body."""
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not _IDEMPOTENCY_KEY.fullmatch(key):
+        raise Invalid(
+            "Idempotency-Key is one to 255 printable ASCII characters without a blank", member="Idempotency-Key"
+        )
+    whole = f"{request.path}\n".encode() + raw
+    return IdempotencyClaim(
+        key_sha256=hashlib.sha256(key.encode()).hexdigest(), request_sha256=hashlib.sha256(whole).hexdigest()
+    )
+
+
+def single_header(name: str) -> str | None:
+    """A header that may come once."""
+    values = request.headers.getlist(name)
+    if len(values) > 1:
+        raise Invalid(f"the header {name} is given more than once", member=name)
+    return values[0] if values else None
+
+
+def trace_id_of(traceparent: str) -> str | None:
+    """The trace id of a valid `traceparent` (W3C Trace Context); an invalid one is ignored, as the standard asks."""
+    found = _TRACEPARENT.fullmatch(traceparent)
+    return None if found is None else found[1]
+
+
+def invalid(problems: ValidationError) -> Invalid:
+    """The first problem as ours: which member, what was wrong, what to do; never the value of a secret."""
+    first = problems.errors(include_url=False, include_context=False, include_input=False)[0]
+    member = ".".join(str(part) for part in first["loc"]) or "body"
+    sentence = {
+        "extra_forbidden": "is not a member of this request: leave it out",
+        "missing": "is missing",
+    }.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+    return Invalid(f"{printable(member)}: {sentence}", member=printable(member))
+
+
+def printable(text: str) -> str:
+    """Somebody else's text as it may stand in an answer or a log line (INV-31)."""
+    return _CONTROL.sub("?", text.encode(errors="replace").decode())[:200]
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

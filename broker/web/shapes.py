@@ -1,0 +1,422 @@
+"""The shapes of `/v1`: what a request may say, and what an answer holds. OpenAPI is generated from them.
+
+Requests are strict: no coercion, no unknown members; text that people and logs will see holds no control characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from broker.domain.audit import Event
+from broker.domain.clock import rfc3339
+from broker.domain.grant import Grant, Issued
+from broker.domain.lifecycle import GrantState, TaskState
+from broker.domain.task import Task
+from broker.services.administration import AppliedVersion
+from broker.services.revocation import BulkOutcome, Lockdown
+from broker.services.tasks import SignedReceipt
+
+_PLAIN = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
+
+Sentence = Annotated[str, Field(min_length=1, max_length=1000, pattern=_PLAIN)]
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=_PLAIN)]
+Identifier = Annotated[str, Field(min_length=1, max_length=1000, pattern=_PLAIN)]
+Scope = Annotated[str, Field(pattern=r"^[\u0021\u0023-\u005b\u005d-\u007e]{1,200}$")]
+Seconds = Annotated[int, Field(ge=1, le=31_536_000, description="Whole seconds.")]
+Label = Annotated[str, Field(max_length=255, pattern=_PLAIN)]
+When = Annotated[str, Field(description="RFC 3339, UTC, whole seconds.", examples=["2026-03-01T12:00:00Z"])]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Answer(BaseModel):
+    """Described for OpenAPI; answers are built by hand, because validating our own output is time the caller waits."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class CeilingBody(Request):
+    resource: Identifier
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=64)]
+
+
+class OpenTask(Request):
+    purpose: Sentence
+    agents: Annotated[list[Name], Field(min_length=1, max_length=100)]
+    deadline_s: Seconds
+    heartbeat_s: Annotated[int, Field(ge=5, le=86_400)] | None = None
+    resources: Annotated[list[CeilingBody], Field(max_length=100)] | None = None
+    labels: Annotated[dict[Name, Label], Field(max_length=32)] = Field(default_factory=dict)
+
+
+class WithReason(Request):
+    reason: Sentence | None = None
+
+
+class RequestGrant(Request):
+    task_id: Name | None = None
+    resource: Identifier
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=64)]
+    ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
+    intent: Sentence | None = None
+    context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
+
+
+class RenewGrant(Request):
+    ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
+
+
+class Selector(Request):
+    """Exactly one of the axes."""
+
+    task: Identifier | None = None
+    agent: Identifier | None = None
+    user: Identifier | None = None
+    orchestrator: Identifier | None = None
+    resource: Identifier | None = None
+    provider: Identifier | None = None
+    policy: Identifier | None = None
+    key: Identifier | None = None
+    all: Literal["all"] | Literal[True] | None = None
+
+    def members(self) -> dict[str, str | None]:
+        named = {name: getattr(self, name) for name in Selector.model_fields}
+        return named | {"all": "all" if self.all else None}
+
+
+class Revoke(Selector):
+    reason: Sentence
+    dry_run: bool = False
+    lockdown: bool = False
+
+
+class SetLockdown(Selector):
+    reason: Sentence
+
+
+class Evaluate(Request):
+    """A request as it might come, and the task it would come under."""
+
+    agent: Name
+    resource: Identifier
+    scopes: Annotated[list[Scope], Field(min_length=1, max_length=64)]
+    ttl_s: Annotated[int, Field(ge=1, le=86_400)] = 300
+    purpose: Sentence = "evaluation"
+    labels: Annotated[dict[Name, Label], Field(max_length=32)] = Field(default_factory=dict)
+    intent: Sentence | None = None
+    sender_bound: bool = False
+    context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
+
+
+class Page(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    cursor: Annotated[str, Field(max_length=100)] | None = None
+
+
+class TaskQuery(Page):
+    state: TaskState | None = None
+    agent: Name | None = None
+    user: Name | None = None
+
+
+class GrantQuery(Page):
+    state: GrantState | None = None
+    task: Name | None = None
+    agent: Name | None = None
+    user: Name | None = None
+    resource: Identifier | None = None
+
+
+class AuditQuery(Page):
+    type: Name | None = None
+    actor: Name | None = None
+    task: Name | None = None
+    grant: Name | None = None
+    agent: Name | None = None
+    user: Name | None = None
+    resource: Identifier | None = None
+    outcome: Name | None = None
+    trace_id: Name | None = None
+
+
+class LockdownQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lifted: Literal["true", "false"] = "false"
+
+
+class NoQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskAnswer(Answer):
+    id: str
+    state: TaskState
+    purpose: str
+    agents: list[str]
+    orchestrator: str
+    created_at: When
+    deadline_at: When
+    heartbeat_s: int | None
+    heartbeat_due_at: When | None
+    ended_at: When | None
+    reason: str | None
+    labels: dict[str, str]
+    resources: list[CeilingBody] | None
+    parent_task_id: str | None
+    on_behalf_of: str | None
+
+
+class DecisionAnswer(Answer):
+    outcome: Literal["allow", "deny", "needs_approval"]
+    policies: list[str]
+    policy_version: int
+    reasons: list[str]
+
+
+class GrantAnswer(Answer):
+    id: str
+    task_id: str
+    agent: str
+    resource: str
+    scopes: list[str]
+    state: GrantState
+    live: bool
+    issued_at: When | None
+    expires_at: When
+    renewable_until: When | None
+    ttl_s: int
+    ttl_decided_by: str
+    jti: str | None
+    provider: str
+    revocation_class: str
+    parent_grant_id: str | None
+    on_behalf_of: str | None
+    decision: DecisionAnswer
+    revoked_at: When | None
+    revoked_by: str | None
+    reason: str | None
+    lease: dict[str, Any] | None
+
+
+class CredentialAnswer(Answer):
+    type: str
+    token: str
+    token_type: str
+    expires_at: When
+
+
+class IssuedAnswer(Answer):
+    grant: GrantAnswer
+    credential: CredentialAnswer
+
+
+class ReceiptLineAnswer(Answer):
+    grant_id: str
+    agent: str
+    resource: str
+    provider: str
+    revocation_class: str
+    authority_ended_at: When | None
+    confirmed_dead_at: When | None
+    exposed_until: When | None
+
+
+class TotalsAnswer(Answer):
+    ended: int
+    confirmed_dead: int
+    outstanding: int
+
+
+class ReceiptAnswer(Answer):
+    task_id: str | None
+    ended_at: When | None
+    outcome: str
+    grants: list[ReceiptLineAnswer]
+    totals: TotalsAnswer
+    jws: str
+
+
+class LockdownAnswer(Answer):
+    id: str
+    axis: str
+    value: str
+    reason: str
+    set_at: When
+    set_by: str
+    lifted_at: When | None
+    lifted_by: str | None
+
+
+class RevocationAnswer(Answer):
+    id: str | None
+    axis: str
+    value: str
+    dry_run: bool
+    grants: int
+    by_agent: dict[str, int]
+    samples: list[GrantAnswer]
+    lockdown: LockdownAnswer | None
+    receipt: ReceiptAnswer | None
+
+
+class EventAnswer(Answer):
+    id: str
+    at: When
+    type: str
+    actor: str
+    outcome: str
+    task_id: str | None
+    grant_id: str | None
+    agent: str | None
+    user: str | None
+    resource: str | None
+    reason: str | None
+    policy_version: int | None
+    trace_id: str | None
+    data: dict[str, Any]
+
+
+class VersionAnswer(Answer):
+    version: int
+    sha256: str
+    applied_at: When
+    applied_by: str
+
+
+class TaskPage(Answer):
+    items: list[TaskAnswer]
+    next_cursor: str | None
+
+
+class GrantPage(Answer):
+    items: list[GrantAnswer]
+    next_cursor: str | None
+
+
+class EventPage(Answer):
+    items: list[EventAnswer]
+    next_cursor: str | None
+
+
+class LockdownPage(Answer):
+    items: list[LockdownAnswer]
+    next_cursor: str | None
+
+
+class VersionPage(Answer):
+    items: list[VersionAnswer]
+    next_cursor: str | None
+
+
+class ProblemAnswer(Answer):
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    trace_id: str | None
+
+
+def of_task(task: Task) -> dict[str, Any]:
+    ceiling = task.ceiling
+    return {
+        "id": task.id,
+        "state": str(task.state),
+        "purpose": task.purpose,
+        "agents": list(task.agents),
+        "orchestrator": task.orchestrator,
+        "created_at": rfc3339(task.created_at),
+        "deadline_at": rfc3339(task.deadline_at),
+        "heartbeat_s": task.heartbeat_s,
+        "heartbeat_due_at": _time(task.heartbeat_due_at),
+        "ended_at": _time(task.ended_at),
+        "reason": task.reason,
+        "labels": dict(task.labels),
+        "resources": None
+        if ceiling is None
+        else [{"resource": name, "scopes": scopes} for name, scopes in ceiling.items()],
+        "parent_task_id": task.parent_task_id,
+        "on_behalf_of": task.on_behalf_of,
+    }
+
+
+def of_grant(grant: Grant, live: bool) -> dict[str, Any]:
+    return {
+        "id": grant.id,
+        "task_id": grant.task_id,
+        "agent": grant.agent,
+        "resource": grant.resource,
+        "scopes": list(grant.scopes),
+        "state": str(grant.state),
+        "live": live,
+        "issued_at": _time(grant.issued_at),
+        "expires_at": rfc3339(grant.expires_at),
+        "renewable_until": _time(grant.renewable_until),
+        "ttl_s": grant.ttl_s,
+        "ttl_decided_by": grant.ttl_decided_by,
+        "jti": grant.jti,
+        "provider": grant.provider,
+        "revocation_class": "bounded",
+        "parent_grant_id": grant.parent_grant_id,
+        "on_behalf_of": grant.on_behalf_of,
+        "decision": grant.decision,
+        "revoked_at": _time(grant.revoked_at),
+        "revoked_by": grant.revoked_by,
+        "reason": grant.reason,
+        "lease": None,
+    }
+
+
+def of_issued(issued: Issued) -> dict[str, Any]:
+    return {
+        "grant": of_grant(issued.grant, True),
+        "credential": {
+            "type": issued.credential.type,
+            "token": issued.credential.token.reveal(),
+            "token_type": issued.credential.token_type,
+            "expires_at": rfc3339(issued.credential.expires_at),
+        },
+    }
+
+
+def of_receipt(signed: SignedReceipt) -> dict[str, Any]:
+    return signed.receipt.as_json() | {"jws": signed.jws}
+
+
+def of_lockdown(lockdown: Lockdown) -> dict[str, Any]:
+    return vars(lockdown) | {"set_at": rfc3339(lockdown.set_at), "lifted_at": _time(lockdown.lifted_at)}
+
+
+def of_revocation(outcome: BulkOutcome, live: Mapping[str, bool]) -> dict[str, Any]:
+    return {
+        "id": outcome.revocation_id,
+        "axis": outcome.axis,
+        "value": outcome.value,
+        "dry_run": outcome.dry_run,
+        "grants": outcome.total,
+        "by_agent": dict(outcome.by_agent),
+        "samples": [of_grant(grant, live.get(grant.id, False)) for grant in outcome.samples],
+        "lockdown": None if outcome.lockdown is None else of_lockdown(outcome.lockdown),
+        "receipt": None if outcome.receipt is None else of_receipt(outcome.receipt),
+    }
+
+
+def of_event(event: Event) -> dict[str, Any]:
+    return event.as_json()
+
+
+def of_version(version: AppliedVersion) -> dict[str, Any]:
+    return vars(version) | {"applied_at": rfc3339(version.applied_at)}
+
+
+def _time(at: datetime | None) -> str | None:
+    return None if at is None else rfc3339(at)
