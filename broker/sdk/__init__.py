@@ -1,0 +1,77 @@
+"""What other programs import: a client for orchestrators, agents, admins and verifiers. Never imports the server.
+
+::
+
+    with Client("https://broker.example", token_file=Path("/var/run/secrets/broker/token")) as broker:
+        with broker.credential(task_id, "https://crm.example/api", ["contacts:read"]) as source:
+            httpx.get("https://crm.example/api/contacts", auth=source.auth())
+"""
+
+from broker.sdk.aio import AsyncClient
+from broker.sdk.client import Client
+from broker.sdk.clock import Timing
+from broker.sdk.credential import AsyncCredentialSource, CredentialSource
+from broker.sdk.dpop import DpopKey
+from broker.sdk.errors import (
+    ApprovalPending,
+    BrokerError,
+    Conflict,
+    Invalid,
+    Limited,
+    NotAuthenticated,
+    NotFound,
+    NotTheBroker,
+    Refused,
+    Unreachable,
+)
+from broker.sdk.run import RunningTask
+from broker.sdk.secret import Secret
+from broker.sdk.values import (
+    Credential,
+    Decision,
+    Event,
+    Grant,
+    Introspection,
+    Lockdown,
+    Page,
+    PolicyVersion,
+    Receipt,
+    ReceiptLine,
+    Revocation,
+    Task,
+    Totals,
+)
+
+__all__ = [
+    "ApprovalPending",
+    "AsyncClient",
+    "AsyncCredentialSource",
+    "BrokerError",
+    "Client",
+    "Conflict",
+    "Credential",
+    "CredentialSource",
+    "Decision",
+    "DpopKey",
+    "Event",
+    "Grant",
+    "Introspection",
+    "Invalid",
+    "Limited",
+    "Lockdown",
+    "NotAuthenticated",
+    "NotFound",
+    "NotTheBroker",
+    "Page",
+    "PolicyVersion",
+    "Receipt",
+    "ReceiptLine",
+    "Refused",
+    "Revocation",
+    "RunningTask",
+    "Secret",
+    "Task",
+    "Timing",
+    "Totals",
+    "Unreachable",
+]

@@ -1,0 +1,202 @@
+"""The client for asyncio: the verbs of `broker.sdk.client`, awaited; lists are asynchronous iterators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import httpx
+
+from broker.sdk import calls
+from broker.sdk.client import answer_of, lost, token_source, turn_page
+from broker.sdk.clock import Timing
+from broker.sdk.credential import AsyncCredentialSource, Lifetime
+from broker.sdk.dpop import DpopKey
+from broker.sdk.exchange import (
+    Answer,
+    Call,
+    Endpoint,
+    Identify,
+    Lost,
+    Outcome,
+    Send,
+    exchange,
+    origin_of,
+    require_traceparent,
+)
+from broker.sdk.run import RunningTask, async_running
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _verb(make: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    @wraps(make)
+    async def verb(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = make(*args, **kwargs)
+        # An argument may be a token, and crash reporters read the variables of every frame (INV-30).
+        del args, kwargs
+        return await self.send(call)
+
+    return verb
+
+
+def _pages(make: Callable[P, calls.Listing[T]]) -> Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]:
+    @wraps(make)
+    def verb(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        return _items(self, make(*args, **kwargs))
+
+    return verb
+
+
+async def _items(client: AsyncClient, listing: calls.Listing[T]) -> AsyncIterator[T]:
+    page, seen = await client.send(listing.first), set[str]()
+    for item in page.items:
+        yield item
+    while page.next_cursor is not None:
+        turn_page(page.next_cursor, seen)
+        page = await client.send(listing.after(page.next_cursor))
+        for item in page.items:
+            yield item
+
+
+class AsyncClient:
+    """`Client` for asyncio. A `token` function is called in the event loop, so it must not block."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | Callable[[], str] | None = None,
+        token_file: Path | None = None,
+        timeout: float = 10.0,
+        http: httpx.AsyncClient | None = None,
+        retry_deadline_s: float = 20.0,
+        traceparent: str | None = None,
+        timing: Timing | None = None,
+    ) -> None:
+        self.timing = timing or Timing()
+        self._endpoint = Endpoint(
+            origin=origin_of(url),
+            timeout_s=timeout,
+            retry_deadline_s=retry_deadline_s,
+            timing=self.timing,
+            traceparent=require_traceparent(traceparent),
+        )
+        self._identify = token_source(token, token_file)
+        self._owns_http = http is None
+        self._http = httpx.AsyncClient(trust_env=False, follow_redirects=False) if http is None else http
+
+    @property
+    def url(self) -> str:
+        """The broker's origin: its issuer."""
+        return self._endpoint.origin
+
+    open_task = _verb(calls.open_task)
+    task = _verb(calls.task)
+    tasks = _pages(calls.tasks)
+    heartbeat = _verb(calls.heartbeat)
+    complete_task = _verb(calls.complete_task)
+    fail_task = _verb(calls.fail_task)
+    cancel_task = _verb(calls.cancel_task)
+    receipt = _verb(calls.receipt)
+
+    request_grant = _verb(calls.request_grant)
+    collect_grant = _verb(calls.collect_grant)
+    grant = _verb(calls.grant)
+    grants = _pages(calls.grants)
+    renew_grant = _verb(calls.renew_grant)
+    revoke_grant = _verb(calls.revoke_grant)
+
+    revoke = _verb(calls.revoke)
+    lockdowns = _pages(calls.lockdowns)
+    set_lockdown = _verb(calls.set_lockdown)
+    lift_lockdown = _verb(calls.lift_lockdown)
+    audit = _pages(calls.audit)
+    policies = _pages(calls.policies)
+    evaluate_policy = _verb(calls.evaluate_policy)
+
+    introspect = _verb(calls.introspect)
+    token = _verb(calls.token)
+
+    def credential(
+        self,
+        task_id: str | None,
+        resource: str,
+        scopes: Iterable[str],
+        *,
+        ttl_s: int | None = None,
+        intent: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        dpop: DpopKey | None = None,
+    ) -> AsyncCredentialSource:
+        """A credential that is asked for when first used, renewed in time, and handed back on `close`."""
+        lifetime = Lifetime(
+            self.timing, task_id, resource, scopes, ttl_s=ttl_s, intent=intent, context=context, dpop=dpop
+        )
+        return AsyncCredentialSource(self, lifetime)
+
+    def run_task(
+        self,
+        purpose: str,
+        agents: Iterable[str],
+        deadline_s: int,
+        heartbeat_s: int | None = None,
+        resources: Mapping[str, Iterable[str]] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> contextlib.AbstractAsyncContextManager[RunningTask]:
+        """A task for the length of an `async with` block, kept alive meanwhile, and ended as the block ends."""
+        return async_running(self, calls.open_task(purpose, agents, deadline_s, heartbeat_s, resources, labels))
+
+    def with_trace(self, traceparent: str | None) -> AsyncClient:
+        """The same client for requests of another trace; it shares the connections, and is not to be closed."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        other._owns_http = False
+        other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
+        return other
+
+    async def send(self, call: Call[T]) -> T:
+        """Do one call; the verbs above are made of it."""
+        steps = exchange(call, self._endpoint)
+        outcome: Outcome = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                if isinstance(step, Identify):
+                    outcome = self._identify()
+                elif isinstance(step, Send):
+                    outcome = await self._deliver(step.request)
+                else:
+                    await self.timing.async_sleep(step.seconds)
+                    outcome = None
+        except StopIteration as done:
+            result: T = done.value
+        return result
+
+    async def _deliver(self, request: httpx.Request) -> Answer | Lost:
+        try:
+            response = await self._http.send(request, auth=None, follow_redirects=False)
+        except httpx.RequestError as problem:
+            return lost(problem)
+        return answer_of(response, self.timing)
+
+    async def close(self) -> None:
+        if self._owns_http:
+            await self._http.aclose()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"

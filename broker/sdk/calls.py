@@ -1,0 +1,392 @@
+"""The verbs, once: what each sends and how its answer is read. Both clients offer exactly these.
+
+What is left out is not sent, so that the broker's own default counts.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+from broker.sdk.dpop import DpopKey
+from broker.sdk.errors import invalid, not_the_broker
+from broker.sdk.exchange import Answer, Call, require_id, require_idempotency_key
+from broker.sdk.secret import Secret
+from broker.sdk.values import (
+    Credential,
+    Decision,
+    Event,
+    Grant,
+    Introspection,
+    Lockdown,
+    Members,
+    Page,
+    PolicyVersion,
+    Receipt,
+    Revocation,
+    Task,
+)
+
+T = TypeVar("T")
+
+AXES = ("task", "agent", "user", "orchestrator", "resource", "provider", "policy", "key", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing(Generic[T]):
+    """A list that comes in pages; `after(cursor)` is the call for the next one."""
+
+    first: Call[Page[T]]
+
+    def after(self, cursor: str) -> Call[Page[T]]:
+        return replace(self.first, query={**self.first.query, "cursor": cursor})
+
+
+def open_task(
+    purpose: str,
+    agents: Iterable[str],
+    deadline_s: int,
+    heartbeat_s: int | None = None,
+    resources: Mapping[str, Iterable[str]] | None = None,
+    labels: Mapping[str, str] | None = None,
+    *,
+    on_behalf_of: str | None = None,
+    parent_task_id: str | None = None,
+    idempotency_key: str | None = None,
+) -> Call[Task]:
+    """Open a task. `resources` maps each resource to the scopes that may be asked for under it."""
+    body = _given(
+        purpose=purpose,
+        agents=_listed(agents, "agents"),
+        deadline_s=deadline_s,
+        heartbeat_s=heartbeat_s,
+        resources=None
+        if resources is None
+        else [{"resource": name, "scopes": _listed(scopes, "resources")} for name, scopes in resources.items()],
+        labels=None if labels is None else dict(labels),
+        on_behalf_of=on_behalf_of,
+        parent_task_id=parent_task_id,
+    )
+    return Call(
+        method="POST",
+        path="/v1/tasks",
+        body=body,
+        secrets=_secrets(on_behalf_of),
+        read=_reads(Task.of),
+        **_once(idempotency_key),
+    )
+
+
+def task(task_id: str) -> Call[Task]:
+    """One task as it is now."""
+    return Call(method="GET", path=_task(task_id), read=_reads(Task.of), repeatable=True)
+
+
+def tasks(
+    *, state: str | None = None, agent: str | None = None, user: str | None = None, page_size: int | None = None
+) -> Listing[Task]:
+    """Tasks that the caller may see, newest first."""
+    return _listing("/v1/tasks", Task.of, page_size, state=state, agent=agent, user=user)
+
+
+def heartbeat(task_id: str) -> Call[Task]:
+    """Keep a task alive."""
+    return Call(method="POST", path=f"{_task(task_id)}/heartbeat", read=_reads(Task.of), repeatable=True)
+
+
+def complete_task(task_id: str, reason: str | None = None) -> Call[Receipt]:
+    """End a task as completed, and everything issued for it. Again gives the same receipt."""
+    return _end(_task(task_id), "complete", reason)
+
+
+def fail_task(task_id: str, reason: str | None = None) -> Call[Receipt]:
+    """End a task as failed, and everything issued for it. Again gives the same receipt."""
+    return _end(_task(task_id), "fail", reason)
+
+
+def cancel_task(task_id: str, reason: str | None = None) -> Call[Receipt]:
+    """End a task as cancelled, and everything issued for it. Again gives the same receipt."""
+    return _end(_task(task_id), "cancel", reason)
+
+
+def receipt(task_id: str) -> Call[Receipt]:
+    """What of a task is dead and what is still exposed, as it stands now."""
+    return Call(method="GET", path=f"{_task(task_id)}/receipt", read=_reads(Receipt.of), repeatable=True)
+
+
+def request_grant(
+    task_id: str | None,
+    resource: str,
+    scopes: Iterable[str],
+    ttl_s: int | None = None,
+    intent: str | None = None,
+    context: Mapping[str, Any] | None = None,
+    dpop: DpopKey | None = None,
+    *,
+    on_behalf_of: str | None = None,
+    parent_grant_id: str | None = None,
+    idempotency_key: str | None = None,
+) -> Call[tuple[Grant, Credential]]:
+    """Ask for a credential. Raises Refused with the decision, or ApprovalPending where people are asked first.
+
+    `task_id` may be None for a principal that is allowed implicit tasks. With `dpop` it is bound to that key.
+    """
+    body = _given(
+        task_id=task_id,
+        resource=resource,
+        scopes=_listed(scopes, "scopes"),
+        ttl_s=ttl_s,
+        intent=intent,
+        context=None if context is None else dict(context),
+        on_behalf_of=on_behalf_of,
+        parent_grant_id=parent_grant_id,
+    )
+    return Call(
+        method="POST",
+        path="/v1/grants",
+        body=body,
+        secrets=_secrets(on_behalf_of),
+        dpop=dpop,
+        read=_issued(dpop),
+        **_once(idempotency_key),
+    )
+
+
+def collect_grant(grant_id: str, dpop: DpopKey | None = None) -> Call[tuple[Grant, Credential]]:
+    """The credential of a grant that people have approved. Handed out once, so a lost answer is not asked again."""
+    return Call(method="POST", path=f"{_grant(grant_id)}/credential", dpop=dpop, read=_issued(dpop))
+
+
+def grant(grant_id: str) -> Call[Grant]:
+    """One grant as it is now, never its credential."""
+    return Call(method="GET", path=_grant(grant_id), read=_reads(Grant.of), repeatable=True)
+
+
+def grants(
+    *,
+    state: str | None = None,
+    task: str | None = None,
+    agent: str | None = None,
+    user: str | None = None,
+    resource: str | None = None,
+    page_size: int | None = None,
+) -> Listing[Grant]:
+    """Grants that the caller may see, newest first."""
+    return _listing(
+        "/v1/grants", Grant.of, page_size, state=state, task=task, agent=agent, user=user, resource=resource
+    )
+
+
+def renew_grant(grant_id: str, ttl_s: int | None = None, dpop: DpopKey | None = None) -> Call[tuple[Grant, Credential]]:
+    """A new credential for the same grant, decided again. A bound grant needs the key it is bound to."""
+    # Repeating it makes no second grant, only a second token of this one, which ends with it.
+    return Call(
+        method="POST",
+        path=f"{_grant(grant_id)}/renew",
+        body=_given(ttl_s=ttl_s),
+        dpop=dpop,
+        read=_issued(dpop),
+        repeatable=True,
+    )
+
+
+def revoke_grant(grant_id: str, reason: str | None = None) -> Call[Receipt]:
+    """End one grant, and every grant delegated from it."""
+    return _end(_grant(grant_id), "revoke", reason)
+
+
+def revoke(axis: str, value: str, reason: str, dry_run: bool = True, lockdown: bool = False) -> Call[Revocation]:
+    """Revoke along one axis. By default a dry run, which shows the blast radius and ends nothing."""
+    # Sent even where it is the default: what ends everything must not hang on somebody else's default.
+    body = {**_selector(axis, value), "reason": reason, "dry_run": dry_run, "lockdown": lockdown}
+    return Call(method="POST", path="/v1/revocations", body=body, read=_reads(Revocation.of), repeatable=True)
+
+
+def lockdowns(*, lifted: bool = False) -> Listing[Lockdown]:
+    """Lockdowns that stand; with `lifted`, those that stood as well."""
+    return _listing("/v1/lockdowns", Lockdown.of, None, lifted="true" if lifted else None)
+
+
+def set_lockdown(axis: str, value: str, reason: str, *, idempotency_key: str | None = None) -> Call[Lockdown]:
+    """Refuse what comes next along one axis, and revoke what is out."""
+    body = {**_selector(axis, value), "reason": reason}
+    return Call(method="POST", path="/v1/lockdowns", body=body, read=_reads(Lockdown.of), **_once(idempotency_key))
+
+
+def lift_lockdown(lockdown_id: str) -> Call[Lockdown]:
+    """Lift a lockdown. What it revoked stays revoked."""
+    # Not repeated: after a lost answer the second try would say that there is no such lockdown.
+    path = f"/v1/lockdowns/{require_id(lockdown_id, 'lockdown_id')}"
+    return Call(method="DELETE", path=path, read=_reads(Lockdown.of))
+
+
+def audit(
+    *,
+    type: str | None = None,
+    actor: str | None = None,
+    task: str | None = None,
+    grant: str | None = None,
+    agent: str | None = None,
+    user: str | None = None,
+    resource: str | None = None,
+    outcome: str | None = None,
+    trace_id: str | None = None,
+    page_size: int | None = None,
+) -> Listing[Event]:
+    """Audit events, newest first."""
+    return _listing(
+        "/v1/audit",
+        Event.of,
+        page_size,
+        type=type,
+        actor=actor,
+        task=task,
+        grant=grant,
+        agent=agent,
+        user=user,
+        resource=resource,
+        outcome=outcome,
+        trace_id=trace_id,
+    )
+
+
+def policies() -> Listing[PolicyVersion]:
+    """Configuration versions, newest first."""
+    return _listing("/v1/policies", PolicyVersion.of, None)
+
+
+def evaluate_policy(
+    agent: str,
+    resource: str,
+    scopes: Iterable[str],
+    ttl_s: int | None = None,
+    purpose: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    intent: str | None = None,
+    sender_bound: bool | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> Call[Decision]:
+    """What policy would say to such a request; nothing is issued."""
+    body = _given(
+        agent=agent,
+        resource=resource,
+        scopes=_listed(scopes, "scopes"),
+        ttl_s=ttl_s,
+        purpose=purpose,
+        labels=None if labels is None else dict(labels),
+        intent=intent,
+        sender_bound=sender_bound,
+        context=None if context is None else dict(context),
+    )
+    return Call(method="POST", path="/v1/policies/evaluate", body=body, read=_reads(Decision.of), repeatable=True)
+
+
+def introspect(token: str) -> Call[Introspection]:
+    """What the broker says of a token now (RFC 7662); for verifiers of its audience."""
+    return Call(
+        method="POST",
+        path="/oauth2/introspect",
+        form={"token": token},
+        secrets=_secrets(token),
+        asserted=True,
+        read=_reads(Introspection.of),
+        repeatable=True,
+    )
+
+
+def token(
+    resource: str, scope: str | Iterable[str], task_id: str | None = None, dpop: DpopKey | None = None
+) -> Call[Credential]:
+    """A token from `/oauth2/token` by client credentials. Never repeated: a second grant could come of it."""
+    scopes = scope if isinstance(scope, str) else " ".join(scope)
+    form = _given(grant_type="client_credentials", resource=resource, scope=scopes, task_id=task_id)
+
+    def read(answer: Answer) -> Credential:
+        members = Members("token response", answer.json())
+        issued = Credential(
+            type="jwt",
+            token=Secret(members.text("access_token")),
+            token_type=members.text("token_type"),
+            expires_at=answer.at() + timedelta(seconds=members.integer("expires_in")),
+            life_s=members.integer("expires_in"),
+        )
+        return _bound(issued, dpop)
+
+    return Call(method="POST", path="/oauth2/token", form=form, asserted=True, dpop=dpop, read=read)
+
+
+def _end(path: str, verb: str, reason: str | None) -> Call[Receipt]:
+    body = _given(reason=reason)
+    return Call(method="POST", path=f"{path}/{verb}", body=body, read=_reads(Receipt.of), repeatable=True)
+
+
+def _task(task_id: str) -> str:
+    return f"/v1/tasks/{require_id(task_id, 'task_id')}"
+
+
+def _grant(grant_id: str) -> str:
+    return f"/v1/grants/{require_id(grant_id, 'grant_id')}"
+
+
+def _given(**members: Any) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def _secrets(*tokens: str | None) -> tuple[Secret, ...]:
+    return tuple(Secret(token) for token in tokens if token)
+
+
+def _listed(names: Iterable[str], member: str) -> list[str]:
+    # A string is an iterable of strings, and "read" would become four scopes.
+    if isinstance(names, str):
+        raise invalid(f"{member} is one string: give a list of them", member=member)
+    return list(names)
+
+
+def _once(idempotency_key: str | None) -> dict[str, Any]:
+    key = new_idempotency_key() if idempotency_key is None else require_idempotency_key(idempotency_key)
+    return {"idempotency_key": key, "repeatable": True}
+
+
+def new_idempotency_key() -> str:
+    return secrets.token_urlsafe(24)
+
+
+def _selector(axis: str, value: str) -> dict[str, str]:
+    if axis not in AXES:
+        raise invalid(f"{axis!r} is not an axis: name one of {', '.join(AXES)}", member="axis")
+    return {axis: value}
+
+
+def _listing(path: str, of: Callable[[object], T], page_size: int | None, **filters: str | None) -> Listing[T]:
+    query = _given(**filters, limit=None if page_size is None else str(page_size))
+
+    def read(answer: Answer) -> Page[T]:
+        members = Members("list", answer.json())
+        items: Sequence[Any] = members.items("items")
+        return Page(items=tuple(of(item) for item in items), next_cursor=members.maybe_text("next_cursor"))
+
+    return Listing(first=Call(method="GET", path=path, query=query, read=read, repeatable=True))
+
+
+def _reads(of: Callable[[object], T]) -> Callable[[Answer], T]:
+    return lambda answer: of(answer.json())
+
+
+def _issued(dpop: DpopKey | None) -> Callable[[Answer], tuple[Grant, Credential]]:
+    def read(answer: Answer) -> tuple[Grant, Credential]:
+        members = Members("issued grant", answer.json())
+        issued = Credential.of(members.raw.get("credential"), answered_at=answer.at())
+        return Grant.of(members.raw.get("grant")), _bound(issued, dpop)
+
+    return read
+
+
+def _bound(issued: Credential, dpop: DpopKey | None) -> Credential:
+    # INV-21: who asked for a bound token must not go on with one that anybody could use.
+    if dpop is not None and issued.token is not None and (issued.token_type or "").lower() != "dpop":
+        raise not_the_broker("a token bound to a key was asked for, and one came that is not bound")
+    return issued

@@ -1,0 +1,389 @@
+"""A credential that stays alive: asked for when first needed, renewed in time, handed back at the end.
+
+`Lifetime` decides and does no I/O; `CredentialSource` and `AsyncCredentialSource` act on it, one request at a time
+however many ask. When the broker says no to a renewal, that is the end: no second grant is asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import enum
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from broker.sdk import calls
+from broker.sdk.clock import Timing
+from broker.sdk.dpop import DpopKey
+from broker.sdk.errors import BrokerError, Conflict, Limited, NotFound, Refused, Unreachable, invalid
+from broker.sdk.exchange import Call, is_private
+from broker.sdk.values import Credential, Grant, Receipt
+
+if TYPE_CHECKING:
+    from broker.sdk.aio import AsyncClient
+    from broker.sdk.client import Client
+
+# What a broker says when it means it; anything else may pass.
+_FINAL = (Refused, Conflict, NotFound)
+
+
+class Need(enum.Enum):
+    NOTHING = "use what we have"
+    SOON = "use what we have, and renew it"
+    NOW = "what we have is dead: renew or ask"
+
+
+class Lifetime:
+    """One grant's credential over time. Not thread-safe: its owner holds a lock around every change."""
+
+    def __init__(
+        self,
+        timing: Timing,
+        task_id: str | None,
+        resource: str,
+        scopes: Iterable[str],
+        *,
+        ttl_s: int | None = None,
+        intent: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        dpop: DpopKey | None = None,
+    ) -> None:
+        self.resource = resource
+        self.dpop = dpop
+        self.grant: Grant | None = None
+        self.credential: Credential | None = None
+        self.closed = False
+        self.failures = 0
+        self._failure: BrokerError | None = None
+        self._timing = timing
+        self._task_id, self._scopes = task_id, scopes if isinstance(scopes, str) else tuple(scopes)
+        self._ttl_s, self._intent, self._context = ttl_s, intent, context
+        self._dead_at = self._renew_at = datetime.min.replace(tzinfo=UTC)
+        self._asked_at: datetime | None = None
+        self._first_key: str | None = None
+        self._ended: BrokerError | None = None
+
+    def need(self) -> Need:
+        """What is to be done before the credential is used now. Raises once the broker has said no, or after close."""
+        self._require_open()
+        if self._ended is not None:
+            # A copy, so that threads do not grow one traceback together.
+            raise copy.copy(self._ended)
+        now = self._timing.now()
+        if self.credential is None or now >= self._dead_at:
+            return Need.NOW
+        return Need.SOON if now >= self._renew_at else Need.NOTHING
+
+    def call(self) -> Call[tuple[Grant, Credential]]:
+        """The request that meets the need: a renewal where there is a grant, else the first grant."""
+        self._asked_at = self._timing.now()
+        if self.grant is not None:
+            return calls.renew_grant(self.grant.id, ttl_s=self._ttl_s, dpop=self.dpop)
+        # The same key until there is an answer: a grant whose answer was lost is found again, not made twice (INV-06).
+        self._first_key = self._first_key or calls.new_idempotency_key()
+        return calls.request_grant(
+            self._task_id,
+            self.resource,
+            self._scopes,
+            self._ttl_s,
+            self._intent,
+            self._context,
+            self.dpop,
+            idempotency_key=self._first_key,
+        )
+
+    def got(self, grant: Grant, credential: Credential) -> None:
+        if self._asked_at is None:
+            raise RuntimeError("an answer to nothing that was asked")
+        # Counted from before we asked, and by what the broker's clock said was left: late is the error not to make.
+        life_s = credential.life_s
+        self.grant, self.credential, self._first_key = grant, credential, None
+        # The way to the resource takes time too, and at `expires_at` it is over.
+        self._dead_at = self._asked_at + timedelta(seconds=life_s - min(2.0, life_s / 10))
+        renew_after_s = life_s * 2 / 3 * (1 - 0.1 * self._timing.chance())
+        self._renew_at = self._asked_at + timedelta(seconds=renew_after_s)
+        if grant.renewable_until is not None and credential.expires_at >= grant.renewable_until:
+            # Nothing is to be gained before the end: the next token could not live longer than this one.
+            self._renew_at = self._dead_at
+
+    def failed(self, error: BrokerError) -> bool:
+        """Take note of it; True where the credential we have is still good and the caller need not know."""
+        self.failures += 1
+        self._failure = copy.copy(error)
+        if self.grant is None:
+            if not isinstance(error, Unreachable | Limited):
+                self._first_key = None
+            return False
+        if isinstance(error, _FINAL):
+            self._ended = copy.copy(error)
+            return False
+        now = self._timing.now()
+        # Not at once again, or every use would wait for a broker that is down; a tenth of what is left.
+        self._renew_at = now + max(timedelta(seconds=1), (self._dead_at - now) / 10)
+        return now < self._dead_at
+
+    def live(self) -> Credential:
+        self._require_open()
+        if self.credential is None:
+            raise RuntimeError("there is no credential to use")
+        return self.credential
+
+    def share_failure(self, since: int) -> None:
+        """Raise what others met while we waited for them: a dead broker is asked once, not once for each that waits."""
+        if self.failures != since and self._failure is not None:
+            raise copy.copy(self._failure)
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise Conflict("closed", "The credential was handed back", "open a new source for a new credential")
+
+
+class CredentialSource:
+    """`token()` gives a live token, however long the work takes. Safe to share between threads.
+
+    Leaving the `with` block, or `close`, hands the grant back.
+    """
+
+    def __init__(self, client: Client, lifetime: Lifetime) -> None:
+        self._client = client
+        self._lifetime = lifetime
+        self._lock = threading.Lock()
+
+    @property
+    def grant(self) -> Grant | None:
+        """The grant as it was last answered; None before the first use."""
+        return self._lifetime.grant
+
+    @property
+    def dpop(self) -> DpopKey | None:
+        return self._lifetime.dpop
+
+    def token(self) -> str:
+        """The token, live at this moment. Show it to nobody but the resource."""
+        return self.credential().reveal()
+
+    def credential(self) -> Credential:
+        """The credential, live at this moment."""
+        failures, need = self._lifetime.failures, self._lifetime.need()
+        if need is Need.NOTHING:
+            return self._lifetime.live()
+        # While the old one lives nobody waits: one thread renews, the others go on with it.
+        if not self._lock.acquire(blocking=need is Need.NOW):
+            return self._lifetime.live()
+        try:
+            if (need := self._lifetime.need()) is not Need.NOTHING:
+                if need is Need.NOW:
+                    self._lifetime.share_failure(failures)
+                try:
+                    self._lifetime.got(*self._client.send(self._lifetime.call()))
+                except BrokerError as error:
+                    if not self._lifetime.failed(error):
+                        raise
+            return self._lifetime.live()
+        finally:
+            self._lock.release()
+
+    def auth(self, *origins: str) -> SourceAuth:
+        """For `httpx`: puts the credential on requests to the resource's origin, or to `origins` where named.
+
+        Requests to anywhere else go out without it.
+        """
+        return SourceAuth(self, destination(self._lifetime.resource, origins))
+
+    def close(self, reason: str | None = None) -> Receipt | None:
+        """Revoke the grant, so that the credential dies now and not at its expiry. Again does nothing."""
+        with self._lock:
+            if self._lifetime.closed:
+                return None
+            self._lifetime.closed = True
+            self._lifetime.credential = None
+            grant = self._lifetime.grant
+        return None if grant is None else self._client.revoke_grant(grant.id, reason)
+
+    def __enter__(self) -> CredentialSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except BrokerError as problem:
+            if error is None:
+                raise
+            error.add_note(_not_handed_back(problem))
+
+    def __repr__(self) -> str:
+        return f"CredentialSource({self._lifetime.resource!r}, grant={self.grant.id if self.grant else None!r})"
+
+
+class AsyncCredentialSource:
+    """`CredentialSource` for asyncio."""
+
+    def __init__(self, client: AsyncClient, lifetime: Lifetime) -> None:
+        self._client = client
+        self._lifetime = lifetime
+        self._lock = asyncio.Lock()
+
+    @property
+    def grant(self) -> Grant | None:
+        return self._lifetime.grant
+
+    @property
+    def dpop(self) -> DpopKey | None:
+        return self._lifetime.dpop
+
+    async def token(self) -> str:
+        """The token, live at this moment. Show it to nobody but the resource."""
+        return (await self.credential()).reveal()
+
+    async def credential(self) -> Credential:
+        """The credential, live at this moment."""
+        failures, need = self._lifetime.failures, self._lifetime.need()
+        if need is Need.NOTHING or (need is Need.SOON and self._lock.locked()):
+            return self._lifetime.live()
+        async with self._lock:
+            if (need := self._lifetime.need()) is not Need.NOTHING:
+                if need is Need.NOW:
+                    self._lifetime.share_failure(failures)
+                try:
+                    self._lifetime.got(*await self._client.send(self._lifetime.call()))
+                except BrokerError as error:
+                    if not self._lifetime.failed(error):
+                        raise
+            return self._lifetime.live()
+
+    def auth(self, *origins: str) -> AsyncSourceAuth:
+        return AsyncSourceAuth(self, destination(self._lifetime.resource, origins))
+
+    async def close(self, reason: str | None = None) -> Receipt | None:
+        async with self._lock:
+            if self._lifetime.closed:
+                return None
+            self._lifetime.closed = True
+            self._lifetime.credential = None
+            grant = self._lifetime.grant
+        return None if grant is None else await self._client.revoke_grant(grant.id, reason)
+
+    async def __aenter__(self) -> AsyncCredentialSource:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            # Shielded: a task that is cancelled hands its credential back all the same.
+            await asyncio.shield(asyncio.ensure_future(self.close()))
+        except BrokerError as problem:
+            if error is None:
+                raise
+            error.add_note(_not_handed_back(problem))
+
+    def __repr__(self) -> str:
+        return f"AsyncCredentialSource({self._lifetime.resource!r}, grant={self.grant.id if self.grant else None!r})"
+
+
+class SourceAuth(httpx.Auth):
+    def __init__(self, source: CredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
+        self._source = source
+        self._allows = allows
+
+    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        if not self._allows(request.url):
+            yield request
+            return
+        dpop = self._source.dpop
+        response = yield present(request, self._source.credential(), dpop)
+        nonce = nonce_asked(response, dpop)
+        if nonce is not None:
+            yield present(request, self._source.credential(), dpop, nonce)
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        raise TypeError("this source blocks: use the AsyncClient's credential() with httpx.AsyncClient")
+        yield request
+
+
+class AsyncSourceAuth(httpx.Auth):
+    def __init__(self, source: AsyncCredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
+        self._source = source
+        self._allows = allows
+
+    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        raise TypeError("this source is for asyncio: use the Client's credential() with httpx.Client")
+        yield request
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        if not self._allows(request.url):
+            yield request
+            return
+        dpop = self._source.dpop
+        response = yield present(request, await self._source.credential(), dpop)
+        nonce = nonce_asked(response, dpop)
+        if nonce is not None:
+            yield present(request, await self._source.credential(), dpop, nonce)
+
+
+def present(
+    request: httpx.Request, credential: Credential, dpop: DpopKey | None, nonce: str | None = None
+) -> httpx.Request:
+    """The request with the credential on it; a bound one with a proof made for just this request."""
+    if dpop is None:
+        request.headers["Authorization"] = f"Bearer {credential.reveal()}"
+        return request
+    proof = dpop.proof(request.method, str(request.url), access_token=credential.reveal(), nonce=nonce)
+    request.headers["Authorization"] = f"DPoP {credential.reveal()}"
+    request.headers["DPoP"] = proof
+    return request
+
+
+def nonce_asked(response: httpx.Response, dpop: DpopKey | None) -> str | None:
+    """The nonce a resource wants in the proof (RFC 9449 section 9), where that is why it refused."""
+    if (
+        dpop is None
+        or response.status_code != 401
+        or "use_dpop_nonce" not in response.headers.get("WWW-Authenticate", "")
+    ):
+        return None
+    nonce: str | None = response.headers.get("DPoP-Nonce")
+    return nonce
+
+
+def destination(resource: str, origins: tuple[str, ...]) -> Callable[[httpx.URL], bool]:
+    """Where a credential for this resource may go.
+
+    A resource that is no address says nothing of where it is, so there the way has to be private at least.
+    """
+    if not origins:
+        url = _address(resource)
+        if url is None:
+            return is_private
+        home = _origin(url)
+        return lambda other: _origin(other) == home
+    allowed = set()
+    for origin in origins:
+        url = _address(origin)
+        if url is None:
+            raise invalid(f"{origin!r} is not an http or https address", member="origins")
+        allowed.add(_origin(url))
+    return lambda other: _origin(other) in allowed
+
+
+def _address(text: str) -> httpx.URL | None:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return None
+    return url if url.scheme in ("http", "https") and url.host else None
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _not_handed_back(problem: BrokerError) -> str:
+    return f"the credential could not be handed back and lives until it expires: {problem}"

@@ -1,0 +1,451 @@
+"""What the broker answers, as frozen values. An unknown member is kept in `raw`; one we need and miss is an error.
+
+`raw` is the object as it came, except of a credential: that one never keeps a second copy of the secret.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+from broker.sdk.errors import not_the_broker
+from broker.sdk.secret import Secret
+
+T = TypeVar("T")
+
+
+def _raw() -> Any:
+    return field(repr=False, compare=False, default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    id: str
+    state: str
+    purpose: str
+    agents: tuple[str, ...]
+    orchestrator: str
+    created_at: datetime
+    deadline_at: datetime
+    heartbeat_s: int | None = None
+    ended_at: datetime | None = None
+    reason: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    parent_task_id: str | None = None
+    on_behalf_of: str | None = None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Task:
+        read = Members("task", value)
+        return cls(
+            id=read.text("id"),
+            state=read.text("state"),
+            purpose=read.text("purpose"),
+            agents=read.texts("agents"),
+            orchestrator=read.text("orchestrator"),
+            created_at=read.time("created_at"),
+            deadline_at=read.time("deadline_at"),
+            heartbeat_s=read.maybe_integer("heartbeat_s"),
+            ended_at=read.maybe_time("ended_at"),
+            reason=read.maybe_text("reason"),
+            labels=read.mapping("labels"),
+            parent_task_id=read.maybe_text("parent_task_id"),
+            on_behalf_of=read.maybe_text("on_behalf_of"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    outcome: str
+    policies: tuple[str, ...]
+    policy_version: int | None
+    reasons: tuple[str, ...]
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Decision:
+        read = Members("decision", value)
+        return cls(
+            outcome=read.text("outcome"),
+            policies=read.texts("policies"),
+            policy_version=read.maybe_integer("policy_version"),
+            reasons=read.texts("reasons"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grant:
+    id: str
+    task_id: str
+    agent: str
+    resource: str
+    scopes: tuple[str, ...]
+    state: str
+    live: bool
+    expires_at: datetime | None
+    issued_at: datetime | None = None
+    renewable_until: datetime | None = None
+    ttl_s: int | None = None
+    ttl_decided_by: str | None = None
+    jti: str | None = None
+    provider: str | None = None
+    revocation_class: str | None = None
+    parent_grant_id: str | None = None
+    on_behalf_of: str | None = None
+    decision: Decision | None = None
+    revoked_at: datetime | None = None
+    revoked_by: str | None = None
+    reason: str | None = None
+    lease: Mapping[str, Any] | None = None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Grant:
+        read = Members("grant", value)
+        decision, lease = read.raw.get("decision"), read.raw.get("lease")
+        return cls(
+            id=read.text("id"),
+            task_id=read.text("task_id"),
+            agent=read.text("agent"),
+            resource=read.text("resource"),
+            scopes=read.texts("scopes"),
+            state=read.text("state"),
+            # Anything but an explicit true is "not live" (INV-24).
+            live=read.raw.get("live") is True,
+            expires_at=read.maybe_time("expires_at"),
+            issued_at=read.maybe_time("issued_at"),
+            renewable_until=read.maybe_time("renewable_until"),
+            ttl_s=read.maybe_integer("ttl_s"),
+            ttl_decided_by=read.maybe_text("ttl_decided_by"),
+            jti=read.maybe_text("jti"),
+            provider=read.maybe_text("provider"),
+            revocation_class=read.maybe_text("revocation_class"),
+            parent_grant_id=read.maybe_text("parent_grant_id"),
+            on_behalf_of=read.maybe_text("on_behalf_of"),
+            decision=Decision.of(decision) if decision else None,
+            revoked_at=read.maybe_time("revoked_at"),
+            revoked_by=read.maybe_text("revoked_by"),
+            reason=read.maybe_text("reason"),
+            lease=lease if isinstance(lease, Mapping) else None,
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Credential:
+    """The secret itself: a `token`, or for a provider's secret `data`. Shown by `reveal` and `reveal_data` only.
+
+    `life_s` is what was left of it, by the broker's own clock, when the broker answered.
+    """
+
+    type: str
+    token: Secret | None = None
+    data: Secret | None = None
+    token_type: str | None = None
+    expires_at: datetime
+    life_s: float
+
+    @classmethod
+    def of(cls, value: object, *, answered_at: datetime) -> Credential:
+        read = Members("credential", value)
+        token, data = read.raw.get("token"), read.raw.get("data")
+        if token is None and not isinstance(data, Mapping):
+            raise not_the_broker("a credential came without token and without data")
+        expires_at = read.time("expires_at")
+        return cls(
+            type=read.text("type"),
+            token=None if token is None else Secret(read.text("token")),
+            data=Secret(json.dumps(data)) if isinstance(data, Mapping) else None,
+            token_type=read.maybe_text("token_type"),
+            expires_at=expires_at,
+            life_s=(expires_at - answered_at).total_seconds(),
+        )
+
+    def reveal(self) -> str:
+        """The token."""
+        if self.token is None:
+            raise TypeError(f"a credential of type {self.type} has no token: use reveal_data()")
+        return self.token.reveal()
+
+    def reveal_data(self) -> dict[str, Any]:
+        """What a provider's secret consists of, e.g. user name and password."""
+        if self.data is None:
+            raise TypeError(f"a credential of type {self.type} has no data: use reveal()")
+        found: dict[str, Any] = json.loads(self.data.reveal())
+        return found
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Credential is not pickled or copied")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceiptLine:
+    grant_id: str
+    agent: str
+    resource: str
+    provider: str | None
+    revocation_class: str | None
+    authority_ended_at: datetime | None
+    confirmed_dead_at: datetime | None
+    exposed_until: datetime | None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> ReceiptLine:
+        read = Members("receipt line", value)
+        return cls(
+            grant_id=read.text("grant_id"),
+            agent=read.text("agent"),
+            resource=read.text("resource"),
+            provider=read.maybe_text("provider"),
+            revocation_class=read.maybe_text("revocation_class"),
+            authority_ended_at=read.maybe_time("authority_ended_at"),
+            confirmed_dead_at=read.maybe_time("confirmed_dead_at"),
+            exposed_until=read.maybe_time("exposed_until"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    ended: int
+    confirmed_dead: int
+    outstanding: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """`jws` is the same under the broker's key, for whoever must prove it later."""
+
+    task_id: str | None
+    ended_at: datetime | None
+    outcome: str
+    grants: tuple[ReceiptLine, ...]
+    totals: Totals
+    jws: str | None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Receipt:
+        read = Members("receipt", value)
+        totals = Members("totals of a receipt", read.raw.get("totals"))
+        return cls(
+            task_id=read.maybe_text("task_id"),
+            ended_at=read.maybe_time("ended_at"),
+            outcome=read.text("outcome"),
+            grants=tuple(ReceiptLine.of(line) for line in read.items("grants")),
+            totals=Totals(
+                ended=totals.integer("ended"),
+                confirmed_dead=totals.integer("confirmed_dead"),
+                outstanding=totals.integer("outstanding"),
+            ),
+            jws=read.maybe_text("jws"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lockdown:
+    id: str
+    axis: str
+    value: str
+    reason: str
+    set_at: datetime
+    set_by: str
+    lifted_at: datetime | None = None
+    lifted_by: str | None = None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Lockdown:
+        read = Members("lockdown", value)
+        return cls(
+            id=read.text("id"),
+            axis=read.text("axis"),
+            value=read.text("value"),
+            reason=read.text("reason"),
+            set_at=read.time("set_at"),
+            set_by=read.text("set_by"),
+            lifted_at=read.maybe_time("lifted_at"),
+            lifted_by=read.maybe_text("lifted_by"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revocation:
+    """What a revocation ended, or with `dry_run` what it would end: `grants` counts them, `samples` shows some."""
+
+    id: str | None
+    axis: str
+    value: str
+    dry_run: bool
+    grants: int
+    by_agent: Mapping[str, int]
+    samples: tuple[Grant, ...]
+    lockdown: Lockdown | None
+    receipt: Receipt | None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Revocation:
+        read = Members("revocation", value)
+        lockdown, receipt = read.raw.get("lockdown"), read.raw.get("receipt")
+        return cls(
+            id=read.maybe_text("id"),
+            axis=read.text("axis"),
+            value=read.text("value"),
+            # A person decides by this one, so it is not guessed.
+            dry_run=read.boolean("dry_run"),
+            grants=read.integer("grants"),
+            by_agent=read.mapping("by_agent"),
+            samples=tuple(Grant.of(grant) for grant in read.items("samples")),
+            lockdown=Lockdown.of(lockdown) if lockdown else None,
+            receipt=Receipt.of(receipt) if receipt else None,
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    id: str
+    at: datetime
+    type: str
+    actor: str
+    outcome: str | None = None
+    task_id: str | None = None
+    grant_id: str | None = None
+    agent: str | None = None
+    user: str | None = None
+    resource: str | None = None
+    reason: str | None = None
+    policy_version: int | None = None
+    trace_id: str | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Event:
+        read = Members("event", value)
+        return cls(
+            id=read.text("id"),
+            at=read.time("at"),
+            type=read.text("type"),
+            actor=read.text("actor"),
+            outcome=read.maybe_text("outcome"),
+            task_id=read.maybe_text("task_id"),
+            grant_id=read.maybe_text("grant_id"),
+            agent=read.maybe_text("agent"),
+            user=read.maybe_text("user"),
+            resource=read.maybe_text("resource"),
+            reason=read.maybe_text("reason"),
+            policy_version=read.maybe_integer("policy_version"),
+            trace_id=read.maybe_text("trace_id"),
+            data=read.mapping("data"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyVersion:
+    version: int
+    sha256: str
+    applied_at: datetime
+    applied_by: str
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> PolicyVersion:
+        read = Members("policy version", value)
+        return cls(
+            version=read.integer("version"),
+            sha256=read.text("sha256"),
+            applied_at=read.time("applied_at"),
+            applied_by=read.text("applied_by"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Introspection:
+    """RFC 7662; `raw` has the claims. Anything but an explicit true is "not active" (INV-24)."""
+
+    active: bool
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Introspection:
+        read = Members("introspection", value)
+        return cls(active=read.raw.get("active") is True, raw=read.raw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page(Generic[T]):
+    items: tuple[T, ...]
+    next_cursor: str | None
+
+
+class Members:
+    """One JSON object, read by name; what is missing or of another type is named, its value is not."""
+
+    def __init__(self, what: str, value: object) -> None:
+        if not isinstance(value, Mapping):
+            raise not_the_broker(f"where a {what} should be there is no JSON object")
+        self.what = what
+        self.raw: Mapping[str, Any] = value
+
+    def text(self, name: str) -> str:
+        return self._typed(name, str)
+
+    def integer(self, name: str) -> int:
+        return self._typed(name, int)
+
+    def boolean(self, name: str) -> bool:
+        return self._typed(name, bool)
+
+    def time(self, name: str) -> datetime:
+        text = self.text(name)
+        try:
+            at = datetime.fromisoformat(text)
+        except ValueError:
+            raise self._wrong(name) from None
+        if at.tzinfo is None:
+            raise self._wrong(name)
+        return at.astimezone(UTC)
+
+    def maybe_text(self, name: str) -> str | None:
+        return None if self.raw.get(name) is None else self.text(name)
+
+    def maybe_integer(self, name: str) -> int | None:
+        return None if self.raw.get(name) is None else self.integer(name)
+
+    def maybe_time(self, name: str) -> datetime | None:
+        return None if self.raw.get(name) is None else self.time(name)
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """Empty where it is absent."""
+        return {} if self.raw.get(name) is None else self._typed(name, dict)
+
+    def items(self, name: str) -> list[Any]:
+        return self._typed(name, list)
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        found = self.items(name)
+        if not all(isinstance(item, str) for item in found):
+            raise self._wrong(name)
+        return tuple(found)
+
+    def _typed(self, name: str, kind: type[T]) -> T:
+        value = self.raw.get(name)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self._wrong(name)
+        return value
+
+    def _wrong(self, name: str) -> Exception:
+        return not_the_broker(f"the {self.what}'s {name} is missing or not what the protocol says")
