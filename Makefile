@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+IMAGE  ?= agent-credential-broker
 
 .DEFAULT_GOAL := help
-.PHONY: help check test lock clean
+.PHONY: help check test run demo bench wheel image lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -25,6 +26,31 @@ check: $(STAMP) ## lint, format and types; warnings are errors
 
 test: $(STAMP) ## the whole suite
 	$(BIN)/pytest
+
+run: $(STAMP) ## a whole broker on this laptop: SQLite, a development issuer, loopback
+	$(BIN)/broker dev
+
+demo: $(STAMP) ## watch a task open, obtain, and die with everything under it
+	$(BIN)/python -m demo
+
+bench: $(STAMP) ## how fast, on this machine
+	$(BIN)/python -m benchmarks
+
+wheel: $(STAMP) ## the installable package, into dist/
+	@rm -rf build # what was deleted since the last build would be in the wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index --wheel-dir dist .
+
+image: ## the container image, with docker or podman
+	@for engine in docker podman; do \
+	  $$engine info >/dev/null 2>&1 || continue; \
+	  case $$engine in podman) format="--format docker";; *) format=;; esac; \
+	  echo "building $(IMAGE) with $$engine ..."; exec $$engine build $$format --tag $(IMAGE) .; \
+	done; \
+	for engine in docker podman; do command -v $$engine >/dev/null \
+	  && echo "$$engine is installed, but \"$$engine info\" fails: start its engine, or get the right to use it." >&2 \
+	  || echo "$$engine is not installed." >&2; \
+	done; \
+	echo "An image needs one of the two. Without: make wheel, and deploy/broker.service." >&2; exit 1
 
 lock: ## pin dependencies anew, with hashes (needs uv)
 	uv pip compile pyproject.toml --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --output-file requirements.lock

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import re
-import shutil
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from broker import config
 from broker.config import WORKLOAD_ALGORITHMS, config_reference, load, read_master_key
 from broker.domain.catalogue import Catalogue, Limits, TrustedIssuer
 from broker.domain.errors import ConfigurationError
+from broker.domain.policy import PolicySet
 from broker.providers import jose
 
 ROOT = Path(__file__).parents[1]
@@ -243,11 +243,11 @@ def test_an_algorithm_is_configurable_if_and_only_if_it_can_be_checked():
 
 
 def test_the_production_example_loads_as_it_stands(place):
-    shutil.copy(ROOT / "config" / "broker.toml", place.file)
-    found = load(place.file, {"BROKER__KEYS__MASTER_KEY_FILE": "master.key"})
+    found = load(ROOT / "config" / "broker.toml", {"BROKER__KEYS__MASTER_KEY_FILE": str(place.key)})
     assert found.server.workers == 2
     assert {rule.name for rule in found.catalogue.principals} >= {"summarizer", "ada"}
     assert "sqlite" not in found.store_url
+    assert PolicySet.compile(found.catalogue).ids  # the policies beside it name only what it declares
 
 
 def test_the_production_example_shows_every_section():
