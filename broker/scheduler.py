@@ -24,11 +24,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         swept = broker.sweeper.sweep()
         telemetry.swept(asdict(swept), time.perf_counter() - started)
 
-    def look_again() -> None:
-        # A broker that nobody asks for grants still learns of new configuration and keys.
-        broker.standing.now()
-
-    return (("sweep", sweep, 1), ("look again", look_again, 1))
+    return (("sweep", sweep, 1), ("look again", broker.look_again, 1))
 
 
 def start(broker: Broker, *, only: tuple[str, ...] | None = None) -> BackgroundScheduler:

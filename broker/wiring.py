@@ -21,6 +21,7 @@ from broker.services.status_indexes import StatusIndexes
 from broker.services.sweeper import Sweeper
 from broker.services.tasks import TaskService
 from broker.services.verification import Verification
+from broker.store.clock import DatabaseClock
 from broker.store.database import Database
 from broker.store.migration import is_current, migrate
 
@@ -56,13 +57,22 @@ class Broker:
         """Store the configuration file as the newest version, unless it is already; answers its number."""
         return self.administration.apply(self.settings.catalogue, by=by, allow_older=allow_older)
 
+    def look_again(self) -> None:
+        """Learn what changed without a request: the time, and what other brokers on this database decided."""
+        if isinstance(self.clock, DatabaseClock):
+            self.clock.look()
+        self.standing.now()
+
     def close(self) -> None:
         self.database.close()
 
 
-def build(settings: Settings, *, clock: Clock = system_clock) -> Broker:
+def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
     """A broker of these settings. Opens files and connections as they are needed; starts nothing."""
     database = Database(settings.store_url)
+    if clock is None:
+        # One clock decides (INV-09): on SQLite there is one process and its own will do.
+        clock = system_clock if database.is_sqlite else DatabaseClock(database)
     keys = Keys(
         database=database,
         master_key=MasterKey(read_master_key(settings.master_key_file)),
