@@ -91,6 +91,7 @@ class Settings:
     limits: Limits
     catalogue: Catalogue
     source: Path
+    policies_directory: Path | None = None
 
 
 class _Wrong(ValueError):
@@ -613,6 +614,7 @@ def load(path: Path, environ: Mapping[str, str] | None = None, *, providers: Seq
             schema=schema,
         ),
         source=reader.source,
+        policies_directory=reader.path(section["policies"]["directory"]),
     )
 
 

@@ -19,7 +19,7 @@ from broker.domain.identity import Caller, Role, WorkloadIdentity, new_id
 from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.scope import require_offered
 from broker.services.keys import Keys
-from broker.services.standing import Standing, StandingReader
+from broker.services.standing import StandingReader
 from broker.store import gate, standing
 from broker.store.database import Database
 from broker.store.transitions import record
@@ -105,11 +105,12 @@ class Administration:
     def evaluate(self, caller: Caller, asked: WhatIf) -> Decision:
         """What policy would say; nothing is issued or recorded."""
         require_reader(caller)
-        return evaluate(self._standing.now(), asked, now=self._clock())
+        standing = self._standing.now()
+        return evaluate(standing.catalogue, standing.policies, asked, now=self._clock())
 
 
-def evaluate(standing: Standing, asked: WhatIf, *, now: datetime) -> Decision:
-    catalogue = standing.catalogue
+def evaluate(catalogue: Catalogue, policies: PolicySet, asked: WhatIf, *, now: datetime) -> Decision:
+    """What these policies say to a request under a task that began just now."""
     rule = next((rule for rule in catalogue.principals if rule.name == asked.agent), None)
     if rule is None:
         raise Invalid(f"no principal is called {asked.agent[:200]!r}: name a configured agent", member="agent")
@@ -132,7 +133,7 @@ def evaluate(standing: Standing, asked: WhatIf, *, now: datetime) -> Decision:
         claimed=asked.claimed,
         now=now,
     )
-    return standing.policies.decide(request)
+    return policies.decide(request)
 
 
 def require_reader(caller: Caller) -> None:

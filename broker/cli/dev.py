@@ -1,0 +1,99 @@
+"""`broker dev`: everything on one laptop, loopback only. Its directory can be deleted at any time."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import click
+
+from broker import samples, telemetry
+from broker.cli import output
+from broker.cli.server import prepare, run
+from broker.config import Settings, load
+from broker.domain.clock import system_clock
+from broker.wiring import dev_issuer
+
+_DIRECTORY = Path(".broker-dev")
+
+
+@click.group(invoke_without_command=True)
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=_DIRECTORY,
+    show_default=True,
+    help="Where its database, keys and configuration live.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.pass_context
+def dev(context: click.Context, directory: Path, port: int) -> None:
+    """A whole broker on one laptop: SQLite, a development issuer, sample principals and policies.
+
+    \b
+    broker dev
+    broker dev token summarizer
+    """
+    context.obj = (directory, port)
+    if context.invoked_subcommand is None:
+        serve_dev(directory, port)
+
+
+@dev.command()
+@click.argument("name")
+@click.option(
+    "--lifetime", "lifetime_s", type=click.IntRange(1, 3600), default=3600, show_default=True, help="Seconds."
+)
+@click.pass_obj
+def token(at: tuple[Path, int], name: str, lifetime_s: int) -> None:
+    """A workload token of the development issuer for principal NAME.
+
+    \b
+    export BROKER_URL=http://127.0.0.1:8080
+    export BROKER_TOKEN=$(broker dev token summarizer)
+    """
+    settings = load_dev(*at)
+    rule = next((rule for rule in settings.catalogue.principals if rule.name == name), None)
+    if rule is None or rule.subject is None:
+        known = ", ".join(rule.name for rule in settings.catalogue.principals)
+        raise output.fail(f"no principal is called {name!r} here; there are: {known}")
+    issuer = dev_issuer(at[0])
+    click.echo(issuer.token(rule.subject, settings.issuer, system_clock(), timedelta(seconds=lifetime_s)))
+
+
+def serve_dev(directory: Path, port: int) -> None:
+    settings = load_dev(directory, port)
+    telemetry.log_to(sys.stderr)
+    prepare(settings, and_migrate=True)
+    output.err().print(
+        f"[bold]broker[/bold] on {settings.issuer}, everything in {directory}\n\n"
+        f"  export BROKER_URL={settings.issuer}\n"
+        "  export BROKER_TOKEN=$(broker dev token crm-pipeline)\n"
+        '  broker task open --purpose "summarise the leads of May" --agent summarizer --deadline 1h\n'
+    )
+    run(settings, sweeping=True)
+
+
+def load_dev(directory: Path, port: int) -> Settings:
+    """The settings of a development directory, which is made if it is not there."""
+    make_directory(directory)
+    address = f"127.0.0.1:{port}"
+    overrides = {"BROKER__ISSUER": f"http://{address}", "BROKER__SERVER__LISTEN": address}
+    return load(directory / "broker.toml", environ=overrides)
+
+
+def make_directory(directory: Path) -> None:
+    """A directory with a configuration, sample policies, a master key and a development issuer."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    dev_issuer(directory)
+    if not (directory / "master.key").exists():
+        key_file = directory / "master.key"
+        key_file.touch(mode=0o600)
+        key_file.write_bytes(secrets.token_bytes(32))
+    if not (directory / "policies").exists():
+        shutil.copytree(samples.directory() / "policies", directory / "policies")
+    if not (directory / "broker.toml").exists():
+        shutil.copyfile(samples.directory() / "development.toml", directory / "broker.toml")

@@ -1,0 +1,184 @@
+"""The pieces of production: serve, migrate, check, apply, scheduler."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from granian import Granian
+from granian.constants import Interfaces
+from granian.log import LogLevels
+
+from broker import scheduler as scheduling
+from broker import telemetry
+from broker.cli import output
+from broker.config import Settings, load
+from broker.domain.policy import PolicySet
+from broker.web.app import create_app
+from broker.wiring import Broker, build
+
+_THREADS = 64  # a request waits for its commit; a thread that waits costs little
+
+
+def config_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--config",
+        "-c",
+        "config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        default=Path("broker.toml"),
+        show_default=True,
+        help="The configuration file.",
+    )(command)
+
+
+@click.command()
+@config_option
+@output.json_option
+def check(config: Path) -> None:
+    """Say everything that is wrong with a configuration, without starting.
+
+    \b
+    broker check --config /etc/broker/broker.toml
+    """
+    settings = load(config)
+    policies = PolicySet.compile(settings.catalogue)
+    catalogue = settings.catalogue
+    value = {
+        "config": str(config),
+        "issuer": settings.issuer,
+        "issuers": len(catalogue.issuers),
+        "principals": len(catalogue.principals),
+        "resources": len(catalogue.resources),
+        "policies": len(policies.ids),
+    }
+    output.show(value, output.facts({**value, "result": "nothing is wrong"}))
+
+
+@click.command()
+@config_option
+@output.json_option
+def migrate(config: Path) -> None:
+    """Bring the database to the revision this version expects. Safe to repeat.
+
+    \b
+    broker migrate --config /etc/broker/broker.toml
+    """
+    house = build(load(config))
+    house.migrate()
+    output.show({"migrated": True}, output.facts({"migrated": True}))
+    house.close()
+
+
+@click.command()
+@config_option
+@click.option("--allow-older", is_flag=True, help="Go back to a configuration that was replaced, on purpose.")
+@output.json_option
+def apply(config: Path, allow_older: bool) -> None:
+    """Store issuers, principals, resources and policies as the newest version.
+
+    Every broker on this database follows at its next request.
+
+    \b
+    broker apply --config /etc/broker/broker.toml
+    """
+    house = build(load(config))
+    _require_migrated(house)
+    version = house.apply(by=f"cli:{getpass.getuser()}", allow_older=allow_older)
+    output.show({"version": version}, output.facts({"version": version}))
+    house.close()
+
+
+@click.command()
+@config_option
+@click.option("--no-scheduler", is_flag=True, help="Leave sweeping to `broker scheduler`.")
+@click.option("--migrate/--no-migrate", "and_migrate", default=True, show_default=True, help="Migrate before serving.")
+def serve(config: Path, no_scheduler: bool, and_migrate: bool) -> None:
+    """Answer requests, and sweep.
+
+    \b
+    broker serve --config /etc/broker/broker.toml
+    """
+    settings = load(config)
+    telemetry.log_to(sys.stderr)
+    prepare(settings, and_migrate=and_migrate)
+    run(settings, sweeping=not no_scheduler)
+
+
+def prepare(settings: Settings, *, and_migrate: bool) -> None:
+    """What has to be true before the first request, said before the first request."""
+    house = build(settings)
+    try:
+        if and_migrate:
+            house.migrate()
+        _require_migrated(house)
+        house.apply(by="broker serve")
+    finally:
+        house.close()
+
+
+def run(settings: Settings, *, sweeping: bool) -> None:
+    """Serve until told to stop; requests under way are answered first."""
+    server = settings.server
+    granian = Granian(
+        "broker",
+        address=server.host or "127.0.0.1",
+        port=server.port or 8080,
+        uds=server.unix_path,
+        interface=Interfaces.WSGI,
+        workers=server.workers,
+        blocking_threads=_THREADS,
+        backpressure=4 * _THREADS,
+        workers_kill_timeout=20,
+        respawn_failed_workers=True,
+        log_level=LogLevels.warning,
+        websockets=False,
+    )
+    granian.serve(target_loader=functools.partial(_application, settings, sweeping), wrap_loader=False)
+
+
+def _application(settings: Settings, sweeping: bool) -> Callable[..., Any]:
+    """The WSGI application, built in the worker's own process: connections and threads do not survive a fork."""
+    telemetry.log_to(sys.stderr)
+    house = build(settings)
+    # Fetched before the first request needs them; an issuer that is down now is tried again when its token comes.
+    house.key_sets.refresh(house.standing.now().catalogue.issuers, house.clock())
+    scheduling.start(house, only=None if sweeping else ("look again",))
+    server = settings.server
+    if server.metrics_host is not None and server.metrics_port is not None:
+        telemetry.serve_metrics(server.metrics_host, server.metrics_port)
+    application: Callable[..., Any] = create_app(house).wsgi_app
+    return application
+
+
+@click.command()
+@config_option
+def scheduler(config: Path) -> None:
+    """Sweep, beside several `broker serve --no-scheduler`.
+
+    \b
+    broker scheduler --config /etc/broker/broker.toml
+    """
+    settings = load(config)
+    telemetry.log_to(sys.stderr)
+    house = build(settings)
+    _require_migrated(house)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    running = scheduling.start(house)
+    stop.wait()
+    running.shutdown(wait=True)
+    house.close()
+
+
+def _require_migrated(house: Broker) -> None:
+    if not house.is_migrated():
+        raise output.fail("the database is not at the revision this version expects: run `broker migrate`")
