@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from broker.domain.errors import Invalid
@@ -41,6 +42,8 @@ def loads(raw: bytes, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH)
     except json.JSONDecodeError as problem:
         # "from None": the error holds the whole document, and documents hold secrets (INV-30).
         raise Invalid(f"not JSON: {problem.msg} at line {problem.lineno}, column {problem.colno}") from None
+    except _NoNumber as problem:
+        raise _located(text, problem) from None
     if b"\\u" in raw:  # in valid UTF-8 only an escape can spell a NUL or half a surrogate pair
         _require_text(value, "")
     return value
@@ -70,22 +73,64 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
+class _NoNumber(Exception):
+    """A number that is none, or that two readers would read differently; where it stands is not known yet."""
+
+
 def _integer(digits: str) -> int:
     # The length first: converting many digits takes quadratic time.
     if len(digits) > 20 or not -(2**63) <= (value := int(digits)) < 2**63:
-        raise Invalid("an integer is beyond 64 bits")
+        raise _NoNumber("an integer beyond 64 bits")
     return value
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise Invalid("a number is too large to be one")
+        raise _NoNumber("a number too large to be one")
     return value
 
 
 def _constant(name: str) -> NoReturn:
-    raise Invalid(f"{name} is not JSON")
+    raise _NoNumber(f"{name}, which is not JSON")
+
+
+def _located(text: str, problem: _NoNumber) -> Invalid:
+    """The same document once more, for the sentence alone: the member in which the number stands."""
+
+    def kept(read: Callable[[str], Any]) -> Callable[[str], Any]:
+        def number(digits: str) -> Any:
+            try:
+                return read(digits)
+            except _NoNumber as found:
+                return found
+
+        return number
+
+    again = json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_int=kept(_integer),
+        parse_float=kept(_float),
+        parse_constant=kept(_constant),
+    )
+    try:
+        path = _path_to_number(again.decode(text), "")
+    except (json.JSONDecodeError, Invalid):
+        path = ""  # something else is wrong behind it; the number came first
+    where = f"{_shown(path)} is " if path else "it holds "
+    return Invalid(f"{where}{problem}: send a number that every reader understands", member=path[:_SHOWN] or None)
+
+
+def _path_to_number(value: Any, path: str) -> str:
+    """Where the first one stands that is none; "" for the document itself, and where there is none."""
+    if isinstance(value, _NoNumber):
+        return path
+    below: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        below = ((f"{path}.{name}" if path else name, item) for name, item in value.items())
+    elif isinstance(value, list):
+        below = ((f"{path}[{index}]", item) for index, item in enumerate(value))
+    return next((found for step, item in below if (found := _path_to_number(item, step))), "")
 
 
 def _require_text(value: Any, path: str) -> None:

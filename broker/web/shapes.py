@@ -75,14 +75,14 @@ class RenewGrant(Request):
 class Selector(Request):
     """Exactly one of the axes."""
 
-    task: Identifier | None = None
-    agent: Identifier | None = None
-    user: Identifier | None = None
-    orchestrator: Identifier | None = None
+    task: Name | None = None
+    agent: Name | None = None
+    user: Name | None = None
+    orchestrator: Name | None = None
     resource: Identifier | None = None
-    provider: Identifier | None = None
-    policy: Identifier | None = None
-    key: Identifier | None = None
+    provider: Name | None = None
+    policy: Name | None = None
+    key: Name | None = None
     all: Literal["all"] | Literal[True] | None = None
 
     def members(self) -> dict[str, str | None]:

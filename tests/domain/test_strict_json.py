@@ -74,6 +74,26 @@ def test_what_two_readers_could_understand_differently_is_refused(raw, reason):
         loads(raw)
 
 
+@pytest.mark.parametrize(
+    ("raw", "member"),
+    [
+        (b'{"ttl_s": NaN}', "ttl_s"),
+        (b'{"a": 1, "b": [0, {"c": -Infinity}]}', "b[1].c"),
+        (b'{"a": 1e400, "b": NaN}', "a"),
+        (b'{"a": 99999999999999999999}', "a"),
+        (b"NaN", None),
+        (b'{"a": NaN, "b": }', None),  # what follows cannot be read, so there is no whole to say where in
+        (b'{"a": NaN, "a": 1}', None),
+    ],
+)
+def test_a_number_that_is_none_is_refused_by_the_name_of_its_member(raw, member):
+    with pytest.raises(Invalid) as refused:
+        loads(raw)
+    assert refused.value.member == member
+    assert refused.value.__suppress_context__
+    assert (member is None) or repr(member) in refused.value.detail
+
+
 def test_a_whole_surrogate_pair_is_a_character():
     assert loads(b'"\\ud83d\\ude00"') == "\U0001f600"
 

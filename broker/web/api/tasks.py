@@ -41,7 +41,9 @@ def _ceiling(body: shapes.OpenTask) -> Mapping[str, list[str]] | None:
     ceiling: dict[str, list[str]] = {}
     for entry in body.resources:
         if entry.resource in ceiling:
-            raise Invalid(f"{entry.resource!r} is named twice: give its scopes in one entry", member="resources")
+            raise Invalid(
+                f"resources: {entry.resource!r} is named twice; give its scopes in one entry", member="resources"
+            )
         ceiling[entry.resource] = entry.scopes
     return ceiling
 
