@@ -82,9 +82,10 @@ def _add_error_pages(app: Flask) -> None:
 
     def other(problem: HTTPException) -> Response:
         status = problem.code or 500
-        headers = {}
-        if status == 405 and problem.get_response() is not None:
-            headers = {"Allow": problem.get_response().headers.get("Allow", "")}
+        if request.path.startswith("/oauth2/"):
+            return oauth_error(problem, status)
+        if status == 405:
+            headers = {"Allow": _allowed(problem)}
             detail = f"{request.method} is not a method of {printable(request.path)}: use {headers['Allow']}"
             return problems.document(405, "method_not_allowed", detail, _issuer(), g.trace_id, headers=headers)
         if status == 413:
@@ -93,6 +94,14 @@ def _add_error_pages(app: Flask) -> None:
             detail = f"there is nothing at {printable(request.path)}: see {_issuer()}/openapi.json"
             return problems.document(404, "not_found", detail, _issuer(), g.trace_id)
         return problems.document(status, "invalid_request", printable(problem.name), _issuer(), g.trace_id)
+
+    def oauth_error(problem: HTTPException, status: int) -> Response:
+        # What a client of RFC 6749 can read, for what never reached an endpoint too.
+        description = {405: f"use {_allowed(problem)}", 413: "the body is longer than 64 KiB"}.get(status, problem.name)
+        answer = problems.oauth_response(problems.OAuthError("invalid_request", description, status=status), _issuer())
+        if status == 405:
+            answer.headers["Allow"] = _allowed(problem)
+        return answer
 
     def too_large(_problem: TooLarge) -> Response:
         detail = "the body is longer than 64 KiB, the most this broker reads"
@@ -146,6 +155,10 @@ def _add_pages(app: Flask) -> None:
         if title is None:
             raise NotFound("there is no such problem")
         return Response(problems.page(code), mimetype="text/html")
+
+
+def _allowed(problem: HTTPException) -> str:
+    return ", ".join(sorted(getattr(problem, "valid_methods", None) or ()))
 
 
 def _issuer() -> str:

@@ -35,6 +35,7 @@ _ASSERTION_TYPES = (
 _JWT = "urn:ietf:params:oauth:token-type:jwt"
 _ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a token type
 _DETAILS_TYPE = "urn:broker:task"
+_MAX_IDENTIFIER = 1000
 _DETAILS_MEMBERS = {"type", "task_id", "purpose"}
 
 
@@ -157,7 +158,7 @@ def _answer(issued: Issued, *, exchanged: bool) -> Response:
 
 def _client(given: Mapping[str, str]) -> Caller:
     """The client, by its assertion (RFC 7523). Passwords and secrets are not a way in."""
-    if request.authorization is not None or "client_secret" in given:
+    if _sends_a_secret(given):
         raise Unauthenticated("a client secret was sent")
     if given.get("client_assertion_type") not in _ASSERTION_TYPES:
         if "client_assertion" in given or "client_assertion_type" in given:
@@ -169,6 +170,12 @@ def _client(given: Mapping[str, str]) -> Caller:
     if given.get("client_id", caller.name) not in (caller.name, caller.principal.subject):
         raise Unauthenticated("client_id is not the subject of the assertion")
     return caller
+
+
+def _sends_a_secret(given: Mapping[str, str]) -> bool:
+    # Any Authorization header, not only one of a scheme Werkzeug can parse: a client that believes it authenticated
+    # by "Basic ..." must not be taken for another one by what else it sent.
+    return single_header("Authorization") is not None or "client_secret" in given
 
 
 def _client_or_bearer(given: Mapping[str, str]) -> Caller:
@@ -184,7 +191,7 @@ def _client_or_bearer(given: Mapping[str, str]) -> Caller:
 def _bearer(given: Mapping[str, str], member: str, error: str) -> Caller:
     """A caller that could not authenticate as a client and sent its workload token as the grant itself."""
     workload_token = _required(given, member)
-    if request.authorization is not None or "client_secret" in given:
+    if _sends_a_secret(given):
         raise Unauthenticated("a client secret was sent")
     try:
         caller = authenticate(workload_token)
@@ -205,6 +212,9 @@ def _target(given: Mapping[str, str], *, default: str | None = None) -> str:
     found = resource or audience or default
     if found is None:
         raise InvalidTarget("name the resource the credential is for", member="resource")
+    # As long as an identifier under /v1: what is refused later is recorded, and a column has an end.
+    if len(found) > _MAX_IDENTIFIER:
+        raise InvalidTarget(f"no resource has a name of more than {_MAX_IDENTIFIER} characters", member="resource")
     return found
 
 
