@@ -157,9 +157,12 @@ class Revocation:
         while moved < at_most:
             now = self._clock()
             with self._database.begin() as db:
-                ids = grants.unended_ids(db, grants.covered_by(refusal), limit=_ROWS_AT_ONCE)
+                covered = grants.covered_by(refusal)
+                ids = grants.claim_unended(db, covered, limit=_ROWS_AT_ONCE)
                 if not ids:
-                    standing.followed(db, refusal.id, now=now)
+                    # What others hold, they are ending or about to be refused; the refusal stands until none is left.
+                    if not grants.unended_ids(db, covered, limit=1):
+                        standing.followed(db, refusal.id, now=now)
                     break
                 by = standing.who_revoked(db, refusal.id)
                 expired = change_of(now, by, "grant.expired")

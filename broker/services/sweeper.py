@@ -70,10 +70,9 @@ class Sweeper:
             return 0
         with self._database.begin() as db:
             # Asked again: a renewal may have come in between.
-            where = (grants.with_ids(due), grants.expired(now))
-            return len(
-                move(db, models.Grant, GrantState.EXPIRED, *where, event=change_of(now, _ACTOR, "grant.expired"))
-            )
+            due = grants.claim_unended(db, grants.with_ids(due), grants.expired(now), limit=_GRANTS_AT_ONCE)
+            event = change_of(now, _ACTOR, "grant.expired")
+            return len(move(db, models.Grant, GrantState.EXPIRED, grants.with_ids(due), event=event))
 
     def _forget(self, now: datetime) -> int:
         with self._database.begin() as db:

@@ -209,7 +209,10 @@ def end_tasks(
     def task_ended(row: Row[Any]) -> Event:
         return _event(tasks.task_of(row, ()), actor, now, f"task.{state}", reason=reason, trace_id=trace_id)
 
-    where = [tasks.with_ids(sorted(task_ids))]
+    ids = sorted(task_ids)
+    if len(ids) > 1:
+        tasks.hold(db, ids)
+    where = [tasks.with_ids(ids)]
     if state is TaskState.EXPIRED:
         # A heartbeat that came in between must win.
         where.append(tasks.overdue(now))

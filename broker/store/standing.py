@@ -158,6 +158,7 @@ def forget(db: Connection, *, now: datetime, limit: int) -> int:
     gone = 0
     for table in (models.table_of(models.ConsumedProof), _keys):
         primary_key = list(table.primary_key)
-        due = select(*primary_key).where(table.c.forget_at <= now).limit(limit)
+        # Two sweepers share the work, and neither waits for the other.
+        due = select(*primary_key).where(table.c.forget_at <= now).limit(limit).with_for_update(skip_locked=True)
         gone += db.execute(delete(table).where(tuple_(*primary_key).in_(due))).rowcount
     return gone

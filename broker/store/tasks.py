@@ -69,6 +69,11 @@ class Tasks:
         }
 
 
+def hold(db: Connection, ids: Collection[str]) -> None:
+    """Lock these tasks in the order in which issuing does, so that the two cannot wait for each other."""
+    db.execute(select(_tasks.c.id).where(_tasks.c.id.in_(ids)).order_by(_tasks.c.id).with_for_update()).fetchall()
+
+
 def beat(db: Connection, task_id: str, *, now: datetime, heartbeat_s: int) -> bool:
     """Move the heartbeat on, unless the task ended or already lost it."""
     statement = (
