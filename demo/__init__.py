@@ -1,0 +1,1 @@
+"""The main job, played on one machine: `python -m demo`."""

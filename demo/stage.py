@@ -1,0 +1,222 @@
+"""What the demo plays on: a broker and a sample API, each a real process on loopback, and one directory for all.
+
+Whatever happens, they are ended and the directory is removed: at the end, on a failure, on Ctrl-C, SIGTERM or SIGHUP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import httpx
+
+from broker.domain.clock import system_clock
+from broker.providers.dev_issuer import DevIssuer
+from broker.sdk import Client
+from demo.expect import DemoFailed
+from demo.sample_api import RESOURCE
+from demo.wire import Wire
+
+ROOT = Path(__file__).parents[1]
+
+_READY_WITHIN_S = 30.0
+_ENDS_WITHIN_S = 5.0
+_LAST_WORDS = 15
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """Somebody told the demo to stop. Not an Exception, so that nothing takes it for an answer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    name: str
+    url: str
+    log: Path
+    running: subprocess.Popen[bytes] = field(repr=False)
+
+    @property
+    def pid(self) -> int:
+        return self.running.pid
+
+    def require_running(self) -> None:
+        code = self.running.poll()
+        if code is not None:
+            raise DemoFailed(f"{self.name} to run", f"it ended with {code}", last_words=self.last_words())
+
+    def last_words(self) -> list[str]:
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
+
+    def end(self) -> None:
+        """Ask it to stop, and after a while do not ask. Its children go with it."""
+        self.running.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.running.wait(_ENDS_WITHIN_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.running.wait()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    directory: Path
+    broker: Process
+    crm: Process
+    wire: Wire
+    _issuer: DevIssuer = field(repr=False)
+
+    def token(self, name: str) -> str:
+        """The workload token of a principal, as its runtime would hand it to it."""
+        return workload_token(self._issuer, name, self.broker.url)
+
+    def client(self, name: str) -> Client:
+        """The broker as this principal reaches it."""
+        return Client(self.broker.url, token=self.token(name), http=self.wire, retry_deadline_s=5.0)
+
+    def require_running(self) -> None:
+        for process in (self.broker, self.crm):
+            process.require_running()
+
+
+@contextlib.contextmanager
+def stage() -> Iterator[Stage]:
+    """Both processes, started and ready."""
+    with contextlib.ExitStack() as end:
+        end.enter_context(taking_signals())
+        with deferred_signals():
+            root = Path(tempfile.mkdtemp(prefix="broker-demo-"))
+            end.callback(_remove, root)
+        directory, token_file = root / "broker", root / "crm-api.token"
+        broker_url, crm_url = (f"http://127.0.0.1:{port}" for port in free_ports(2))
+        issuer = DevIssuer.create_or_load(directory)
+        token_file.touch(mode=0o600)
+        token_file.write_text(workload_token(issuer, "crm-api", broker_url))
+        started = [
+            _start(end, "the broker", broker_url, root, _broker_command(directory, broker_url)),
+            _start(end, "the sample API", crm_url, root, _crm_command(crm_url, broker_url, token_file)),
+        ]
+        for process, path in zip(started, ("/readyz", "/healthz"), strict=True):
+            _wait_until_ready(process, path)
+        wire = end.enter_context(Wire({broker_url: "the broker", crm_url: "the CRM"}))
+        yield Stage(directory=directory, broker=started[0], crm=started[1], wire=wire, _issuer=issuer)
+
+
+def workload_token(issuer: DevIssuer, name: str, broker_url: str) -> str:
+    return issuer.token(f"dev:{name}", broker_url, system_clock(), timedelta(hours=1))
+
+
+def free_ports(count: int) -> list[int]:
+    # All of them open at once, so that none is given twice.
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def taking_signals() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal end the block with `Stopped`, so that what it holds is cleared away."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    # One that is ignored stays so: nohup and a shell's background jobs mean it.
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """A signal that comes meanwhile is taken afterwards: what was begun is not left half done."""
+    came: list[int] = []
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def _broker_command(directory: Path, url: str) -> list[str]:
+    broker = Path(sys.executable).with_name("broker")
+    if not broker.exists():
+        raise DemoFailed(
+            f"the broker command beside {sys.executable}", "there is none: `make demo` installs it, and runs this demo"
+        )
+    return [str(broker), "dev", "--directory", str(directory), "--port", url.rpartition(":")[2]]
+
+
+def _crm_command(url: str, broker_url: str, token_file: Path) -> list[str]:
+    port = url.rpartition(":")[2]
+    module = [sys.executable, "-m", "demo.sample_api"]
+    return [*module, "--broker", broker_url, "--token-file", str(token_file), "--port", port, "--resource", RESOURCE]
+
+
+def _start(end: contextlib.ExitStack, name: str, url: str, root: Path, command: list[str]) -> Process:
+    log = root / f"{name.rpartition(' ')[2]}.log"
+    # Nothing of what is on loopback goes through a proxy; PyJWT's client would ask the environment.
+    environment = os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as output, deferred_signals():
+        running = subprocess.Popen(  # noqa: S603 - the two commands above, and nothing from outside
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for the demo, which then ends what it started in order.
+            start_new_session=True,
+        )
+        process = Process(name=name, url=url, log=log, running=running)
+        end.callback(_end, process)
+    return process
+
+
+def _end(process: Process) -> None:
+    with deferred_signals():
+        process.end()
+
+
+def _remove(root: Path) -> None:
+    with deferred_signals():
+        shutil.rmtree(root)
+
+
+def _wait_until_ready(process: Process, path: str) -> None:
+    deadline = time.monotonic() + _READY_WITHIN_S
+    with httpx.Client(trust_env=False, timeout=2.0) as http:
+        while time.monotonic() < deadline:
+            process.require_running()
+            with contextlib.suppress(httpx.HTTPError):
+                if http.get(process.url + path).status_code == 200:
+                    return
+            time.sleep(0.05)
+    raise DemoFailed(
+        f"{process.name} to be ready within {_READY_WITHIN_S:.0f} s", "it was not", last_words=process.last_words()
+    )
