@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -66,8 +67,9 @@ def json_body(model: type[Body], raw: bytes, *, optional: bool) -> Body:
 
 def query(model: type[Body]) -> Body:
     """The query string as `model`."""
+    given = _once(_pairs(request.query_string, "the query is not well-formed text in UTF-8"))
     try:
-        return model.model_validate(_once(request.args.items(multi=True)))
+        return model.model_validate(given)
     except ValidationError as problems:
         raise invalid(problems) from None
 
@@ -78,17 +80,7 @@ def form(raw: bytes) -> dict[str, str]:
         raise Invalid("parameters belong into the body: a query string ends up in logs")
     if request.mimetype != "application/x-www-form-urlencoded":
         raise Invalid("send the parameters as application/x-www-form-urlencoded")
-    try:
-        pairs = parse_qsl(
-            raw.decode("ascii"),
-            keep_blank_values=True,
-            strict_parsing=bool(raw),
-            errors="strict",
-            max_num_fields=_MAX_PARAMETERS,
-        )
-    except ValueError:
-        raise Invalid("the body is not well-formed application/x-www-form-urlencoded text in UTF-8") from None
-    values = _once(pairs)
+    values = _once(_pairs(raw, "the body is not well-formed application/x-www-form-urlencoded text in UTF-8"))
     for name, value in values.items():
         if _CONTROL.search(value):
             raise Invalid(f"{name} holds a control character", member=printable(name))
@@ -96,7 +88,21 @@ def form(raw: bytes) -> dict[str, str]:
     return {name: value for name, value in values.items() if value}
 
 
-def _once(pairs: Any) -> dict[str, str]:
+def _pairs(raw: bytes, otherwise: str) -> list[tuple[str, str]]:
+    """Names and values, in their order; a lenient reader would repair what is refused here, each in its own way."""
+    try:
+        return parse_qsl(
+            raw.decode("ascii"),
+            keep_blank_values=True,
+            strict_parsing=bool(raw),
+            errors="strict",
+            max_num_fields=_MAX_PARAMETERS,
+        )
+    except ValueError:
+        raise Invalid(otherwise) from None
+
+
+def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     values: dict[str, str] = {}
     for name, value in pairs:
         if name in values:

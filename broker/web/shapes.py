@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from broker.domain.audit import Event
 from broker.domain.clock import rfc3339
@@ -114,10 +115,17 @@ class Evaluate(Request):
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
 
 
+def _written_plainly(text: object) -> object:
+    # Pydantic reads " 1", "+1", "1_0" and "1.0" as integers too; the schema we publish does not.
+    if isinstance(text, str) and not (text.isascii() and text.isdigit() and not text.startswith("0")):
+        raise PydanticCustomError("limit", "is not a whole number of 1 to 1000: write it in digits alone")
+    return text
+
+
 class Page(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    limit: Annotated[int, BeforeValidator(_written_plainly), Field(ge=1, le=1000)] = 100
     cursor: Annotated[str, Field(max_length=100)] | None = None
 
 
