@@ -17,7 +17,8 @@ from click.core import ParameterSource
 
 from broker.cli import output
 from broker.domain.clock import from_epoch, rfc3339
-from broker.sdk import ApprovalPending, BrokerError, Client, Limited, NotAuthenticated, Refused, Unreachable
+from broker.sdk import ApprovalPending, BrokerError, Client, Invalid, Limited, NotAuthenticated, Refused, Unreachable
+from broker.sdk.calls import Listing
 from broker.sdk.errors import printable
 
 # A person waits for it, and a loop in a script asks again: longer than a restart of the broker takes is too long.
@@ -49,6 +50,26 @@ def client_options(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(broker, *args, **kwargs)
 
     return run
+
+
+def idempotency_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--idempotency-key", help="Said again with the same request, it makes no second one: for scripts that retry."
+    )(command)
+
+
+def page_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    limit = click.option(
+        "--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="At most so many."
+    )
+    cursor = click.option("--cursor", help="Go on where an earlier page ended.")
+    return limit(cursor(command))
+
+
+def page_of(broker: Client, listing: Listing[Any], cursor: str | None) -> Mapping[str, Any]:
+    """One page, as the API answers it."""
+    found = broker.send(listing.first if cursor is None else listing.after(cursor))
+    return {"items": [item.raw for item in found.items], "next_cursor": found.next_cursor}
 
 
 def reach(url: str | None, token_file: Path | None, token: str | None) -> Client:
@@ -83,7 +104,7 @@ def refused(problem: BrokerError) -> click.exceptions.Exit:
     if isinstance(problem, NotAuthenticated):
         lines += _what_to_check()
     elif isinstance(problem, Refused) and problem.decision is not None:
-        lines += _why(problem.decision)
+        lines = _why(problem, problem.decision)  # the detail is the reasons once more, in one line
     elif isinstance(problem, ApprovalPending):
         lines.append(f"grant {problem.grant_id or '?'} waits for people")
     elif isinstance(problem, Limited) and problem.retry_after_s is not None:
@@ -93,15 +114,19 @@ def refused(problem: BrokerError) -> click.exceptions.Exit:
     if problem.trace_id is not None and problem.status is not None and problem.status >= 500:
         lines.append(f"trace id: {problem.trace_id}")
     code = output.UNREACHABLE if isinstance(problem, Unreachable) else output.REFUSED
+    if isinstance(problem, Invalid) and problem.status is None:
+        code = output.USAGE  # our own client would not send it
     return output.fail("\n".join(lines), code=code, problem=dict(problem.problem))
 
 
-def _why(decision: Mapping[str, Any]) -> list[str]:
-    """The decision of policy, a reason a line: which policy, and what to change."""
-    policies = ", ".join(map(str, decision.get("policies") or ())) or "no policy allows it"
-    version = decision.get("policy_version")
-    reasons = [f"- {printable(str(reason))}" for reason in decision.get("reasons") or ()]
-    return [*reasons, f"decided by: {printable(policies)} (configuration version {version})"]
+def _why(problem: Refused, decision: Mapping[str, Any]) -> list[str]:
+    """The decision of policy, a reason a line: which policy said no, and what to change."""
+    reasons = [f"- {reason}" for reason in decision.get("reasons") or ()]
+    policies = ", ".join(map(str, decision.get("policies") or ()))
+    by = f"forbidden by {policies}" if policies else "no policy allows it as it was asked"
+    denied = problem.problem.get("grant_id")
+    kept = f"; kept as {denied}" if denied else ""
+    return [problem.title, *reasons, f"{by} (configuration version {decision.get('policy_version')}){kept}"]
 
 
 def _what_to_check() -> list[str]:

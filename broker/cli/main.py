@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -9,23 +11,45 @@ import click
 from broker import sdk
 from broker.cli import output
 from broker.cli.client import refused
-from broker.cli.dev import dev
-from broker.cli.keys import keys
-from broker.cli.policy import policy
-from broker.cli.server import apply, check, migrate, scheduler, serve
-from broker.domain.errors import BrokerError, ConfigurationError, PolicyDenied
+from broker.domain.errors import BrokerError, ConfigurationError
+
+# Where each command is defined. A client command must not wait for the server's modules to be imported: an agent's
+# script may run it often.
+_COMMANDS: Mapping[str, str] = {
+    "apply": "broker.cli.server",
+    "audit": "broker.cli.audit",
+    "check": "broker.cli.server",
+    "dev": "broker.cli.dev",
+    "grant": "broker.cli.grant",
+    "keys": "broker.cli.keys",
+    "lockdown": "broker.cli.lockdown",
+    "migrate": "broker.cli.server",
+    "policy": "broker.cli.policy",
+    "revoke": "broker.cli.revoke",
+    "scheduler": "broker.cli.server",
+    "serve": "broker.cli.server",
+    "task": "broker.cli.task",
+}
 
 
 class _Commands(click.Group):
     """Turns refusals into sentences and exit codes; a stack trace is for bugs alone."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        module = _COMMANDS.get(cmd_name)
+        if module is None:
+            return None
+        command: click.Command = getattr(importlib.import_module(module), cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except ConfigurationError as problem:
             raise output.fail("\n".join(problem.problems), problems=problem.problems) from None
-        except PolicyDenied as problem:
-            raise output.fail(problem.detail, code=output.REFUSED, decision=problem.decision) from None
         except BrokerError as problem:
             raise output.fail(problem.detail) from None
         except sdk.BrokerError as problem:
@@ -44,8 +68,6 @@ def main() -> None:
                       broker serve --config broker.toml
     As a client:      export BROKER_URL=… BROKER_TOKEN_FILE=…
                       broker task open --purpose "…" --agent NAME --deadline 1h
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 could not reach the broker.
     """
-
-
-for command in (serve, migrate, check, apply, scheduler, dev, policy, keys):
-    main.add_command(command)

@@ -1,6 +1,8 @@
 """What a command prints, for people and with `--json` for programs; and its exit code.
 
 0 done, 1 refused or failed, 2 wrong usage, 3 could not reach the broker. Results go to stdout, all else to stderr.
+On a terminal tables are drawn; in a pipe a row is a line and tabs divide it. Text that came from somebody else is
+text: nothing in it is markup, a control sequence or another line (INV-31).
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 REFUSED, USAGE, UNREACHABLE = 1, 2, 3
-
-
 _JSON = "broker.json"
+
+Drawing = Callable[[Console], None]
 
 
 def wants_json() -> bool:
@@ -38,18 +40,23 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+# As wide as what is printed: a terminal breaks a long line by itself, and an id it broke can still be copied. A cell
+# that is broken to fit cannot.
+_WIDTH = 10_000
+
+
 def out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, width=_WIDTH)
 
 
 def err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, width=_WIDTH)
 
 
-def show(value: Any, human: Callable[[Console], None]) -> None:
+def show(value: Any, human: Drawing) -> None:
     """The result: `value` as JSON, or what `human` prints."""
     if wants_json():
-        click.echo(json.dumps(value, indent=2, default=str))
+        click.echo(json.dumps(value, indent=2))
     else:
         human(out())
 
@@ -57,29 +64,34 @@ def show(value: Any, human: Callable[[Console], None]) -> None:
 def say(sentence: str) -> None:
     """Something to know that is not the result."""
     if not wants_json():
-        err().print(Text(sentence))
+        err().print(Text("\n").join(map(_cell, sentence.splitlines())))
 
 
 def fail(sentence: str, *, code: int = REFUSED, **more: Any) -> click.exceptions.Exit:
     """Report a failure and answer the exception to raise."""
     if wants_json():
-        click.echo(json.dumps({"error": sentence, **more}, default=str), err=True)
+        click.echo(json.dumps({"error": sentence, **more}), err=True)
     else:
-        err().print(Text("error: ", style="bold red").append(sentence, style="default"))
+        lines = Text("\n").join(map(_cell, sentence.splitlines()))
+        err().print(Text("error: ", style="bold red").append(lines))
     return click.exceptions.Exit(code)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> Callable[[Console], None]:
-    """Rows under headings. Cells are text: nothing in them is markup (INV-31)."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> Drawing:
+    """Rows under headings; where there are none, `empty` is said."""
     cells = [[_cell(value) for value in row] for row in rows]
 
     def draw(console: Console) -> None:
-        if not cells:
-            console.print(Text(empty))
+        if not console.is_terminal:
+            for line in [list(map(Text, columns)), *cells]:
+                console.print(Text("\t").join(line))
             return
-        drawn = Table(box=None, pad_edge=False, header_style="bold")
+        if not cells:
+            console.print(Text(empty, style="dim"))
+            return
+        drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         for column in columns:
-            drawn.add_column(column, overflow="fold")
+            drawn.add_column(column, no_wrap=True)
         for row in cells:
             drawn.add_row(*row)
         console.print(drawn)
@@ -87,7 +99,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) 
     return draw
 
 
-def facts(pairs: Mapping[str, Any]) -> Callable[[Console], None]:
+def facts(pairs: Mapping[str, Any]) -> Drawing:
     """One thing: its members, one a line."""
 
     def draw(console: Console) -> None:
@@ -98,7 +110,28 @@ def facts(pairs: Mapping[str, Any]) -> Callable[[Console], None]:
     return draw
 
 
-def decision(value: Mapping[str, Any]) -> Callable[[Console], None]:
+def both(*drawings: Drawing) -> Drawing:
+    """One below the other, with an empty line between them."""
+
+    def draw(console: Console) -> None:
+        for number, drawing in enumerate(drawings):
+            if number:
+                console.print()
+            drawing(console)
+
+    return draw
+
+
+def page(
+    value: Mapping[str, Any], columns: Sequence[str], row: Callable[[Mapping[str, Any]], Sequence[Any]], *, empty: str
+) -> None:
+    """One page of a list, and how to get the next."""
+    show(value, table(columns, [row(item) for item in value["items"]], empty=empty))
+    if value.get("next_cursor"):
+        say(f"there may be more: --cursor {value['next_cursor']}")
+
+
+def decision(value: Mapping[str, Any]) -> Drawing:
     """What policy said, and why."""
 
     def draw(console: Console) -> None:
@@ -110,14 +143,39 @@ def decision(value: Mapping[str, Any]) -> Callable[[Console], None]:
     return draw
 
 
+def receipt(value: Mapping[str, Any]) -> Drawing:
+    """What ended, one grant a line, and until when each is still exposed to a verifier that works offline."""
+    totals = value["totals"]
+    head = {
+        "task": value["task_id"],
+        "outcome": value["outcome"],
+        "ended at": value["ended_at"],
+        "grants": f"{len(value['grants'])}: authority ended for {totals['ended']}, confirmed dead "
+        f"{totals['confirmed_dead']}, outstanding {totals['outstanding']}",
+    }
+    columns = ("grant", "agent", "resource", "authority ended", "confirmed dead", "exposed until")
+    rows = [
+        [
+            line["grant_id"],
+            line["agent"],
+            line["resource"],
+            line["authority_ended_at"] or "not yet",
+            line["confirmed_dead_at"] or "not yet",
+            line["exposed_until"] or ("no longer" if line["confirmed_dead_at"] else "unknown"),
+        ]
+        for line in value["grants"]
+    ]
+    return both(facts(head), table(columns, rows, empty="nothing had been issued")) if rows else facts(head)
+
+
 def _cell(value: Any) -> Text:
-    if value is None:
+    if value is None or value == "":
         return Text("–")
     if isinstance(value, bool):
         return Text("yes" if value else "no")
     if isinstance(value, list | tuple | set | frozenset):
-        return Text(", ".join(str(item) for item in value) or "–")
+        return _cell(", ".join(map(str, value)))
     if isinstance(value, Mapping):
-        return Text(json.dumps(value))
+        return _cell(", ".join(f"{name}={item}" for name, item in value.items()))
     text = str(value)
     return Text("".join(character if character.isprintable() else "?" for character in text))

@@ -1,0 +1,172 @@
+"""Grants: the agent's hand, and the admin's. A credential is printed once, to stdout, and nowhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from broker.cli import output
+from broker.cli.client import client_options, idempotency_option, page_of, page_options
+from broker.cli.parameters import Duration, facts_option
+from broker.domain.clock import rfc3339
+from broker.domain.lifecycle import GrantState
+from broker.sdk import Client, Credential, DpopKey, Grant, calls
+
+_LONGEST_TTL_S = 86_400
+
+
+@click.group()
+def grant() -> None:
+    """Ask for credentials, renew them, hand them back."""
+
+
+def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
+    ttl = click.option("--ttl", "ttl_s", type=Duration(1, _LONGEST_TTL_S), help="How long it is needed, like 5m.")
+    dpop = click.option(
+        "--dpop-key",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="A private key (P-256, PEM): the credential is bound to it (DPoP, RFC 9449).",
+    )
+    only = click.option("--token-only", is_flag=True, help="Print the token and nothing else.")
+    return ttl(dpop(only(command)))
+
+
+@grant.command()
+@click.option("--task", "task_id", help="Whose task it is for; without it one of its own, where that is allowed.")
+@click.option("--resource", required=True, help="What it shall open: a registered identifier.")
+@click.option("--scope", "scopes", required=True, multiple=True, help="What it shall allow. May be repeated.")
+@click.option("--intent", help="What you are about to do, in a sentence.")
+@facts_option("--context", "context", "A fact you claim, for policies. May be repeated.")
+@_issuing
+@idempotency_option
+@client_options
+def request(broker: Client, /, *, dpop_key: Path | None, token_only: bool, **asked: Any) -> None:
+    """Ask for a credential.
+
+    \b
+    broker grant request --task task_0198… --resource https://crm.example/api --scope contacts:read
+    TOKEN=$(broker grant request --task "$TASK" --resource https://crm.example/api \\
+        --scope contacts:read --ttl 5m --token-only)
+    """
+    _show_issued(*broker.request_grant(dpop=_dpop_key(dpop_key), **asked), token_only=token_only)
+
+
+@grant.command()
+@click.argument("grant_id")
+@_issuing
+@client_options
+def renew(broker: Client, /, *, grant_id: str, dpop_key: Path | None, token_only: bool, ttl_s: int | None) -> None:
+    """A new credential for the same grant, decided again.
+
+    \b
+    broker grant renew grt_0198…
+    TOKEN=$(broker grant renew grt_0198… --token-only)
+    """
+    _show_issued(*broker.renew_grant(grant_id, ttl_s, _dpop_key(dpop_key)), token_only=token_only)
+
+
+@grant.command("list")
+@click.option("--state", type=click.Choice([str(state) for state in GrantState]))
+@click.option("--task", help="Of this task.")
+@click.option("--agent", help="Held by this agent.")
+@click.option("--user", help="On behalf of this person.")
+@click.option("--resource", help="For this resource.")
+@page_options
+@client_options
+def list_grants(broker: Client, /, *, limit: int, cursor: str | None, **filters: Any) -> None:
+    """Grants you may see, newest first; never their credentials.
+
+    \b
+    broker grant list --state active --agent summarizer
+    """
+    found = page_of(broker, calls.grants(page_size=limit, **filters), cursor)
+    columns = ("id", "state", "live", "agent", "resource", "scopes", "expires")
+    output.page(found, columns, row, empty="no grant is to be seen")
+
+
+def row(item: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A grant as a line of a list."""
+    return tuple(item[name] for name in ("id", "state", "live", "agent", "resource", "scopes", "expires_at"))
+
+
+@grant.command()
+@click.argument("grant_id")
+@client_options
+def show(broker: Client, /, *, grant_id: str) -> None:
+    """One grant as it is now, and why it was decided so; never its credential.
+
+    \b
+    broker grant show grt_0198…
+    """
+    found = broker.grant(grant_id)
+    output.show(found.raw, output.facts(_facts(found)))
+
+
+@grant.command()
+@click.argument("grant_id")
+@click.option("--reason", help="Why; it goes into the audit trail.")
+@client_options
+def revoke(broker: Client, /, *, grant_id: str, reason: str | None) -> None:
+    """End a grant now. Its credential is refused from here on.
+
+    \b
+    broker grant revoke grt_0198… --reason "done early"
+    """
+    ended = broker.revoke_grant(grant_id, reason)
+    output.show(ended.raw, output.receipt(ended.raw))
+
+
+def _facts(found: Grant) -> dict[str, Any]:
+    shown = {name: value for name, value in found.raw.items() if value not in (None, {}, []) and name != "decision"}
+    if found.ttl_decided_by is not None:
+        shown |= {"ttl_s": f"{found.ttl_s}, decided by {found.ttl_decided_by}"}
+        del shown["ttl_decided_by"]
+    if found.decision is not None:
+        shown["decision"] = found.decision.outcome
+        shown["policies"] = f"{', '.join(found.decision.policies) or '–'}, version {found.decision.policy_version}"
+        if found.decision.reasons:
+            shown["reasons"] = "; ".join(found.decision.reasons)
+    return shown
+
+
+def _show_issued(issued: Grant, credential: Credential, *, token_only: bool) -> None:
+    expires_at = rfc3339(credential.expires_at)
+    if output.wants_json():
+        secret: dict[str, Any] = {"token": credential.reveal(), "token_type": credential.token_type}
+        shown = {"type": credential.type, **secret, "expires_at": expires_at}
+        output.show({"grant": issued.raw, "credential": shown}, output.facts({}))
+        return
+    if not token_only:
+        output.facts(_facts(issued))(output.out())
+    if sys.stdout.isatty():
+        output.say(
+            f"this {credential.token_type} token opens {issued.resource} ({' '.join(issued.scopes)}) until "
+            f"{expires_at}. It is shown once: keep it out of logs, files and shell history"
+        )
+    click.echo(credential.reveal())
+
+
+def _dpop_key(path: Path | None) -> DpopKey | None:
+    if path is None:
+        return None
+    remedy = f"make one with: openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out {path}"
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as problem:
+        raise click.BadParameter(
+            f"{path} cannot be read ({problem.strerror}); {remedy}", param_hint="--dpop-key"
+        ) from None
+    except (TypeError, ValueError):
+        # Not what the library says: it may quote the key.
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise click.BadParameter(
+            f"{path} is not a P-256 private key in PEM without password; {remedy}", param_hint="--dpop-key"
+        )
+    return DpopKey(key)
