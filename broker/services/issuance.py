@@ -476,6 +476,12 @@ def principal_of(caller: Caller, standing: Standing) -> Principal:
     return standing.catalogue.principal_for(caller.identity)
 
 
+def current_caller(caller: Caller, standing: Standing) -> Caller:
+    """The caller as this configuration knows it; Unauthenticated if it is nobody there."""
+    principal = principal_of(caller, standing)
+    return replace(caller, principal=principal, catalogue_version=standing.catalogue.version)
+
+
 def _require_live(grant: Grant, task: Task, standing: Standing, now: datetime) -> None:
     if not task.is_open(now):
         raise TaskNotActive(f"task {task.id} has ended, and everything issued for it", member="task_id")

@@ -6,30 +6,40 @@ from flask import g, request
 
 from broker.domain.errors import Unauthenticated
 from broker.domain.identity import Caller
+from broker.services.issuance import current_caller
 from broker.web.context import broker
 from broker.web.reading import single_header
 
 _SCHEME = "Bearer "
 
 
-def caller() -> Caller:
-    """The authenticated caller of a `/v1` request, by `Authorization: Bearer <workload token>`."""
+def caller(*, looks_again: bool = False) -> Caller:
+    """The authenticated caller of a `/v1` request, by `Authorization: Bearer <workload token>`.
+
+    A verb that `looks_again`, in its own transaction, saves the look here.
+    """
     header = single_header("Authorization")
     if header is None:
         raise Unauthenticated("no Authorization header")
     if header[: len(_SCHEME)].lower() != _SCHEME.lower():
         raise Unauthenticated("Authorization is not of the scheme Bearer")
-    return authenticate(header[len(_SCHEME) :])
+    found = authenticate(header[len(_SCHEME) :])
+    return found if looks_again else known_now(found)
 
 
 def authenticate(token: str) -> Caller:
-    """The caller that a workload token proves."""
+    """The caller that a workload token proves, under the configuration this process saw last: garbage costs no look."""
     house = broker()
     found: Caller = house.authenticator.authenticate(
         token, house.standing.last_known().catalogue, now=house.clock(), trace_id=g.trace_id
     )
     g.caller = found.name
     return found
+
+
+def known_now(caller: Caller) -> Caller:
+    """The same under the newest configuration: who was taken out of it may do nothing more, at any broker."""
+    return current_caller(caller, broker().standing.now())
 
 
 def proven_key() -> str | None:

@@ -36,6 +36,7 @@ class Operation:
     answers: Mapping[int, type[BaseModel]]
     creates: bool
     proof: bool
+    looks_again: bool
 
 
 class Operations:
@@ -56,8 +57,12 @@ class Operations:
         query_: type[BaseModel] = NoQuery,
         creates: bool = False,
         proof: bool = False,
+        looks_again: bool = False,
     ) -> Callable[[Handler], Handler]:
-        """Declare `handler(caller, *ids, body?, query?)`; `creates` takes an Idempotency-Key, `proof` a DPoP header."""
+        """Declare `handler(caller, *ids, body?, query?)`; `creates` takes an Idempotency-Key, `proof` a DPoP header.
+
+        `looks_again`: the verb asks anew, in its own transaction, who the caller is.
+        """
 
         def declare(handler: Handler) -> Handler:
             operation = Operation(
@@ -70,6 +75,7 @@ class Operations:
                 answers=answers,
                 creates=creates,
                 proof=proof,
+                looks_again=looks_again,
             )
             self.declared.append(operation)
             rule = path.replace("{", "<").replace("}", ">")
@@ -86,7 +92,7 @@ def _route(operation: Operation, handler: Handler) -> Callable[..., Response]:
 
     @wraps(handler)
     def route(**ids: str) -> Response:
-        caller: Caller = auth.caller()
+        caller: Caller = auth.caller(looks_again=operation.looks_again)
         given: dict[str, Any] = {}
         if operation.query is not NoQuery or request.query_string:
             read = query(operation.query)

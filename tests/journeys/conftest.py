@@ -41,3 +41,10 @@ def brokers(request):
 def deployment(store_url, tmp_path):
     """A configuration on a database of each kind, for tests that stop and start brokers."""
     return Deployment.create(tmp_path / "deployment", store_url)
+
+
+@pytest.fixture
+def postgres_deployment(postgres, migrated_template, tmp_path):
+    """A configuration on a PostgreSQL database of its own."""
+    with postgres_database(postgres, template=migrated_template) as url:
+        yield Deployment.create(tmp_path / "deployment", url)

@@ -27,6 +27,7 @@ grants = Operations("grants")
     answers={201: shapes.IssuedAnswer},
     creates=True,
     proof=True,
+    looks_again=True,
 )
 def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
     request = GrantRequest(
@@ -50,6 +51,7 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
     body=shapes.RenewGrant,
     answers={200: shapes.IssuedAnswer},
     proof=True,
+    looks_again=True,
 )
 def renew_grant(caller: Caller, grant_id: str, body: shapes.RenewGrant) -> tuple[int, Any]:
     ttl = None if body.ttl_s is None else timedelta(seconds=body.ttl_s)

@@ -17,7 +17,7 @@ from broker.domain.errors import BrokerError, Invalid, InvalidTarget, InvalidTas
 from broker.domain.grant import GrantRequest, Issued
 from broker.domain.identity import Caller, Role
 from broker.domain.scope import parse_scope
-from broker.web.auth import authenticate, proven_key
+from broker.web.auth import authenticate, known_now, proven_key
 from broker.web.context import broker
 from broker.web.operations import json_response
 from broker.web.problems import OAuthError, oauth_response
@@ -77,7 +77,7 @@ def introspect() -> Response:
 @token.post("/oauth2/revoke")
 def revoke() -> Response:
     given = form(raw_body(request))
-    caller = _client_or_bearer(given)
+    caller = known_now(_client_or_bearer(given))
     found = broker().verification.live_claims(_required(given, "token"))
     if found is None:
         # RFC 7009 section 2.2: a token that opens nothing is already what the client wants it to be.
