@@ -22,7 +22,7 @@ from broker.web.context import broker as house
 from broker.web.oauth.metadata import metadata
 from broker.web.oauth.token import token
 from broker.web.operations import json_response, openapi
-from broker.web.reading import TooLarge, UnsupportedMediaType, printable, trace_id_of
+from broker.web.reading import MAX_BODY_BYTES, TooLarge, UnsupportedMediaType, printable, trace_id_of
 from broker.wiring import Broker
 
 API = (tasks, grants, revocations, policies, audit)
@@ -36,8 +36,9 @@ _SECURITY_HEADERS = {
 def create_app(built: Broker) -> Flask:
     app = Flask("broker", static_folder=None)
     app.extensions["broker"] = built
-    # A body is read by `broker.web.reading` alone; this is for whoever forgets.
-    app.config["MAX_CONTENT_LENGTH"] = 65_536
+    # A body is read by `broker.web.reading` alone; this is for whoever forgets. One more, because a body without a
+    # length that reaches this limit is cut off there without a word, and the reader must see that there was more.
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES + 1
     app.url_map.strict_slashes = True
     app.url_map.merge_slashes = False
     for operations in API:

@@ -41,13 +41,20 @@ class TooLarge(Exception):
 
 
 def raw_body(request: Request) -> bytes:
-    """The body, cut off before it can fill memory."""
+    """The whole body; refused before it can fill memory, and never cut off: half a request is another request."""
     if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
         raise TooLarge
-    raw = request.stream.read(MAX_BODY_BYTES + 1)
+    raw = bytearray()
+    # One read may give less than there is, where a body comes in chunks and says no length.
+    while len(raw) <= MAX_BODY_BYTES and (part := request.stream.read(MAX_BODY_BYTES + 1 - len(raw))):
+        raw += part
     if len(raw) > MAX_BODY_BYTES:
         raise TooLarge
-    return raw
+    if request.content_length is not None and len(raw) != request.content_length:
+        raise Invalid(
+            f"the body ended after {len(raw)} of {request.content_length} bytes: send all that Content-Length says"
+        )
+    return bytes(raw)
 
 
 def json_body(model: type[Body], raw: bytes, *, optional: bool) -> Body:
