@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import sys
 from datetime import timedelta
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
 
 from broker import samples, telemetry
 from broker.cli import output
+from broker.cli.parameters import Duration
 from broker.cli.server import prepare, run
 from broker.config import Settings, load
 from broker.domain.clock import system_clock
 from broker.wiring import dev_issuer
 
 _DIRECTORY = Path(".broker-dev")
+_PORT = 8080
 
 
 @click.group(invoke_without_command=True)
@@ -28,9 +32,11 @@ _DIRECTORY = Path(".broker-dev")
     show_default=True,
     help="Where its database, keys and configuration live.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Where it listens; the one it had before, or 8080 the first time."
+)
 @click.pass_context
-def dev(context: click.Context, directory: Path, port: int) -> None:
+def dev(context: click.Context, directory: Path, port: int | None) -> None:
     """A whole broker on one laptop: SQLite, a development issuer, sample principals and policies.
 
     \b
@@ -45,10 +51,11 @@ def dev(context: click.Context, directory: Path, port: int) -> None:
 @dev.command()
 @click.argument("name")
 @click.option(
-    "--lifetime", "lifetime_s", type=click.IntRange(1, 3600), default=3600, show_default=True, help="Seconds."
+    "--lifetime", "lifetime_s", type=Duration(1, 3600), default="1h", show_default=True, help="How long it is good for."
 )
+@output.json_option
 @click.pass_obj
-def token(at: tuple[Path, int], name: str, lifetime_s: int) -> None:
+def token(at: tuple[Path, int | None], name: str, lifetime_s: int) -> None:
     """A workload token of the development issuer for principal NAME.
 
     \b
@@ -56,15 +63,17 @@ def token(at: tuple[Path, int], name: str, lifetime_s: int) -> None:
     export BROKER_TOKEN=$(broker dev token summarizer)
     """
     settings = load_dev(*at)
-    rule = next((rule for rule in settings.catalogue.principals if rule.name == name), None)
-    if rule is None or rule.subject is None:
-        known = ", ".join(rule.name for rule in settings.catalogue.principals)
-        raise output.fail(f"no principal is called {name!r} here; there are: {known}")
-    issuer = dev_issuer(at[0])
-    click.echo(issuer.token(rule.subject, settings.issuer, system_clock(), timedelta(seconds=lifetime_s)))
+    subjects = {rule.name: rule.subject for rule in settings.catalogue.principals if rule.subject is not None}
+    subject = subjects.get(name)
+    if subject is None:
+        near = get_close_matches(name, subjects, 1)
+        hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+        raise output.fail(f"no principal is called {name!r} here; {hint}: {', '.join(subjects)}")
+    signed = dev_issuer(at[0]).token(subject, settings.issuer, system_clock(), timedelta(seconds=lifetime_s))
+    output.show({"token": signed}, lambda console: click.echo(signed))
 
 
-def serve_dev(directory: Path, port: int) -> None:
+def serve_dev(directory: Path, port: int | None) -> None:
     settings = load_dev(directory, port)
     telemetry.log_to(sys.stderr)
     prepare(settings, and_migrate=True)
@@ -77,9 +86,10 @@ def serve_dev(directory: Path, port: int) -> None:
     run(settings, sweeping=True)
 
 
-def load_dev(directory: Path, port: int) -> Settings:
+def load_dev(directory: Path, port: int | None) -> Settings:
     """The settings of a development directory, which is made if it is not there."""
     make_directory(directory)
+    port = _port(directory, port)
     address = f"127.0.0.1:{port}"
     overrides = {"BROKER__ISSUER": f"http://{address}", "BROKER__SERVER__LISTEN": address}
     return load(directory / "broker.toml", environ=overrides)
@@ -97,3 +107,13 @@ def make_directory(directory: Path) -> None:
         shutil.copytree(samples.directory() / "policies", directory / "policies")
     if not (directory / "broker.toml").exists():
         shutil.copyfile(samples.directory() / "development.toml", directory / "broker.toml")
+
+
+def _port(directory: Path, given: int | None) -> int:
+    """The port, kept: `broker dev token` must name the audience that `broker dev --port` listens as."""
+    kept = directory / "port"
+    if given is not None:
+        kept.write_text(f"{given}\n")
+        return given
+    text = kept.read_text().strip() if kept.exists() else ""
+    return int(text) if re.fullmatch("[0-9]{1,5}", text) else _PORT

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import getpass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
 from broker.cli import output
-from broker.cli.server import config_option
+from broker.cli.server import config_option, opened
 from broker.config import load
 from broker.domain.clock import rfc3339
 from broker.domain.identity import Caller, Principal, Role
-from broker.wiring import Broker, build
+from broker.wiring import Broker
 
 
 @click.group()
@@ -29,8 +30,8 @@ def list_keys(config: Path) -> None:
     \b
     broker keys list --config broker.toml
     """
-    house = build(load(config))
-    found = house.keys.listing()
+    with opened(load(config)) as house:
+        found = house.keys.listing()
     rows = [
         {
             "kid": key.kid,
@@ -44,8 +45,7 @@ def list_keys(config: Path) -> None:
     ]
     columns = ("kid", "algorithm", "state", "created_at", "activated_at", "retired_at")
     drawn = output.table(columns, [[row[column] for column in columns] for row in rows], empty="no keys yet")
-    output.show({"items": rows}, drawn)
-    house.close()
+    output.show({"items": rows, "next_cursor": None}, drawn)
 
 
 @keys.command()
@@ -58,10 +58,9 @@ def rotate(config: Path, algorithm: str | None) -> None:
     \b
     broker keys rotate --config broker.toml
     """
-    house = build(load(config))
-    house.keys.rotate(algorithm, actor=_actor().name, now=house.clock())
+    with opened(load(config)) as house:
+        house.keys.rotate(algorithm, actor=_actor().name, now=house.clock())
     output.show({"rotated": algorithm or "all"}, output.facts({"rotated": algorithm or "all"}))
-    house.close()
 
 
 @keys.command()
@@ -77,9 +76,8 @@ def compromise(config: Path, kid: str, reason: str, yes: bool) -> None:
     broker keys compromise KID --reason "found in a log"          # shows what would end
     broker keys compromise KID --reason "found in a log" --yes
     """
-    house = build(load(config))
-    outcome = _condemn(house, kid, reason, yes)
-    house.close()
+    with opened(load(config)) as house:
+        outcome = _condemn(house, kid, reason, yes)
     output.show(outcome, output.facts(outcome))
     if not yes:
         output.say("nothing was done: repeat with --yes")
@@ -96,8 +94,6 @@ def _condemn(house: Broker, kid: str, reason: str, yes: bool) -> dict[str, objec
 
 def _actor() -> Caller:
     """Whoever can read the master key is an admin already."""
-    from datetime import UTC, datetime
-
     principal = Principal(
         name=f"cli:{getpass.getuser()}", kind="person", issuer="local", subject="local", roles=frozenset({Role.ADMIN})
     )

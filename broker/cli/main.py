@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -49,9 +49,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except ConfigurationError as problem:
-            raise output.fail("\n".join(problem.problems), problems=problem.problems) from None
+            raise output.fail(_all_of(problem.problems), problems=problem.problems) from None
         except BrokerError as problem:
-            raise output.fail(problem.detail) from None
+            raise output.fail(_because(problem)) from None
         except sdk.BrokerError as problem:
             raise refused(problem) from None
 
@@ -71,3 +71,17 @@ def main() -> None:
 
     Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 could not reach the broker.
     """
+
+
+def _all_of(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return "\n".join([f"{len(problems)} things are wrong", *(f"- {problem}" for problem in problems)])
+
+
+def _because(problem: BrokerError) -> str:
+    """The sentence, and what the outside said where that is the cause: whoever runs this command may know."""
+    if problem.__cause__ is None:
+        return problem.detail
+    said = str(getattr(problem.__cause__, "orig", None) or problem.__cause__).strip()
+    return f"{problem.detail}: {said.splitlines()[0]}" if said else problem.detail

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
+import logging
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,20 @@ from granian.log import LogLevels
 from broker import scheduler as scheduling
 from broker import telemetry
 from broker.cli import output
-from broker.config import Settings, load
+from broker.config import ServerSettings, Settings, load
+from broker.domain.errors import BrokerError
 from broker.domain.policy import PolicySet
 from broker.web.app import create_app
 from broker.wiring import Broker, build
 
+_log = logging.getLogger(__name__)
+
+# What the server says goes where all else goes, as JSON.
+_SERVER_LOG: dict[str, Any] = {
+    "formatters": {},
+    "handlers": {},
+    "loggers": {"_granian": {"handlers": [], "propagate": True}, "granian.access": {"handlers": [], "propagate": True}},
+}
 _THREADS = 64  # a request waits for its commit; a thread that waits costs little
 
 
@@ -71,10 +83,9 @@ def migrate(config: Path) -> None:
     \b
     broker migrate --config /etc/broker/broker.toml
     """
-    house = build(load(config))
-    house.migrate()
+    with opened(load(config), migrated=False) as house:
+        house.migrate()
     output.show({"migrated": True}, output.facts({"migrated": True}))
-    house.close()
 
 
 @click.command()
@@ -89,11 +100,9 @@ def apply(config: Path, allow_older: bool) -> None:
     \b
     broker apply --config /etc/broker/broker.toml
     """
-    house = build(load(config))
-    _require_migrated(house)
-    version = house.apply(by=f"cli:{getpass.getuser()}", allow_older=allow_older)
+    with opened(load(config)) as house:
+        version = house.apply(by=f"cli:{getpass.getuser()}", allow_older=allow_older)
     output.show({"version": version}, output.facts({"version": version}))
-    house.close()
 
 
 @click.command()
@@ -114,14 +123,55 @@ def serve(config: Path, no_scheduler: bool, and_migrate: bool) -> None:
 
 def prepare(settings: Settings, *, and_migrate: bool) -> None:
     """What has to be true before the first request, said before the first request."""
-    house = build(settings)
-    try:
+    _require_free(settings.server)
+    with opened(settings, migrated=not and_migrate) as house:
         if and_migrate:
             house.migrate()
-        _require_migrated(house)
         house.apply(by="broker serve")
-    finally:
-        house.close()
+
+
+def _require_free(server: ServerSettings) -> None:
+    """Refuse an address on which somebody serves already.
+
+    The server shares a port between its workers, and the system would share it with another broker just as well:
+    requests would go to the one or the other, by chance.
+    """
+    if server.unix_path is not None:
+        _require_free_socket(server.unix_path)
+    addresses = (("server.listen", server.host, server.port), ("server.metrics_listen", *_metrics(server)))
+    for key, host, port in addresses:
+        if host is None or port is None:
+            continue
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # A port whose last connections linger is free; one that somebody listens on is not.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as problem:
+                raise output.fail(
+                    f"{key}: cannot listen on {host}, port {port} ({problem.strerror}); stop what listens there, or "
+                    "choose another address"
+                ) from None
+
+
+def _metrics(server: ServerSettings) -> tuple[str | None, int | None]:
+    return server.metrics_host, server.metrics_port
+
+
+def _require_free_socket(path: Path) -> None:
+    """Take away the socket that a broker left behind when it was killed, and none that answers."""
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as problem:
+            raise output.fail(f"server.listen: {path} cannot be tried ({problem.strerror})") from None
+    raise output.fail(f"server.listen: somebody serves on {path} already; stop it, or choose another path")
 
 
 def run(settings: Settings, *, sweeping: bool) -> None:
@@ -139,14 +189,29 @@ def run(settings: Settings, *, sweeping: bool) -> None:
         workers_kill_timeout=20,
         respawn_failed_workers=True,
         log_level=LogLevels.warning,
+        log_dictconfig=_SERVER_LOG,
         websockets=False,
     )
+    logging.getLogger("_granian").addFilter(_is_news)
     granian.serve(target_loader=functools.partial(_application, settings, sweeping), wrap_loader=False)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # It warns of more threads than cores at each start; ours wait for the database, and that is why they are many.
+    return "Python threads" not in record.getMessage()
 
 
 def _application(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     """The WSGI application, built in the worker's own process: connections and threads do not survive a fork."""
     telemetry.log_to(sys.stderr)
+    try:
+        return _built(settings, sweeping)
+    except (BrokerError, OSError) as problem:
+        _log.error("cannot serve", extra={"fields": {"detail": str(problem)}})
+        raise SystemExit(output.REFUSED) from None
+
+
+def _built(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     house = build(settings)
     # Fetched before the first request needs them; an issuer that is down now is tried again when its token comes.
     house.key_sets.refresh(house.standing.now().catalogue.issuers, house.clock())
@@ -168,17 +233,22 @@ def scheduler(config: Path) -> None:
     """
     settings = load(config)
     telemetry.log_to(sys.stderr)
-    house = build(settings)
-    _require_migrated(house)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    running = scheduling.start(house)
-    stop.wait()
-    running.shutdown(wait=True)
-    house.close()
+    with opened(settings) as house:
+        running = scheduling.start(house)
+        stop.wait()
+        running.shutdown(wait=True)
 
 
-def _require_migrated(house: Broker) -> None:
-    if not house.is_migrated():
-        raise output.fail("the database is not at the revision this version expects: run `broker migrate`")
+@contextlib.contextmanager
+def opened(settings: Settings, *, migrated: bool = True) -> Iterator[Broker]:
+    """A broker for one command; `migrated` refuses a database that is not at the revision this version expects."""
+    house = build(settings)
+    try:
+        if migrated and not house.is_migrated():
+            raise output.fail("the database is not at the revision this version expects: run `broker migrate`")
+        yield house
+    finally:
+        house.close()

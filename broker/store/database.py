@@ -1,20 +1,40 @@
 """Engines and transactions: SQLite (WAL, FULL, one writer) and PostgreSQL, made to behave alike.
 
 `Database.begin()` and `Database.read()` are the only ways to a transaction. While one is open on a thread,
-`in_transaction()` says so, and the providers of the tests refuse to be called.
+`in_transaction()` says so, and the providers of the tests refuse to be called. A store that does not answer is
+`Unavailable`, whatever its driver calls that.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
+from broker.domain.errors import Unavailable
+
 _READS_ONLY = "reads_only"
+_PATIENCE_S = 10  # for a connection, a lock, an unanswered packet: longer, and the caller is told to come again
+# A statement nobody bounds holds its locks, and whoever waits for them, for ever.
+_POSTGRESQL_BOUNDS = " ".join(
+    f"-c {name}={value}"
+    for name, value in {
+        "timezone": "UTC",
+        "lock_timeout": f"{_PATIENCE_S}s",
+        "statement_timeout": "60s",
+        "idle_in_transaction_session_timeout": "60s",
+    }.items()
+)
+
+_log = logging.getLogger(__name__)
 
 _open: ContextVar[bool] = ContextVar("transaction_open", default=False)
 
@@ -29,6 +49,7 @@ class Database:
 
     def __init__(self, url: str, *, pool_size: int = 10) -> None:
         self.engine = _engine(url, pool_size)
+        self._issuing = threading.BoundedSemaphore(max(1, pool_size // 3))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         reading: dict[str, Any] = {_READS_ONLY: True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
         self._reader = self.engine.execution_options(**reading)
@@ -36,6 +57,20 @@ class Database:
     def begin(self) -> AbstractContextManager[Connection]:
         """A read-write transaction: committed at the end of the block, rolled back on any exception."""
         return _transaction(self.engine)
+
+    @contextmanager
+    def begin_issuing(self) -> Iterator[Connection]:
+        """The same for whatever gives authority: it gets a third of the connections, so that what ends it finds one.
+
+        However issuing waits, for the gate or for a slow disk, revocation does not wait with it (INV-27).
+        """
+        if not self._issuing.acquire(timeout=_PATIENCE_S):
+            raise Unavailable("the broker is busy issuing: try again")
+        try:
+            with self.begin() as connection:
+                yield connection
+        finally:
+            self._issuing.release()
 
     def read(self) -> AbstractContextManager[Connection]:
         """Reading only: waits for no writer. On PostgreSQL each statement sees the newest state for itself."""
@@ -53,6 +88,10 @@ def _transaction(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
+    except (OperationalError, InterfaceError, PoolTimeout) as problem:
+        # Also where the commit itself was not answered: unknown is "not done" to the caller (INV-05).
+        _log.warning("the store did not answer", extra={"fields": {"kind": type(problem).__name__}}, exc_info=problem)
+        raise Unavailable("the broker's store did not answer, so nothing was handed out: try again") from problem
     finally:
         _open.reset(token)
 
@@ -67,8 +106,9 @@ def _engine(url: str, pool_size: int) -> Engine:
             poolclass=QueuePool,
             pool_size=pool_size,
             max_overflow=0,
+            pool_timeout=_PATIENCE_S,
             hide_parameters=True,
-            connect_args={"timeout": 30, "check_same_thread": False},
+            connect_args={"timeout": _PATIENCE_S, "check_same_thread": False},
         )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_immediate)
@@ -77,10 +117,16 @@ def _engine(url: str, pool_size: int) -> Engine:
         parsed,
         pool_size=pool_size,
         max_overflow=0,
+        pool_timeout=_PATIENCE_S,
         hide_parameters=True,  # an error message is logged, and parameters are not ours to log (INV-30)
         pool_pre_ping=True,
         isolation_level="READ COMMITTED",
-        connect_args={"options": "-c timezone=UTC", "connect_timeout": 10},
+        connect_args={
+            "options": _POSTGRESQL_BOUNDS,
+            "connect_timeout": _PATIENCE_S,
+            "tcp_user_timeout": _PATIENCE_S * 1000,
+            "keepalives_idle": _PATIENCE_S,
+        },
     )
 
 
@@ -91,7 +137,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
         "journal_mode = WAL",
         "synchronous = FULL",  # NORMAL may lose a committed revocation on power loss (INV-23)
         "foreign_keys = ON",
-        "busy_timeout = 30000",
+        f"busy_timeout = {_PATIENCE_S * 1000}",
     ):
         connection.execute(f"PRAGMA {pragma}").close()
 
