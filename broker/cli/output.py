@@ -84,7 +84,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) 
     def draw(console: Console) -> None:
         if not console.is_terminal:
             for line in [list(map(Text, columns)), *cells]:
-                console.print(Text("\t").join(line))
+                # Not the console: it makes blanks of tabs, and `cut` finds no field.
+                click.echo("\t".join(cell.plain for cell in line))
             return
         if not cells:
             console.print(Text(empty, style="dim"))
