@@ -19,6 +19,7 @@ from broker.web.api.policies import policies
 from broker.web.api.revocations import revocations
 from broker.web.api.tasks import tasks
 from broker.web.context import broker as house
+from broker.web.oauth import described
 from broker.web.oauth.metadata import metadata
 from broker.web.oauth.token import token
 from broker.web.operations import json_response, openapi
@@ -148,7 +149,10 @@ def _add_pages(app: Flask) -> None:
     @app.get("/openapi.json")
     def openapi_document() -> Response:
         declared = [operation for operations in API for operation in operations.declared]
-        return json_response(openapi(declared, _issuer(), version("agent-credential-broker")))
+        document = openapi(declared, _issuer(), version("agent-credential-broker"))
+        document["paths"] |= described.paths()
+        document["components"]["schemas"] |= described.components()
+        return json_response(document)
 
     @app.get("/problems/<code>")
     def problem_page(code: str) -> Response:

@@ -149,14 +149,10 @@ def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[
     paths: dict[str, Any] = {}
     for operation in operations:
         responses: dict[str, Any] = {
-            str(status): _content(references[(model, "validation")], "The answer.")
-            if status != 204
-            else {"description": "Done."}
+            str(status): _content(references[(model, "validation")], "The answer.") | {"headers": _NOT_KEPT}
             for status, model in operation.answers.items()
         }
-        problem = _content(references[(ProblemAnswer, "validation")], "A problem document.", "application/problem+json")
-        for status in (400, 401, 403, 404, 409, 413, 415, 429, 503):
-            responses[str(status)] = problem
+        responses |= {str(status): {"$ref": f"#/components/responses/{status}"} for status in _refusals(operation)}
         entry: dict[str, Any] = {
             "operationId": operation.name,
             "summary": operation.summary,
@@ -168,6 +164,7 @@ def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[
             schema = references[(operation.body, "validation")]
             entry["requestBody"] = {"required": required, "content": {"application/json": {"schema": schema}}}
         paths.setdefault(operation.path, {})[operation.method.lower()] = entry
+    problem = references[(ProblemAnswer, "validation")]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -181,6 +178,10 @@ def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[
         "paths": paths,
         "components": {
             "schemas": definitions.get("$defs", {}),
+            "responses": {
+                str(status): _content(problem, description, "application/problem+json") | {"headers": dict(headers)}
+                for status, (description, headers) in _PROBLEMS.items()
+            },
             "securitySchemes": {
                 "workload_token": {
                     "type": "http",
@@ -193,13 +194,53 @@ def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[
     }
 
 
+_TEXT = {"type": "string"}
+_NOT_KEPT = {
+    "Cache-Control": {"description": "Nothing here may be kept.", "required": True, "schema": {"const": "no-store"}}
+}
+_WAIT = {
+    "Retry-After": {"description": "Seconds to wait.", "required": True, "schema": {"type": "integer", "minimum": 1}}
+}
+_CHALLENGE = {
+    "WWW-Authenticate": {
+        "description": "Where to learn how to authenticate (RFC 9728).",
+        "required": True,
+        "schema": _TEXT,
+    }
+}
+_PROBLEMS: Mapping[int, tuple[str, Mapping[str, Any]]] = {
+    400: ("The request cannot be understood; `member` names what is wrong, `detail` says what to do.", {}),
+    401: ("Who calls was not proven.", _CHALLENGE),
+    403: ("The caller may not; a `decision` comes with it where policy decided.", {}),
+    404: ("No such thing, or not for this caller to see.", {}),
+    409: ("The state does not allow it, or the Idempotency-Key was used for something else.", {}),
+    413: ("The body is longer than 64 KiB.", {}),
+    415: ("The body is not application/json.", {}),
+    429: ("A limit is reached.", _WAIT),
+    503: ("The broker cannot answer now; nothing was handed out.", _WAIT),
+}
+
+
+def _refusals(operation: Operation) -> list[int]:
+    statuses = {400, 401, 403, 503}
+    if "{" in operation.path or operation.proof:
+        statuses.add(404)
+    if operation.method in ("POST", "PUT"):
+        statuses |= {409, 413}
+    if operation.body is not None:
+        statuses.add(415)
+    if operation.proof:
+        statuses.add(429)
+    return sorted(statuses)
+
+
 def _content(schema: Any, description: str, media_type: str = "application/json") -> dict[str, Any]:
     return {"description": description, "content": {media_type: {"schema": schema}}}
 
 
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
-        {"name": part[1:-1], "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": part[1:-1], "in": "path", "required": True, "schema": {"type": "string", "pattern": _id_of(operation)}}
         for part in operation.path.split("/")
         if part.startswith("{")
     ]
@@ -213,6 +254,11 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
         proof = {"type": "string", "description": "A DPoP proof (RFC 9449): the credential is bound to its key."}
         found.append({"name": "DPoP", "in": "header", "required": False, "schema": proof})
     return found
+
+
+def _id_of(operation: Operation) -> str:
+    prefix = {"tasks": "task", "grants": "grt", "lockdowns": "lck"}[operation.path.split("/")[2]]
+    return f"^{prefix}_[0-7][0-9a-hjkmnp-tv-z]{{25}}$"
 
 
 def _inlined(property_: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

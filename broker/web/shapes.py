@@ -332,6 +332,11 @@ class ProblemAnswer(Answer):
     detail: str
     code: str
     trace_id: str | None
+    member: Annotated[str, Field(description="What is wrong: a member, parameter or header. Absent where none is.")] = (
+        ""
+    )
+    decision: Annotated[dict[str, Any], Field(description="With policy_denied: the whole decision.")] = {}
+    grant_id: Annotated[str | None, Field(description="With policy_denied: the denied grant.")] = None
 
 
 def of_task(task: Task) -> dict[str, Any]:
