@@ -25,7 +25,7 @@ def audit() -> None:
 @click.option("--agent", help="About this agent.")
 @click.option("--user", help="About this person.")
 @click.option("--resource", help="About this resource.")
-@click.option("--outcome", help="With this outcome, like allow or deny.")
+@click.option("--outcome", help="With this outcome, like ok or denied.")
 @click.option("--trace-id", help="Of this trace.")
 @page_options
 @client_options

@@ -60,7 +60,12 @@ def idempotency_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def page_options(command: Callable[..., Any]) -> Callable[..., Any]:
     limit = click.option(
-        "--limit", type=click.IntRange(1, 1000), default=100, show_default=True, help="At most so many."
+        "--limit",
+        type=click.IntRange(1, 1000),
+        metavar="NUMBER",
+        default=100,
+        show_default=True,
+        help="At most so many.",
     )
     cursor = click.option("--cursor", help="Go on where an earlier page ended.")
     return limit(cursor(command))

@@ -33,7 +33,10 @@ _PORT = 8080
     help="Where its database, keys and configuration live.",
 )
 @click.option(
-    "--port", type=click.IntRange(1, 65535), help="Where it listens; the one it had before, or 8080 the first time."
+    "--port",
+    type=click.IntRange(1, 65535),
+    metavar="PORT",
+    help="Where it listens; the one it had before, or 8080 the first time.",
 )
 @click.pass_context
 def dev(context: click.Context, directory: Path, port: int | None) -> None:
@@ -75,8 +78,8 @@ def token(at: tuple[Path, int | None], name: str, lifetime_s: int) -> None:
 
 def serve_dev(directory: Path, port: int | None) -> None:
     settings = load_dev(directory, port)
-    telemetry.log_to(sys.stderr)
     prepare(settings, and_migrate=True)
+    telemetry.log_to(sys.stderr)
     output.err().print(
         f"[bold]broker[/bold] on {settings.issuer}, everything in {directory}\n\n"
         f"  export BROKER_URL={settings.issuer}\n"

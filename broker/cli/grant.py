@@ -72,7 +72,7 @@ def renew(broker: Client, /, *, grant_id: str, dpop_key: Path | None, token_only
 
 
 @grant.command("list")
-@click.option("--state", type=click.Choice([str(state) for state in GrantState]))
+@click.option("--state", type=click.Choice([str(state) for state in GrantState]), help="In this state.")
 @click.option("--task", help="Of this task.")
 @click.option("--agent", help="Held by this agent.")
 @click.option("--user", help="On behalf of this person.")

@@ -98,7 +98,7 @@ def test(config: Path, tests_file: Path | None) -> None:
 @click.option("--agent", required=True, help="The name of the principal that would ask.")
 @click.option("--resource", required=True, help="Its identifier.")
 @click.option("--scope", "scopes", required=True, multiple=True, help="May be repeated: every one has to be allowed.")
-@click.option("--ttl", "ttl_s", type=Duration(highest_s=86_400), default="300", show_default=True)
+@click.option("--ttl", "ttl_s", type=Duration(highest_s=86_400), default="300", show_default=True, help="How long.")
 @click.option("--purpose", default="evaluation", show_default=True, help="Of the task it would ask under.")
 @facts_option("--label", "labels", "A label of the task. May be repeated.")
 @click.option("--intent", help="What the agent would say it is for.")

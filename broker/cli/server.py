@@ -116,8 +116,8 @@ def serve(config: Path, no_scheduler: bool, and_migrate: bool) -> None:
     broker serve --config /etc/broker/broker.toml
     """
     settings = load(config)
-    telemetry.log_to(sys.stderr)
     prepare(settings, and_migrate=and_migrate)
+    telemetry.log_to(sys.stderr)
     run(settings, sweeping=not no_scheduler)
 
 
@@ -138,7 +138,10 @@ def _require_free(server: ServerSettings) -> None:
     """
     if server.unix_path is not None:
         _require_free_socket(server.unix_path)
-    addresses = (("server.listen", server.host, server.port), ("server.metrics_listen", *_metrics(server)))
+    addresses = [("server.listen", server.host, server.port)]
+    if server.metrics_port is not None:
+        ports = range(server.metrics_port, server.metrics_port + server.workers)
+        addresses += [("server.metrics_listen", server.metrics_host, port) for port in ports]
     for key, host, port in addresses:
         if host is None or port is None:
             continue
@@ -153,10 +156,6 @@ def _require_free(server: ServerSettings) -> None:
                     f"{key}: cannot listen on {host}, port {port} ({problem.strerror}); stop what listens there, or "
                     "choose another address"
                 ) from None
-
-
-def _metrics(server: ServerSettings) -> tuple[str | None, int | None]:
-    return server.metrics_host, server.metrics_port
 
 
 def _require_free_socket(path: Path) -> None:
@@ -218,7 +217,7 @@ def _built(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     scheduling.start(house, only=None if sweeping else ("look again",))
     server = settings.server
     if server.metrics_host is not None and server.metrics_port is not None:
-        telemetry.serve_metrics(server.metrics_host, server.metrics_port)
+        telemetry.serve_metrics(server.metrics_host, server.metrics_port, server.workers)
     application: Callable[..., Any] = create_app(house).wsgi_app
     return application
 
@@ -232,11 +231,11 @@ def scheduler(config: Path) -> None:
     broker scheduler --config /etc/broker/broker.toml
     """
     settings = load(config)
-    telemetry.log_to(sys.stderr)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with opened(settings) as house:
+        telemetry.log_to(sys.stderr)
         running = scheduling.start(house)
         stop.wait()
         running.shutdown(wait=True)

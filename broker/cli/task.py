@@ -64,7 +64,7 @@ def _resources(ceiling: tuple[tuple[str, str], ...]) -> dict[str, list[str]] | N
 
 
 @task.command("list")
-@click.option("--state", type=click.Choice([str(state) for state in TaskState]))
+@click.option("--state", type=click.Choice([str(state) for state in TaskState]), help="In this state.")
 @click.option("--agent", help="Tasks this agent may work on.")
 @click.option("--user", help="Tasks on behalf of this person.")
 @page_options
