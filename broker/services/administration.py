@@ -133,7 +133,8 @@ def evaluate(catalogue: Catalogue, policies: PolicySet, asked: WhatIf, *, now: d
         claimed=asked.claimed,
         now=now,
     )
-    return policies.decide(request)
+    decision = policies.decide(request)
+    return decision.with_reasons(policies.explain(request, decision))
 
 
 def require_reader(caller: Caller) -> None:

@@ -1,0 +1,360 @@
+"""The engine behind a policy set: which policies can concern a request, what they say, and what they would say.
+
+Deciding happens inside the transaction that issues, so it asks the engine once or twice for each scope and no more.
+Searching for a request that would be allowed is another question, for after the commit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cedarpy
+
+from broker.domain.catalogue import Catalogue
+from broker.domain.errors import ConfigurationError
+from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision
+from broker.domain.policy.reading import Path, Policy, read_policies, set_json
+from broker.domain.policy.schema import agent_facts, one_line, resource_facts
+
+_SLICES_KEPT = 4096
+_NO_TAGS = "none"
+_MOST_REASONS = 20
+_SCOPES_EXPLAINED = 3
+_MOST_EVALUATIONS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slice:
+    """The policies that can concern one agent, scope and resource, parsed, and what they read of a context."""
+
+    policies: tuple[Policy, ...]
+    plain: Any  # permits without @approval, and forbids
+    asking: Any | None  # permits with @approval, and forbids
+    reads: frozenset[Path]
+
+    def may_read(self, *path: str) -> bool:
+        """Whether what is at this path, or anything below or around it, can change the answer."""
+        return any(read[: len(path)] == path[: len(read)] for read in self.reads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    """What the engine said to one scope; `failures` are the policies it could not evaluate, in its words."""
+
+    outcome: str
+    policies: Sequence[str] = ()
+    unevaluated: Sequence[str] = ()
+    failures: Sequence[str] = ()
+
+
+class PolicySet:
+    """All policies of one configuration version."""
+
+    def __init__(self, version: int, policies: Sequence[Policy]) -> None:
+        self.version = version
+        self._by_id = {policy.id: policy for policy in policies}
+        self._slices: dict[tuple[str, str, str], _Slice] = {}
+        self._entities: dict[tuple[str, str, str], Any] = {}
+        self._by_resource: dict[str | None, list[Policy]] = {}
+        for policy in policies:
+            head = policy.body["resource"]
+            named = head["entity"]["id"] if head["op"] == "==" else None
+            self._by_resource.setdefault(named, []).append(policy)
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(self._by_id)
+
+    @classmethod
+    def compile(cls, catalogue: Catalogue) -> PolicySet:
+        """Parse and check every policy; ConfigurationError names each problem with file, policy and remedy."""
+        problems: list[str] = []
+        policies = read_policies(catalogue, problems)
+        if problems:
+            raise ConfigurationError(problems)
+        return cls(catalogue.version, policies)
+
+    def decide(self, request: AccessRequest) -> Decision:
+        """Allow, deny, or ask people. Every scope has to be allowed; a forbid always wins."""
+        try:
+            return self._decide(request)
+        except Exception as problem:
+            # INV-13: the engine could not be asked, so the answer is no. The agent can do nothing about it.
+            return Decision(
+                outcome=DENY,
+                policies=(),
+                policy_version=self.version,
+                reasons=("the request could not be evaluated, and what is unknown is refused",),
+                failure=one_line(f"{type(problem).__name__}: {problem}"),
+            )
+
+    def explain(self, request: AccessRequest, decision: Decision) -> tuple[str, ...]:
+        """What would be allowed instead of a denied request, found by asking: at most 32 times, for a few scopes."""
+        if not decision.refused_scopes:
+            return ()
+        sentences: list[str] = []
+        left = _MOST_EVALUATIONS
+        facts = _Facts(request, self._known_entities(request))
+        for scope in decision.refused_scopes[:_SCOPES_EXPLAINED]:
+            search = _Search(self, request, scope, facts, left)
+            sentence = search.what_would_do()
+            left = search.left
+            if sentence is not None:
+                subject = "it" if len(request.scopes) == 1 else f"{scope} on {request.resource.identifier}"
+                sentences.append(f"{subject} {sentence}")
+        return tuple(sentences)
+
+    def _decide(self, request: AccessRequest) -> Decision:
+        facts = _Facts(request, self._known_entities(request))
+        decided: dict[str, None] = {}
+        reasons: dict[str, None] = {}
+        failures: dict[str, None] = {}
+        ceilings: list[int] = []
+        approvals: dict[tuple[str, int], None] = {}
+        refused: list[str] = []
+        for scope in sorted(request.scopes):
+            found = self._slice(request, scope)
+            verdict = self._ask(found, request, scope, facts)
+            policies = [self._by_id[id_] for id_ in verdict.policies]
+            decided |= dict.fromkeys(verdict.policies)
+            failures |= dict.fromkeys(verdict.failures)
+            ceilings += [policy.max_ttl_s for policy in policies if policy.max_ttl_s is not None]
+            if verdict.outcome == DENY:
+                refused.append(scope)
+                reasons |= dict.fromkeys(_why_not(found, request, scope, verdict, policies))
+            elif verdict.outcome == NEEDS_APPROVAL:
+                asking = ", ".join(f"{policy.quorum} of {policy.approval!r}" for policy in policies)
+                reasons[f"{scope} waits for people: {asking}"] = None
+                # Any one of the permits is enough, so the one that asks the fewest people is the one to wait for.
+                fewest = min(policies, key=lambda policy: (policy.quorum, policy.id))
+                approvals[(fewest.approval or "", fewest.quorum)] = None
+        if refused:
+            return Decision(
+                outcome=DENY,
+                policies=tuple(id_ for id_ in decided if not self._by_id[id_].permits),
+                policy_version=self.version,
+                reasons=_first(reasons),
+                refused_scopes=tuple(refused),
+                failure=one_line("; ".join(failures)) if failures else None,
+            )
+        return Decision(
+            outcome=NEEDS_APPROVAL if approvals else ALLOW,
+            policies=tuple(decided),
+            policy_version=self.version,
+            reasons=_first(reasons),
+            max_ttl_s=min(ceilings, default=None),
+            approvals=tuple(approvals),
+            failure=one_line("; ".join(failures)) if failures else None,
+        )
+
+    def _ask(self, found: _Slice, request: AccessRequest, scope: str, facts: _Facts, **changed: Any) -> _Verdict:
+        """What the policies of this slice say to one scope, with some members of the context changed."""
+        asked = {
+            "principal": {"type": "Agent", "id": request.agent.name},
+            "action": {"type": "Action", "id": scope},
+            "resource": {"type": "Resource", "id": request.resource.identifier},
+            "context": facts.context(found, changed),
+        }
+        failures: list[str] = []
+        for outcome, policies in ((ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)):
+            if policies is None:
+                continue
+            answer = cedarpy.is_authorized(asked, policies, facts.entities(found))
+            errors, reasons = answer.diagnostics.errors, answer.diagnostics.reasons
+            if errors:
+                # Cedar skips a policy it cannot evaluate. A forbid that was skipped might have forbidden (INV-13).
+                failures += errors
+                failed = [policy for policy in found.policies if _is_named(policy.id, errors)]
+                forbids = [policy.id for policy in failed if not policy.permits]
+                if forbids or not failed:
+                    return _Verdict(outcome=DENY, policies=forbids, unevaluated=forbids, failures=failures)
+            if answer.allowed or reasons:
+                return _Verdict(
+                    outcome=outcome if answer.allowed else DENY, policies=sorted(reasons), failures=failures
+                )
+        return _Verdict(outcome=DENY, failures=failures)
+
+    def _slice(self, request: AccessRequest, scope: str) -> _Slice:
+        key = (request.agent.name, scope, request.resource.identifier)
+        found = self._slices.get(key)
+        if found is None:
+            if len(self._slices) >= _SLICES_KEPT:
+                self._slices.clear()
+            found = self._slices[key] = self._cut(*key)
+        return found
+
+    def _cut(self, agent: str, scope: str, resource: str) -> _Slice:
+        candidates = [*self._by_resource.get(resource, ()), *self._by_resource.get(None, ())]
+        policies = tuple(policy for policy in candidates if policy.concerns(agent, scope, resource))
+        asking = [policy for policy in policies if not policy.permits or policy.approval is not None]
+        return _Slice(
+            policies=policies,
+            plain=_parsed(policy for policy in policies if policy.approval is None),
+            asking=_parsed(asking) if any(policy.permits for policy in asking) else None,
+            reads=frozenset(path for policy in policies for path in policy.reads),
+        )
+
+    def _known_entities(self, request: AccessRequest) -> Any:
+        key = (request.agent.name, request.agent.subject, request.resource.identifier)
+        known = self._entities.get(key)
+        if known is None:
+            if len(self._entities) >= _SLICES_KEPT:
+                self._entities.clear()
+            made = [
+                _entity("Agent", request.agent.name, agent_facts(request.agent)),
+                _entity("Resource", request.resource.identifier, resource_facts(request.resource)),
+                _tags("Labels", _NO_TAGS, {}),
+                _tags("Claimed", _NO_TAGS, {}),
+            ]
+            known = self._entities[key] = cedarpy.Entities.from_json_str(json.dumps(made))
+        return known
+
+
+class _Facts:
+    """What the engine is told of one request. Of the context only what a slice reads: parsing it is what costs."""
+
+    def __init__(self, request: AccessRequest, entities: Any) -> None:
+        labels, claimed = dict(request.task.labels), request.claimed_text()
+        self._tags = [_tags("Labels", "task", labels), _tags("Claimed", "caller", claimed)]
+        self._tagged = bool(labels or claimed)
+        self._entities = entities
+        self._with_tags: Any = None
+        self._context: dict[str, Any] = {
+            "task": {
+                "id": request.task.id,
+                "purpose": request.task.purpose,
+                "age_s": request.task.age_s,
+                "orchestrator": request.task.orchestrator,
+                "labels": _reference("Labels", "task" if self._tagged else _NO_TAGS),
+            },
+            "intent": request.intent or "",
+            "ttl_s": request.ttl_s,
+            "scopes": sorted(request.scopes),
+            "sender_bound": request.sender_bound,
+            "delegation_depth": request.delegation_depth,
+            "risk": request.risk,
+            "time": {"hour": request.now.hour, "weekday": request.now.isoweekday()},
+            "claimed": _reference("Claimed", "caller" if self._tagged else _NO_TAGS),
+        }
+        if request.user is not None:
+            self._context["user"] = request.user
+
+    def context(self, found: _Slice, changed: Mapping[str, Any]) -> str:
+        return json.dumps(_at({**self._context, **changed} if changed else self._context, found.reads))
+
+    def entities(self, found: _Slice) -> Any:
+        if not self._tagged or not (found.may_read("claimed") or found.may_read("task", "labels")):
+            return self._entities
+        if self._with_tags is None:
+            self._with_tags = self._entities.with_added_json_str(json.dumps(self._tags))
+        return self._with_tags
+
+
+class _Search:
+    """For one refused scope, the smallest change to the request that would be allowed."""
+
+    def __init__(self, policies: PolicySet, request: AccessRequest, scope: str, facts: _Facts, left: int) -> None:
+        self._policies = policies
+        self._request = request
+        self._scope = scope
+        self._facts = facts
+        self._slice = policies._slice(request, scope)
+        self.left = left
+
+    def what_would_do(self) -> str | None:
+        if not any(policy.permits for policy in self._slice.policies):
+            return None
+        ways: list[tuple[dict[str, Any], str]] = [({}, "")]
+        if not self._request.sender_bound and self._slice.may_read("sender_bound"):
+            ways.append(({"sender_bound": True}, " and a DPoP proof"))
+        for changed, also in ways:
+            if changed and self._allows(**changed):
+                return "would be allowed with a DPoP proof: bind the credential to a key (RFC 9449)"
+            if self._slice.may_read("ttl_s") and self._allows(**changed, ttl_s=1):
+                return f"would be allowed with ttl_s = {self._longest(changed)}{also}: ask for at most that"
+        return None
+
+    def _longest(self, changed: Mapping[str, Any]) -> int:
+        """The longest life found to be allowed: the very longest, unless the evaluations ran out before."""
+        low, high = 1, self._request.ttl_s
+        while high - low > 1 and self.left:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._allows(**changed, ttl_s=middle) else (low, middle)
+        return low
+
+    def _allows(self, **changed: Any) -> bool:
+        if not self.left:
+            return False
+        # An approval asks a second time, so each question counts for two where there is one.
+        self.left = max(0, self.left - (1 if self._slice.asking is None else 2))
+        return self._policies._ask(self._slice, self._request, self._scope, self._facts, **changed).outcome != DENY
+
+
+def _why_not(
+    found: _Slice, request: AccessRequest, scope: str, verdict: _Verdict, forbids: Sequence[Policy]
+) -> Iterator[str]:
+    """Which policy said no, or which would have said yes to something else. Names no policy of somebody else's."""
+    resource = request.resource.identifier
+    for policy in forbids:
+        if policy.id in verdict.unevaluated:
+            yield f"policy {policy.id!r}, which may forbid {scope} on {resource}, could not be evaluated"
+        else:
+            yield f"policy {policy.id!r} forbids {scope} on {resource} {policy.condition}".strip()
+    if forbids:
+        return
+    near = [policy for policy in found.policies if policy.permits]
+    if not near:
+        yield f"no policy allows {scope} on {resource} to {request.agent.name}: ask for another scope"
+    for policy in near:
+        yield f"policy {policy.id!r} allows {scope} on {resource} only {policy.condition}".rstrip()
+
+
+def _first(reasons: Iterable[str]) -> tuple[str, ...]:
+    """As many as somebody reads: a decision is stored, and 64 scopes could have a book of reasons."""
+    every = tuple(reasons)
+    if len(every) <= _MOST_REASONS:
+        return every
+    return (*every[:_MOST_REASONS], f"and {len(every) - _MOST_REASONS} reasons more: ask for fewer scopes at once")
+
+
+def _at(context: Mapping[str, Any], paths: frozenset[Path]) -> Mapping[str, Any]:
+    """Only what is at these paths. One that leads nowhere adds nothing: `context has user` is then false."""
+    if () in paths:
+        return context
+    found: dict[str, Any] = {}
+    for path in paths:
+        source, target = context, found
+        for number, name in enumerate(path):
+            value = source.get(name)
+            if value is None:
+                break
+            if number == len(path) - 1 or not isinstance(value, dict) or "__entity" in value:
+                target[name] = value
+                break
+            if target.get(name) is value:
+                break  # a shorter path has put the whole of it there
+            source, target = value, target.setdefault(name, {})
+    return found
+
+
+def _parsed(policies: Iterable[Policy]) -> Any:
+    return cedarpy.PolicySet.from_json_str(set_json(policies))
+
+
+def _is_named(policy_id: str, errors: Iterable[Any]) -> bool:
+    return any(f"`{policy_id}`" in str(error) for error in errors)
+
+
+def _reference(kind: str, name: str) -> dict[str, Any]:
+    return {"__entity": {"type": kind, "id": name}}
+
+
+def _entity(kind: str, name: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"uid": {"type": kind, "id": name}, "attrs": dict(attributes), "parents": []}
+
+
+def _tags(kind: str, name: str, tags: Mapping[str, str]) -> dict[str, Any]:
+    return {**_entity(kind, name, {}), "tags": dict(tags)}
