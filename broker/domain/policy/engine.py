@@ -21,6 +21,7 @@ from broker.domain.policy.schema import agent_facts, one_line, resource_facts
 
 _SLICES_KEPT = 4096
 _NO_TAGS = "none"
+_json = json.JSONEncoder(check_circular=False).encode
 _MOST_REASONS = 20
 _SCOPES_EXPLAINED = 3
 _MOST_EVALUATIONS = 32
@@ -31,6 +32,7 @@ class _Slice:
     """The policies that can concern one agent, scope and resource, parsed, and what they read of a context."""
 
     policies: tuple[Policy, ...]
+    heads: Mapping[str, Mapping[str, str]]  # principal, action and resource, as the engine wants them
     plain: Any  # permits without @approval, and forbids
     asking: Any | None  # permits with @approval, and forbids
     reads: frozenset[Path]
@@ -117,7 +119,7 @@ class PolicySet:
         refused: list[str] = []
         for scope in sorted(request.scopes):
             found = self._slice(request, scope)
-            verdict = self._ask(found, request, scope, facts)
+            verdict = self._ask(found, facts)
             policies = [self._by_id[id_] for id_ in verdict.policies]
             decided |= dict.fromkeys(verdict.policies)
             failures |= dict.fromkeys(verdict.failures)
@@ -150,14 +152,9 @@ class PolicySet:
             failure=one_line("; ".join(failures)) if failures else None,
         )
 
-    def _ask(self, found: _Slice, request: AccessRequest, scope: str, facts: _Facts, **changed: Any) -> _Verdict:
-        """What the policies of this slice say to one scope, with some members of the context changed."""
-        asked = {
-            "principal": {"type": "Agent", "id": request.agent.name},
-            "action": {"type": "Action", "id": scope},
-            "resource": {"type": "Resource", "id": request.resource.identifier},
-            "context": facts.context(found, changed),
-        }
+    def _ask(self, found: _Slice, facts: _Facts, **changed: Any) -> _Verdict:
+        """What the policies of this slice say, with some members of the context changed."""
+        asked = {**found.heads, "context": facts.context(found, changed)}
         failures: list[str] = []
         for outcome, policies in ((ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)):
             if policies is None:
@@ -192,6 +189,11 @@ class PolicySet:
         asking = [policy for policy in policies if not policy.permits or policy.approval is not None]
         return _Slice(
             policies=policies,
+            heads={
+                "principal": {"type": "Agent", "id": agent},
+                "action": {"type": "Action", "id": scope},
+                "resource": {"type": "Resource", "id": resource},
+            },
             plain=_parsed(policy for policy in policies if policy.approval is None),
             asking=_parsed(asking) if any(policy.permits for policy in asking) else None,
             reads=frozenset(path for policy in policies for path in policy.reads),
@@ -217,9 +219,8 @@ class _Facts:
     """What the engine is told of one request. Of the context only what a slice reads: parsing it is what costs."""
 
     def __init__(self, request: AccessRequest, entities: Any) -> None:
-        labels, claimed = dict(request.task.labels), request.claimed_text()
-        self._tags = [_tags("Labels", "task", labels), _tags("Claimed", "caller", claimed)]
-        self._tagged = bool(labels or claimed)
+        self._request = request
+        self._tagged = bool(request.task.labels or request.claimed)
         self._entities = entities
         self._with_tags: Any = None
         self._context: dict[str, Any] = {
@@ -243,13 +244,15 @@ class _Facts:
             self._context["user"] = request.user
 
     def context(self, found: _Slice, changed: Mapping[str, Any]) -> str:
-        return json.dumps(_at({**self._context, **changed} if changed else self._context, found.reads))
+        return _json(_at({**self._context, **changed} if changed else self._context, found.reads))
 
     def entities(self, found: _Slice) -> Any:
         if not self._tagged or not (found.may_read("claimed") or found.may_read("task", "labels")):
             return self._entities
         if self._with_tags is None:
-            self._with_tags = self._entities.with_added_json_str(json.dumps(self._tags))
+            labels, claimed = self._request.task.labels, self._request.claimed_text()
+            tags = [_tags("Labels", "task", labels), _tags("Claimed", "caller", claimed)]
+            self._with_tags = self._entities.with_added_json_str(json.dumps(tags))
         return self._with_tags
 
 
@@ -290,7 +293,7 @@ class _Search:
             return False
         # An approval asks a second time, so each question counts for two where there is one.
         self.left = max(0, self.left - (1 if self._slice.asking is None else 2))
-        return self._policies._ask(self._slice, self._request, self._scope, self._facts, **changed).outcome != DENY
+        return self._policies._ask(self._slice, self._facts, **changed).outcome != DENY
 
 
 def _why_not(
