@@ -52,10 +52,10 @@ class Policy:
 
 def read_policies(catalogue: Catalogue, problems: list[str]) -> list[Policy]:
     """Every policy of the configuration; what is wrong is added to `problems`, with file, policy and remedy."""
-    schema = complete_schema(catalogue, problems)
+    schema, known = complete_schema(catalogue, problems), _known_names(catalogue)
     policies: list[Policy] = []
     for file in sorted(catalogue.policies):
-        policies += _read_file(file, catalogue.policies[file], schema, catalogue, problems)
+        policies += _read_file(file, catalogue.policies[file], schema, known, problems)
     seen: dict[str, str] = {}
     for policy in policies:
         if policy.id in seen:
@@ -66,7 +66,9 @@ def read_policies(catalogue: Catalogue, problems: list[str]) -> list[Policy]:
     return policies
 
 
-def _read_file(file: str, text: str, schema: str, catalogue: Catalogue, problems: list[str]) -> list[Policy]:
+def _read_file(
+    file: str, text: str, schema: str, known: Mapping[str, frozenset[str]], problems: list[str]
+) -> list[Policy]:
     try:
         parsed = json.loads(cedarpy.policies_to_json_str(text))
     except ValueError as problem:
@@ -81,7 +83,7 @@ def _read_file(file: str, text: str, schema: str, catalogue: Catalogue, problems
     names = dict(zip(parsed["staticPolicies"], (policy.id for policy in read), strict=True))
     unknown = False
     for policy in read:
-        for sentence in _unknown_names(policy, catalogue):
+        for sentence in _unknown_names(policy, known):
             unknown = True
             problems.append(f"{file}, policy {policy.id!r}: {sentence}")
     if parsed["staticPolicies"] and not unknown:
@@ -157,13 +159,16 @@ def _count(
     return None
 
 
-def _unknown_names(policy: Policy, catalogue: Catalogue) -> Iterator[str]:
-    """Agents, resources and scopes a policy names and the configuration does not: a typo must not grant or block."""
-    known = {
+def _known_names(catalogue: Catalogue) -> Mapping[str, frozenset[str]]:
+    return {
         "Agent": catalogue.principal_names,
         "Resource": frozenset(resource.identifier for resource in catalogue.resources),
         "Action": frozenset(scope for resource in catalogue.resources for scope in resource.scopes),
     }
+
+
+def _unknown_names(policy: Policy, known: Mapping[str, frozenset[str]]) -> Iterator[str]:
+    """Agents, resources and scopes a policy names and the configuration does not: a typo must not grant or block."""
     nouns = {"Agent": "agent", "Resource": "resource", "Action": "scope"}
     for kind, name in dict.fromkeys(_named(policy.body)):
         if kind in known and name not in known[kind]:
