@@ -429,7 +429,10 @@ _SECTIONS: Mapping[str, tuple[_Key, ...]] = {
         ),
         _integer("workers", "Processes that answer requests. Always 1 on SQLite.", 1, 64, default=1),
         _string(
-            "metrics_listen", "`host:port` of the metrics; no metrics without it.", default=None, check=_metrics_listen
+            "metrics_listen",
+            "`host:port` of the metrics, of the first worker; each further one takes the next port. Without it, none.",
+            default=None,
+            check=_metrics_listen,
         ),
     ),
     "store": (
@@ -921,8 +924,18 @@ def _check_server(reader: _Reader, server: Mapping[str, Any], issuer: str | None
             f"listen on 127.0.0.1:{port}, or make the issuer https",
             listen,
         )
-    if server.get("metrics_listen") == listen:
-        reader.refuse("server.metrics_listen", "is server.listen too; give the metrics a port of their own", listen)
+    metrics = server.get("metrics_listen")
+    if metrics is None:
+        return
+    metrics_host, first = _address(metrics)
+    workers = server.get("workers") or 1
+    if first + workers - 1 > 65535:
+        reader.refuse(
+            "server.metrics_listen", f"leaves no {workers} ports, one for each worker; use a smaller one", metrics
+        )
+    elif metrics_host == host and first <= port < first + workers:
+        what = "is server.listen too" if workers == 1 else f"and the {workers - 1} after it hold that of server.listen"
+        reader.refuse("server.metrics_listen", f"{what}; give the metrics a port of their own", metrics)
 
 
 def _check_store(reader: _Reader, url: str | None, workers: int | None) -> None:

@@ -6,6 +6,7 @@ Logs are one JSON object a line. No label and no line holds a token, a request's
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -17,6 +18,8 @@ from broker.domain.clock import from_epoch, rfc3339
 
 _log = logging.getLogger("broker.web")
 
+# Of a method anybody can make up a new one with each request, and each is a time series that stays.
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SECONDS = Histogram("broker_http_request_seconds", "Time to answer", ["method", "route"], buckets=_BUCKETS)
 _REQUESTS = Counter("broker_http_requests", "Requests answered", ["method", "route", "status"])
@@ -28,6 +31,7 @@ _LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep 
 
 def answered(*, method: str, route: str, status: int, seconds: float, caller: str | None, trace_id: str) -> None:
     """One request was answered. `route` is the rule, never the path: paths are of unbounded variety."""
+    method = method if method in _METHODS else "other"
     _SECONDS.labels(method, route).observe(seconds)
     _REQUESTS.labels(method, route, status).inc()
     if _log.isEnabledFor(logging.INFO):
@@ -59,9 +63,19 @@ def exposition() -> tuple[bytes, str]:
     return generate_latest(), CONTENT_TYPE_LATEST
 
 
-def serve_metrics(host: str, port: int) -> None:
-    """Answer `/metrics` on a port of its own, in a daemon thread."""
-    start_http_server(port, addr=host)
+def serve_metrics(host: str, port: int, workers: int = 1) -> None:
+    """Answer `/metrics` in a daemon thread, on the first port from `port` on that no other worker has.
+
+    Each worker counts for itself. On one shared port a scrape would meet one or the other by chance, and counters
+    would seem to run backwards.
+    """
+    for last in range(port, port + workers):
+        try:
+            start_http_server(last, addr=host)
+            return
+        except OSError as problem:
+            if problem.errno != errno.EADDRINUSE or last == port + workers - 1:
+                raise
 
 
 class JsonLines(logging.Formatter):

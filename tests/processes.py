@@ -19,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,20 @@ name = "dev"
 issuer = "http://dev.localhost"
 jwks_file = "dev-issuer.jwks.json"
 algorithms = ["ES256"]
+
+[[issuers]]
+name = "once"
+issuer = "http://once.localhost"
+jwks_file = "once/dev-issuer.jwks.json"
+algorithms = ["ES256"]
+single_use = true
+
+[[principals]]
+name = "courier"
+kind = "agent"
+issuer = "once"
+subject = "dev:courier"
+roles = ["agent"]
 {principals}
 [[resources]]
 identifier = "https://crm.example/api"
@@ -125,6 +139,7 @@ class Deployment:
         key_file.touch(mode=0o600)
         key_file.write_bytes(secrets.token_bytes(32))
         (directory / "policies").mkdir()
+        DevIssuer.create_or_load(directory / "once")
         deployment.configure()
         return deployment
 
@@ -141,6 +156,11 @@ class Deployment:
             old.unlink()
         for name, policy in policies.items():
             (self.directory / "policies" / name).write_text(policy)
+
+    def single_use_token(self) -> str:
+        """A workload token of `courier`, whose issuer's tokens are accepted once each."""
+        once = replace(DevIssuer.create_or_load(self.directory / "once"), issuer="http://once.localhost")
+        return once.token("dev:courier", self.issuer, system_clock())
 
     def token(self, name: str) -> str:
         return self.dev_issuer.token(f"dev:{name}", self.issuer, system_clock(), timedelta(hours=1))

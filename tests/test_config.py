@@ -311,6 +311,8 @@ REFUSED = [
     ("server.workers", 2**5000, "[an integer of more than 64 bits]", "an integer from 1 to 64"),
     ("server.metrics_listen", "unix:/run/metrics.sock", None, "write 127.0.0.1:8080"),
     ("server.metrics_listen", "127.0.0.1:8080", None, "a port of their own"),
+    ("server", {**VALID["server"], "metrics_listen": "127.0.0.1:8079", "workers": 2}, "127.0.0.1:8079", "of their own"),
+    ("server", {**VALID["server"], "metrics_listen": "127.0.0.1:65535", "workers": 2}, "65535", "use a smaller one"),
     # store and redis
     ("store.url", "sqlite://", None, "in memory.*name a file"),
     ("store.url", "sqlite:///", None, "in memory.*name a file"),
