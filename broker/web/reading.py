@@ -90,7 +90,7 @@ def form(raw: bytes) -> dict[str, str]:
     values = _once(_pairs(raw, "the body is not well-formed application/x-www-form-urlencoded text in UTF-8"))
     for name, value in values.items():
         if _CONTROL.search(value):
-            raise Invalid(f"{name} holds a control character", member=printable(name))
+            raise Invalid(f"{printable(name)} holds a control character", member=printable(name))
     # RFC 6749 section 3.1: a parameter without a value counts as absent.
     return {name: value for name, value in values.items() if value}
 
