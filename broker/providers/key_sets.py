@@ -25,7 +25,7 @@ import httpx
 
 from broker.domain import strict_json
 from broker.domain.catalogue import TrustedIssuer
-from broker.domain.errors import Invalid, Unauthenticated, Unavailable
+from broker.domain.errors import Invalid, Unauthenticated
 from broker.providers import jose
 
 REFRESH_EVERY = timedelta(minutes=5)
@@ -35,7 +35,7 @@ KEPT_FOR = timedelta(hours=24)  # without news of the issuer
 DEADLINE = timedelta(seconds=5)
 MAX_BODY = 256 * 1024
 MAX_KEYS = 100
-# A flood of unknown kids while an issuer is slow must leave workers for everybody else.
+# Of all issuers together. A flood of unknown kids while some are slow must leave workers for everybody else.
 MOST_WAITING = 16
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class _Held:
         self.obtained_at: datetime | None = None
         self.asked_at: datetime | None = None
         self.flight: threading.Event | None = None
-        self.waiting = 0
+        self.late: threading.Thread | None = None  # the last flight that did not land in time
         self.file_state: tuple[int, ...] | None = None
         self.file_is_good = False
 
@@ -95,12 +95,14 @@ class KeySets:
         self._deadline_s = deadline.total_seconds()
         self._guard = threading.Lock()
         self._by_source: dict[tuple[str, str, str | None], _Held] = {}
+        self._waiting = threading.BoundedSemaphore(MOST_WAITING)
         self._tls: ssl.SSLContext | None = None
 
     def key_for(self, issuer: TrustedIssuer, kid: str | None, algorithm: str, now: datetime) -> VerificationKey:
-        """The one key that may verify this header; Unauthenticated if there is none, Unavailable if we never had any.
+        """The one key that may verify this header; Unauthenticated if there is none, or none was ever had.
 
-        An unknown `kid` waits for a refresh, if one is due or under way.
+        Whether an issuer of ours answers is not for whoever sends tokens to learn: the reason says it to the log. An
+        unknown `kid` waits for a refresh, if one is due or under way.
         """
         if kid is None and issuer.trust_domain is not None:
             raise Unauthenticated("a JWT-SVID without kid")
@@ -112,7 +114,7 @@ class KeySets:
         if found is not None:
             return found
         if held.current is None:
-            raise Unavailable(f"no keys of {issuer.name} were obtained yet; check that its key source can be reached")
+            raise Unauthenticated(f"no keys of {issuer.name} were obtained yet: can its key source be reached?")
         if held.usable(now) is None:
             raise Unauthenticated(f"the keys of {issuer.name} are too old: it did not answer for {KEPT_FOR}")
         raise Unauthenticated(f"{issuer.name} has no key {ascii(kid)[:80]} for {algorithm}")
@@ -151,7 +153,8 @@ class KeySets:
     def _tend(self, held: _Held, now: datetime) -> None:
         if held.is_file:
             self._read_file(held, now)
-        elif held.asked_at is None or now - held.asked_at >= REFRESH_EVERY:
+        # abs: a clock that was set back must not stop refreshing until it has caught up.
+        elif held.asked_at is None or abs(now - held.asked_at) >= REFRESH_EVERY:
             self._flight(held, now)
 
     def _wait(self, held: _Held, now: datetime) -> bool:
@@ -160,15 +163,12 @@ class KeySets:
         if flight is None:
             # It may have landed after the caller looked.
             return True
-        with held.guard:
-            if held.waiting >= MOST_WAITING:
-                raise Unavailable(f"the keys of {held.issuer.name} are being fetched; try again in a few seconds")
-            held.waiting += 1
+        if not self._waiting.acquire(blocking=False):
+            raise Unauthenticated(f"the keys of {held.issuer.name} are being fetched, and enough wait for keys already")
         try:
             flight.wait(self._deadline_s + 1)
         finally:
-            with held.guard:
-                held.waiting -= 1
+            self._waiting.release()
         return True
 
     def _flight(self, held: _Held, now: datetime) -> threading.Event | None:
@@ -176,8 +176,10 @@ class KeySets:
             if held.flight is not None:
                 return held.flight
             pause = FIRST_RETRY_AFTER if held.current is None else RETRY_AFTER
-            # abs: a clock that was set back must not stop refreshing until it has caught up.
             if held.asked_at is not None and abs(now - held.asked_at) < pause:
+                return None
+            # A resolver that hangs keeps its thread beyond the deadline: one an issuer, not one a flight.
+            if held.late is not None and held.late.is_alive():
                 return None
             flight = threading.Event()
             fly = threading.Thread(target=self._fly, args=(held, now, flight), name="key-set", daemon=True)
@@ -187,10 +189,18 @@ class KeySets:
 
     def _fly(self, held: _Held, now: datetime, flight: threading.Event) -> None:
         try:
-            raw = asyncio.run(asyncio.wait_for(self._fetch(held.issuer), self._deadline_s))
+            asyncio.run(self._land(held, now, flight))
+        finally:
+            # Where not even a loop could be made.
+            self._landed(held, flight)
+
+    async def _land(self, held: _Held, now: datetime, flight: threading.Event) -> None:
+        try:
+            raw = await asyncio.wait_for(self._fetch(held.issuer), self._deadline_s)
             with held.guard:
                 held.accept(raw, now)
         except TimeoutError:
+            held.late = threading.current_thread()
             _log.warning("the keys of %s did not come within %s s", held.issuer.name, self._deadline_s)
         except (httpx.HTTPError, httpx.InvalidURL, Invalid, OSError) as problem:
             # The old keys stay: one failed fetch must not lock everybody out, nor may it be an attacker's tool to.
@@ -198,9 +208,14 @@ class KeySets:
         except Exception:
             _log.exception("the keys of %s could not be fetched", held.issuer.name)
         finally:
-            with held.guard:
+            # Here and not after the loop has ended: that waits for the thread which asks the resolver.
+            self._landed(held, flight)
+
+    def _landed(self, held: _Held, flight: threading.Event) -> None:
+        with held.guard:
+            if held.flight is flight:
                 held.flight = None
-            flight.set()
+        flight.set()
 
     async def _fetch(self, issuer: TrustedIssuer) -> bytes:
         if self._tls is None:

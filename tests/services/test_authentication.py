@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from broker.domain.catalogue import Catalogue, PrincipalRule, TrustedIssuer
 from broker.domain.clock import epoch
-from broker.domain.errors import Unauthenticated, Unavailable
+from broker.domain.errors import Unauthenticated
 from broker.domain.identity import Role
 from broker.providers import jose, key_sets
 from broker.providers.key_sets import KeySets
@@ -275,8 +275,8 @@ def test_an_algorithm_that_is_not_listed_is_refused_before_any_key_is_looked_for
         authenticator.authenticate(workload_token(KEY), catalogue(missing), now=NOW)
 
 
-def test_keys_that_were_never_obtained_are_our_trouble_and_not_the_callers(authenticator, tmp_path):
-    with pytest.raises(Unavailable, match="corp"):
+def test_keys_that_were_never_obtained_are_named_to_the_log_alone(authenticator, tmp_path):
+    with unauthenticated("no keys of corp were obtained yet"):
         authenticator.authenticate(workload_token(KEY), catalogue(trusted_issuer(tmp_path / "none.json")), now=NOW)
 
 
