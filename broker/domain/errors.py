@@ -27,6 +27,7 @@ No HTTP status lives here: `broker.web.problems` maps codes to statuses.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 
@@ -84,14 +85,28 @@ class RoleMissing(Forbidden):
 
 
 class PolicyDenied(Forbidden):
-    """`decision` is the whole explained decision, as it is stored on the denied grant."""
+    """`decision` is the decision as it is stored on the denied grant; `hint` finds what would have been allowed."""
 
     code = "policy_denied"
 
-    def __init__(self, detail: str, *, decision: Any, grant_id: str | None = None) -> None:
+    def __init__(
+        self,
+        detail: str,
+        *,
+        decision: Mapping[str, Any],
+        grant_id: str | None = None,
+        hint: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
         super().__init__(detail)
         self.decision = decision
         self.grant_id = grant_id
+        self.hint = hint
+
+    def explained(self) -> PolicyDenied:
+        """The same with what would have been allowed. It takes a search, so it is called where nobody waits for it."""
+        more = [sentence for sentence in self.hint() if sentence not in self.decision["reasons"]]
+        decision = {**self.decision, "reasons": [*self.decision["reasons"], *more]}
+        return PolicyDenied(" ".join([self.detail, *more]), decision=decision, grant_id=self.grant_id)
 
 
 class LockedDown(Forbidden):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from broker.domain.identity import Caller
+from broker.domain.identity import Caller, Principal
 from broker.domain.lifecycle import GrantState
 from broker.domain.secret import Secret
 
@@ -21,6 +21,8 @@ class Grant:
     era: int
     state: GrantState
     agent: str
+    issuer: str  # with `subject`, who exactly holds it: a name may stand for many workloads (INV-17)
+    subject: str
     orchestrator: str
     on_behalf_of: str | None
     parent_grant_id: str | None
@@ -28,7 +30,7 @@ class Grant:
     scopes: tuple[str, ...]
     provider: str
     jti: str | None
-    kid: str | None
+    kids: tuple[str, ...]  # every key that signed a token of it
     jkt: str | None
     credential_sha256: str | None
     status_list: int | None
@@ -43,12 +45,17 @@ class Grant:
     claimed: Mapping[str, Any]
     request_sha256: str
     decision: Mapping[str, Any]
-    policies: tuple[str, ...]
+    policies: tuple[str, ...]  # every policy by which a token of it was allowed
     policy_version: int | None
     trace_id: str | None
     revoked_at: datetime | None = None
     revoked_by: str | None = None
     reason: str | None = None
+
+    def is_held_by(self, principal: Principal) -> bool:
+        """Whether this very workload holds it, and not only one of the same name (INV-17)."""
+        held_by = (principal.name, principal.issuer, principal.subject)
+        return (self.agent, self.issuer, self.subject) == held_by
 
     def on_axis(self, axis: str) -> tuple[str, ...]:
         """What this grant is along an axis of revocation; `broker.domain.refusal` compares it."""
@@ -68,7 +75,7 @@ class Grant:
             case "policy":
                 return self.policies
             case "key":
-                return () if self.kid is None else (self.kid,)
+                return self.kids
             case _:
                 raise ValueError(f"{axis!r} is not an axis of revocation")
 
@@ -83,7 +90,6 @@ class GrantRequest:
     task_id: str | None = None
     ttl: timedelta | None = None
     intent: str | None = None
-    purpose: str | None = None
     claimed: Mapping[str, Any] = field(default_factory=dict)
     jkt: str | None = None
     idempotency: IdempotencyClaim | None = None

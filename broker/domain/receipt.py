@@ -44,22 +44,27 @@ class ReceiptLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """`outcome` is the task's state, or "revoked" where single grants were ended."""
+    """`outcome` is the task's state, or "revoked" where grants were ended without it.
+
+    With `ended`, so many were ended just now and `lines` are only samples of them.
+    """
 
     task_id: str | None
     ended_at: datetime | None
     outcome: str
     lines: Sequence[ReceiptLine]
+    ended: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        dead = sum(line.confirmed_dead_at is not None for line in self.lines)
-        ended = sum(line.authority_ended_at is not None for line in self.lines)
+        dead = sum(line.confirmed_dead_at is not None for line in self.lines) if self.ended is None else 0
+        ended = sum(line.authority_ended_at is not None for line in self.lines) if self.ended is None else self.ended
+        issued = len(self.lines) if self.ended is None else self.ended
         return {
             "task_id": self.task_id,
             "ended_at": _time(self.ended_at),
             "outcome": self.outcome,
             "grants": [line.as_json() for line in self.lines],
-            "totals": {"ended": ended, "confirmed_dead": dead, "outstanding": len(self.lines) - dead},
+            "totals": {"ended": ended, "confirmed_dead": dead, "outstanding": issued - dead},
         }
 
 

@@ -92,14 +92,15 @@ class Administration:
             record(db, [event])
         return version
 
-    def versions(self, caller: Caller) -> list[AppliedVersion]:
+    def versions(self, caller: Caller, *, before: int | None = None, limit: int = 100) -> list[AppliedVersion]:
+        """Newest first, below the version `before`."""
         require_reader(caller)
         with self._database.read() as db:
             return [
                 AppliedVersion(
                     version=row.version, sha256=row.sha256, applied_at=row.applied_at, applied_by=row.applied_by
                 )
-                for row in standing.configurations(db)
+                for row in standing.configurations(db, before=before, limit=limit)
             ]
 
     def evaluate(self, caller: Caller, asked: WhatIf) -> Decision:

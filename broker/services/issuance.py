@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
 from broker.domain.audit import Event
-from broker.domain.catalogue import Limits, Resource
+from broker.domain.catalogue import Limits
 from broker.domain.clock import Clock
 from broker.domain.errors import (
     BrokerError,
@@ -27,30 +27,29 @@ from broker.domain.errors import (
     LockedDown,
     NotFound,
     PolicyDenied,
-    RoleMissing,
     TaskNotActive,
-    Unauthenticated,
     Unavailable,
 )
-from broker.domain.grant import Credential, Grant, GrantRequest, Issued
-from broker.domain.identity import Caller, Principal, Role, is_id, new_id
-from broker.domain.lifecycle import GrantState, TaskState, is_live
-from broker.domain.policy import AccessRequest, Decision, TaskFacts
-from broker.domain.scope import effective_ttl, require_offered
-from broker.domain.secret import Secret
+from broker.domain.grant import Grant, GrantRequest, IdempotencyClaim, Issued
+from broker.domain.identity import Caller, Principal, is_id, new_id
+from broker.domain.lifecycle import GrantState, TaskState
+from broker.domain.policy import PolicySet
 from broker.domain.task import Task
-from broker.providers.jwt import AccessToken, access_token_claims
-from broker.services.group_commit import GroupCommit
-from broker.services.standing import Standing, StandingReader
+from broker.services.batching import Batching
+from broker.services.credentials import signed
+from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
-from broker.store import gate
+from broker.services.terms import Terms, require_may_ask, terms
+from broker.store import gate, locks
 from broker.store.database import Database
-from broker.store.grants import count_live, find_grant, find_with_tasks, insert_grants, renew_grant
-from broker.store.standing import claim_key, release_key
+from broker.store.grants import count_live, find_grant, insert_grants, renew_grant, tasks_of_grants
+from broker.store.standing import claim_key, made_under, release_key
 from broker.store.tasks import Tasks, insert_tasks
 from broker.store.transitions import record
 
-_KEYS_REMEMBERED_FOR = timedelta(days=1)
+KEYS_REMEMBERED_FOR = timedelta(days=1)
+
+_WAITING = 50  # callers; of the server's threads, some are always left for what ends authority
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +63,14 @@ class _Moment:
     live: dict[str, int]
 
 
+@dataclass(frozen=True)
 class _Batch:
-    """What one transaction will write."""
+    """What one transaction will write, and what it answers for each grant it makes."""
 
-    def __init__(self) -> None:
-        self.tasks: list[Task] = []
-        self.grants: list[Grant] = []
-        self.events: list[Event] = []
+    tasks: list[Task] = field(default_factory=list)
+    grants: list[Grant] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    answers: dict[str, Issued | PolicyDenied] = field(default_factory=dict)
 
 
 class Issuance:
@@ -91,47 +91,31 @@ class Issuance:
         self._issuer = issuer
         self._clock = clock
         self._tasks = Tasks()
-        self._commits: GroupCommit[GrantRequest, Issued] = GroupCommit(self._commit)
+        self._batches: Batching[GrantRequest, Issued] = Batching(self._issue_all, waiting=_WAITING)
 
     def issue(self, request: GrantRequest) -> Issued:
         """Decide, record and sign. Raises PolicyDenied with the decision, which is recorded too."""
-        return self._commits.submit(request)
+        try:
+            return self._batches.submit(request)
+        except PolicyDenied as refusal:
+            # After the commit: while it is searched for what would be allowed, nobody waits (INV-27).
+            raise refusal.explained() from None
 
     def renew(self, caller: Caller, grant_id: str, *, ttl: timedelta | None, jkt: str | None = None) -> Issued:
         """A new token for the same grant, decided again, never past the grant's maximum."""
-        now = self._clock()
-        with self._database.begin() as db:
-            standing = self._standing.at(db, gate.hold_shared(db))
-            # Task before grant, as everywhere, so that a closing task and a renewal cannot wait for each other.
-            unlocked = find_grant(db, grant_id) if is_id(grant_id, "grt") else None
-            if unlocked is None or unlocked.agent != caller.name:
-                raise _no_such_grant(grant_id)
-            task = self._tasks.hold_shared(db, [unlocked.task_id])[unlocked.task_id]
-            grant = find_grant(db, grant_id, lock=True)
-            if grant is None:
-                raise _no_such_grant(grant_id)
-            _require_live(grant, task, standing, now)
-            outcome = self._renewed(grant, task, standing, caller, ttl, jkt, now)
-            if isinstance(outcome, PolicyDenied):
-                # The refusal is recorded; the grant stays as it is until it expires or somebody revokes it.
-                record(db, [_refused_event(grant, caller, now, "grant.renewal_denied", outcome)])
-            else:
-                renew_grant(db, outcome.grant)
-                record(db, [_event_of(outcome.grant, caller, now, "grant.renewed")])
+        outcome = self._renew(caller, grant_id, ttl, jkt)
         if isinstance(outcome, PolicyDenied):
+            raise outcome.explained()
+        if isinstance(outcome, BrokerError):
             raise outcome
         return outcome
 
-    def _commit(self, requests: Sequence[GrantRequest]) -> Sequence[Issued | BrokerError]:
-        now = self._clock()
-        self._indexes.reserve(len(requests), now)
-        with self._database.begin() as db:
-            standing = self._standing.at(db, gate.hold_shared(db))
-            wanted = {request.task_id for request in requests if request.task_id is not None}
-            tasks = self._tasks.hold_shared(db, {task_id for task_id in wanted if is_id(task_id, "task")})
-            agents = {request.caller.name for request in requests}
-            live = count_live(db, agents, now=now, at_most=self._limits.max_live_per_agent)
-            moment = _Moment(now=now, db=db, standing=standing, tasks=tasks, live=live)
+    # --- Issuing ------------------------------------------------------------------------------------------------------
+
+    def _issue_all(self, requests: Sequence[GrantRequest]) -> Sequence[Issued | BrokerError]:
+        self._indexes.reserve(len(requests), self._clock())
+        with self._database.begin_issuing() as db:
+            moment = self._moment(db, requests)
             batch = _Batch()
             outcomes = [self._outcome(request, moment, batch) for request in requests]
             insert_tasks(db, batch.tasks)
@@ -139,88 +123,52 @@ class Issuance:
             record(db, batch.events)
         return outcomes
 
+    def _moment(self, db: Connection, requests: Sequence[GrantRequest]) -> _Moment:
+        keys = {
+            (request.caller.name, request.idempotency.key_sha256)
+            for request in requests
+            if request.idempotency is not None
+        }
+        again = tasks_of_grants(db, made_under(db, keys).values())
+        wanted = {request.task_id for request in requests if request.task_id is not None}
+        task_ids = {task_id for task_id in wanted if is_id(task_id, "task")} | again
+        agents = {request.caller.name for request in requests}
+        locks.hold_for_issuing(db, agents=agents, tasks=task_ids)
+        # Behind the locks, however long they were waited for.
+        now = self._clock()
+        standing = self._standing.at(db, gate.era_of(db))
+        tasks = self._tasks.hold_shared(db, task_ids)
+        live = count_live(db, agents, now=now, at_most=self._limits.max_live_per_agent)
+        return _Moment(now=now, db=db, standing=standing, tasks=tasks, live=live)
+
     def _outcome(self, request: GrantRequest, moment: _Moment, batch: _Batch) -> Issued | BrokerError:
         """What one request comes to; a refusal is an answer, and recorded like one."""
         grant_id = new_id("grt", moment.now)
         try:
-            claimed = self._claim(request, grant_id, moment, batch)
-            if claimed is not None:
-                return claimed
-            return self._decide_and_sign(request, grant_id, moment, batch)
-        except PolicyDenied as refusal:
-            if refusal.grant_id is None and request.idempotency is not None:
-                release_key(moment.db, principal=request.caller.name, key_sha256=request.idempotency.key_sha256)
-            return refusal
+            if request.idempotency is not None:
+                made_id = _claimed(request.caller, request.idempotency, grant_id, moment)
+                if made_id != grant_id:
+                    return self._again(request, made_id, moment, batch)
+            return self._issued(request, grant_id, moment, batch)
         except BrokerError as refusal:
-            if request.idempotency is not None and not isinstance(refusal, IdempotencyConflict):
-                # Nothing was made under the key, so the corrected request may use it.
-                release_key(moment.db, principal=request.caller.name, key_sha256=request.idempotency.key_sha256)
-            if isinstance(refusal, Forbidden | TaskNotActive | LimitExceeded | NotFound):
-                batch.events.append(_refusal(request, moment, refusal))
+            kept = isinstance(refusal, PolicyDenied) and refusal.grant_id is not None
+            if request.idempotency is not None and not kept:
+                # Nothing was made under the key by this request, so the corrected one may use it.
+                release_key(
+                    moment.db,
+                    principal=request.caller.name,
+                    key_sha256=request.idempotency.key_sha256,
+                    made_id=grant_id,
+                )
+            if not isinstance(refusal, PolicyDenied | Unavailable):
+                batch.events.append(_refused(request, moment, refusal))
             return refusal
 
-    def _claim(
-        self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch
-    ) -> Issued | BrokerError | None:
-        """None where this request is the first with its idempotency key, else the answer of the first (INV-06)."""
-        if request.idempotency is None:
-            return None
-        made_id, request_sha256 = claim_key(
-            moment.db,
-            principal=request.caller.name,
-            key_sha256=request.idempotency.key_sha256,
-            request_sha256=request.idempotency.request_sha256,
-            made_id=grant_id,
-            forget_at=moment.now + _KEYS_REMEMBERED_FOR,
-        )
-        if request_sha256 != request.idempotency.request_sha256:
-            raise IdempotencyConflict(
-                "this Idempotency-Key was used with another body: use a new key for a new request"
-            )
-        if made_id == grant_id:
-            return None
-        return self._replay(made_id, moment, batch)
-
-    def _replay(self, grant_id: str, moment: _Moment, batch: _Batch) -> Issued | BrokerError:
-        for issued in batch.grants:
-            if issued.id == grant_id:
-                task = next((task for task in batch.tasks if task.id == issued.task_id), None)
-                return self._answer_again(issued, task or moment.tasks[issued.task_id], moment)
-        found = find_with_tasks(moment.db, [grant_id]).get(grant_id)
-        if found is None:
-            raise Unavailable("the first request with this Idempotency-Key left no grant; use a new key")
-        grant, task_state, ends_at = found
-        if grant.state is GrantState.DENIED:
-            return _denied(grant)
-        live = is_live(
-            grant=grant.state,
-            expires_at=grant.expires_at,
-            task=task_state,
-            deadline_at=ends_at,
-            locked_down=moment.standing.refusals.over(grant) is not None,
-            now=moment.now,
-        )
-        if not live:
-            raise Conflict(f"the grant {grant_id} made with this Idempotency-Key has ended: use a new key")
-        return self._signed(grant, moment.standing)
-
-    def _answer_again(self, grant: Grant, task: Task, moment: _Moment) -> Issued | BrokerError:
-        if grant.state is GrantState.DENIED:
-            return _denied(grant)
-        _require_live(grant, task, moment.standing, moment.now)
-        return self._signed(grant, moment.standing)
-
-    def _decide_and_sign(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued:
+    def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued:
         now, standing = moment.now, moment.standing
-        principal = principal_of(request.caller, standing)
-        if Role.AGENT not in principal.roles:
-            raise RoleMissing(f"{principal.name} is not an agent: only a principal with that role gets credentials")
+        principal = _known(request.caller, moment)
         resource = standing.catalogue.resource(request.resource)
-        require_offered(request.scopes, resource.offered, resource.identifier)
-        if resource.require_dpop and request.jkt is None:
-            raise Invalid(
-                f"{resource.identifier} wants sender-bound tokens: send a DPoP proof (RFC 9449)", member="DPoP"
-            )
+        require_may_ask(principal, resource, request.scopes, request.jkt)
         task = self._task_for(request, principal, moment)
         if moment.live[principal.name] >= self._limits.max_live_per_agent:
             raise LimitExceeded(
@@ -228,69 +176,102 @@ class Issuance:
                 "longer needed, or wait until it expires",
                 retry_after_s=5,
             )
-        ttl, decided_by, decision, request_sha256 = self._decide(
-            principal, resource, task, now, standing, request, proof_expires_at=request.caller.proof_expires_at
+        found = terms(
+            request,
+            principal=principal,
+            resource=resource,
+            task=task,
+            policies=standing.policies,
+            limits=self._limits,
+            now=now,
         )
-        allowed = decision.outcome == "allow"
-        key = standing.keys.current(resource.signing_algorithm)
-        grant = Grant(
+        grant = self._granted(request, grant_id, principal, task, found, standing, now)
+        refusal = standing.refusals.over(grant)
+        if refusal is not None:
+            raise LockedDown(
+                f"a lockdown stands over {refusal.axis} {refusal.value!r} ({refusal.id}): {refusal.reason}"
+            )
+        if not found.allowed:
+            raise self._denied(request, grant, found, standing.policies, now, batch)
+        if request.task_id is None:
+            task = replace(task, deadline_at=grant.expires_at)
+            batch.tasks.append(task)
+            batch.events.append(_task_opened(task, request.caller, now))
+        status_list, status_index = self._indexes.take(task.id, now)
+        grant = replace(grant, status_list=status_list, status_index=status_index)
+        issued = signed(grant, standing, issuer=self._issuer, issued_at=now, expires_at=grant.expires_at)
+        batch.grants.append(issued.grant)
+        batch.events.append(_event_of(issued.grant, request.caller, now, "grant.issued"))
+        batch.answers[grant_id] = issued
+        moment.live[principal.name] += 1
+        return issued
+
+    def _granted(
+        self,
+        request: GrantRequest,
+        grant_id: str,
+        principal: Principal,
+        task: Task,
+        found: Terms,
+        standing: Standing,
+        now: datetime,
+    ) -> Grant:
+        """The row these terms make, before it has a place in a status list and a token."""
+        allowed = found.allowed
+        return Grant(
             id=grant_id,
             task_id=task.id,
             era=standing.era,
             state=GrantState.ACTIVE if allowed else GrantState.DENIED,
             agent=principal.name,
+            issuer=principal.issuer,
+            subject=principal.subject,
             orchestrator=task.orchestrator,
             on_behalf_of=task.on_behalf_of,
             parent_grant_id=None,
-            resource=resource.identifier,
+            resource=request.resource,
             scopes=tuple(sorted(request.scopes)),
-            provider=resource.provider,
+            provider=found.asked.resource.provider,
             jti=secrets.token_urlsafe(16) if allowed else None,
-            kid=key.kid if allowed else None,
+            kids=(standing.keys.current(found.asked.resource.signing_algorithm).kid,) if allowed else (),
             jkt=request.jkt,
             credential_sha256=None,
             status_list=None,
             status_index=None,
             created_at=now,
             issued_at=now if allowed else None,
-            expires_at=now + ttl,
+            expires_at=now + found.ttl,
             renewable_until=min(now + self._limits.max_ttl, task.deadline_at) if allowed else None,
-            ttl_s=int(ttl.total_seconds()),
-            ttl_decided_by=decided_by,
+            ttl_s=int(found.ttl.total_seconds()),
+            ttl_decided_by=found.decided_by,
             intent=request.intent,
             claimed=request.claimed,
-            request_sha256=request_sha256,
-            decision=decision.as_json(),
-            policies=decision.policies,
-            policy_version=decision.policy_version,
+            request_sha256=found.asked.sha256(),
+            decision=found.decision.as_json(),
+            policies=found.decision.policies,
+            policy_version=found.decision.policy_version,
             trace_id=request.caller.trace_id,
         )
-        refusal = standing.refusals.over(replace(grant, era=standing.era + 1))
-        if refusal is not None:
-            raise LockedDown(
-                f"a lockdown stands over {refusal.axis} {refusal.value!r} ({refusal.id}): {refusal.reason}"
-            )
-        if request.task_id is None and allowed:
-            task = replace(task, deadline_at=grant.expires_at)
-        if not allowed:
-            if request.task_id is None:
-                # No task was opened for a request that came to nothing; the event still says who asked for what.
-                batch.events.append(
-                    replace(_event_of(grant, request.caller, now, "grant.denied"), grant_id=None, task_id=None)
-                )
-                raise _denied(grant, kept=False)
-            batch.grants.append(grant)
-            batch.events.append(_event_of(grant, request.caller, now, "grant.denied"))
-            raise _denied(grant)
-        status_list, status_index = self._indexes.take(task.id, now)
-        issued = self._signed(replace(grant, status_list=status_list, status_index=status_index), standing)
+
+    def _denied(
+        self,
+        request: GrantRequest,
+        grant: Grant,
+        found: Terms,
+        policies: PolicySet,
+        now: datetime,
+        batch: _Batch,
+    ) -> PolicyDenied:
+        event = _event_of(grant, request.caller, now, "grant.denied")
         if request.task_id is None:
-            batch.tasks.append(task)
-            batch.events.append(_task_opened(task, request.caller, now))
-        batch.grants.append(issued.grant)
-        batch.events.append(_event_of(issued.grant, request.caller, now, "grant.issued"))
-        moment.live[principal.name] += 1
-        return issued
+            # No task is opened for what came to nothing; the event still says who asked for what, and why not.
+            batch.events.append(replace(event, grant_id=None, task_id=None))
+            return _denial(grant, found, policies, kept=False)
+        batch.grants.append(grant)
+        batch.events.append(event)
+        refusal = _denial(grant, found, policies, kept=True)
+        batch.answers[grant.id] = refusal
+        return refusal
 
     def _task_for(self, request: GrantRequest, principal: Principal, moment: _Moment) -> Task:
         now = moment.now
@@ -300,7 +281,7 @@ class Issuance:
             return Task(
                 id=new_id("task", now),
                 state=TaskState.ACTIVE,
-                purpose=request.purpose or "implicit",
+                purpose="implicit",
                 orchestrator=principal.name,
                 agents=(principal.name,),
                 created_at=now,
@@ -311,9 +292,7 @@ class Issuance:
         if task is None or principal.name not in task.agents:
             # One answer for a task that is not there and one that is not theirs (INV-28).
             raise NotFound(f"there is no task {request.task_id[:64]!r} for {principal.name}", member="task_id")
-        if not task.is_open(now):
-            state = task.state if task.state is not TaskState.ACTIVE else TaskState.EXPIRED
-            raise TaskNotActive(f"task {task.id} is {state}: nothing can be issued for it", member="task_id")
+        _require_open(task, now)
         if task.ceiling is not None:
             within = frozenset(task.ceiling.get(request.resource, ()))
             beyond = sorted(request.scopes - within)
@@ -325,166 +304,165 @@ class Issuance:
                 )
         return task
 
-    def _decide(
-        self,
-        principal: Principal,
-        resource: Resource,
-        task: Task,
-        now: datetime,
-        standing: Standing,
-        request: GrantRequest,
-        *,
-        proof_expires_at: datetime,
-        renewable_until: datetime | None = None,
-    ) -> tuple[timedelta, str, Decision, str]:
-        """(ttl, which ceiling decided it, decision, canonical request hash): the minimum of all ceilings (INV-08)."""
-        ceilings = {
-            "resource": timedelta(seconds=resource.max_ttl_s),
-            "broker": self._limits.max_ttl,
-            "task": task.deadline_at - now,
-            "proof": proof_expires_at - now,
-        }
-        if request.ttl is None:
-            ceilings["default"] = self._limits.default_ttl
-        if renewable_until is not None:
-            ceilings["grant"] = renewable_until - now
-        ttl, decided_by = effective_ttl(request.ttl, ceilings)
-        if ttl <= timedelta(0):
-            # Within the leeway a workload token just expired still names its bearer, and opens nothing.
-            raise (
-                Unauthenticated("the workload token ends now")
-                if decided_by == "proof"
-                else Conflict(f"nothing is left to grant: the ceiling {decided_by!r} has been reached")
+    # --- The same request again ---------------------------------------------------------------------------------------
+
+    def _again(self, request: GrantRequest, made_id: str, moment: _Moment, batch: _Batch) -> Issued:
+        """What a request comes to whose idempotency key already stands for a grant: that grant, or why not (INV-06)."""
+        principal = _known(request.caller, moment)
+        answer = batch.answers.get(made_id)
+        if isinstance(answer, PolicyDenied):
+            raise answer
+        grant = answer.grant if answer is not None else find_grant(moment.db, made_id, lock=True)
+        if grant is None or not grant.is_held_by(principal):
+            raise Conflict("what this Idempotency-Key was first used for left no grant of yours: use a new key")
+        if request.jkt != grant.jkt:
+            raise IdempotencyConflict(
+                "this Idempotency-Key was used with another DPoP key, or without one: use a new key for a new request"
             )
-        asked = AccessRequest(
-            agent=principal,
-            resource=resource,
-            scopes=request.scopes,
-            ttl_s=int(ttl.total_seconds()),
-            task=TaskFacts(
-                id=task.id,
-                purpose=task.purpose,
-                age_s=max(0, int((now - task.created_at).total_seconds())),
-                orchestrator=task.orchestrator,
-                labels=task.labels,
-            ),
-            intent=request.intent,
-            sender_bound=request.jkt is not None,
-            claimed=request.claimed,
-            now=now,
-            user=task.on_behalf_of,
+        if answer is not None:
+            return answer
+        if grant.state is GrantState.DENIED:
+            raise PolicyDenied(_sentence(grant.decision), decision=grant.decision, grant_id=grant.id)
+        task = moment.tasks.get(grant.task_id)
+        if task is None:
+            # It was opened between our look and our lock: the next try finds it.
+            raise Unavailable("the first request with this Idempotency-Key is just being answered: try again")
+        try:
+            _require_live(grant, task, moment.standing, moment.now)
+        except (Conflict, Forbidden) as ended:
+            raise Conflict(f"{ended.detail}; it was made with this Idempotency-Key: use a new one") from None
+        resource = moment.standing.catalogue.resource(grant.resource)
+        require_may_ask(principal, resource, frozenset(grant.scopes), grant.jkt)
+        expires_at = min(grant.expires_at, request.caller.proof_expires_at)
+        if expires_at <= moment.now:
+            raise Conflict("the workload token ends now: come back with a fresh one")
+        # The first token may have been lost or not; so this is one more, with a name of its own.
+        another = replace(
+            grant,
+            jti=secrets.token_urlsafe(16),
+            kids=_with(grant.kids, moment.standing.keys.current(resource.signing_algorithm).kid),
         )
-        decision = standing.policies.decide(asked)
-        if decision.max_ttl_s is not None and timedelta(seconds=decision.max_ttl_s) < ttl:
-            ttl, decided_by = timedelta(seconds=decision.max_ttl_s), "policy"
-        return ttl, decided_by, decision, asked.sha256()
+        issued = signed(another, moment.standing, issuer=self._issuer, issued_at=moment.now, expires_at=expires_at)
+        renew_grant(moment.db, issued.grant)
+        batch.events.append(_event_of(issued.grant, request.caller, moment.now, "grant.reissued"))
+        return issued
+
+    # --- Renewing -----------------------------------------------------------------------------------------------------
+
+    def _renew(self, caller: Caller, grant_id: str, ttl: timedelta | None, jkt: str | None) -> Issued | BrokerError:
+        with self._database.begin_issuing() as db:
+            unlocked = find_grant(db, grant_id) if is_id(grant_id, "grt") else None
+            tasks_of_it = [] if unlocked is None else [unlocked.task_id]
+            # Task before grant, as everywhere, so that a closing task and a renewal cannot wait for each other.
+            locks.hold_for_issuing(db, agents=(), tasks=tasks_of_it)
+            now = self._clock()
+            standing = self._standing.at(db, gate.era_of(db))
+            tasks = self._tasks.hold_shared(db, tasks_of_it)
+            grant = None if unlocked is None else find_grant(db, grant_id, lock=True)
+            try:
+                principal = principal_of(caller, standing)
+                if grant is None or not grant.is_held_by(principal):
+                    raise NotFound(f"there is no grant {grant_id[:64]!r} of yours")
+                issued = self._renewed(grant, tasks[grant.task_id], standing, principal, caller, ttl, jkt, now)
+            except BrokerError as refusal:
+                # The refusal is recorded; the grant stays as it is until it expires or somebody revokes it.
+                if not isinstance(refusal, Unavailable):
+                    record(db, [_renewal_refused(grant, caller, now, refusal)])
+                return refusal
+            renew_grant(db, issued.grant)
+            record(db, [_event_of(issued.grant, caller, now, "grant.renewed")])
+        return issued
 
     def _renewed(
         self,
         grant: Grant,
         task: Task,
         standing: Standing,
+        principal: Principal,
         caller: Caller,
         ttl: timedelta | None,
         jkt: str | None,
         now: datetime,
-    ) -> Issued | PolicyDenied:
+    ) -> Issued:
+        _require_live(grant, task, standing, now)
         if grant.jkt is not None and jkt != grant.jkt:
             # INV-21: without the key it was bound to, a stolen workload token would renew it into a bearer's hand.
             raise Forbidden("this grant is bound to a key: send a DPoP proof made with that key")
-        principal = principal_of(caller, standing)
+        if grant.jkt is None and jkt is not None:
+            # Its earlier token is a bearer's and stays one, so a binding from here on would be none.
+            raise Invalid("this grant is not bound to a key: ask for a new one with the proof", member="DPoP")
         resource = standing.catalogue.resource(grant.resource)
-        asked = GrantRequest(
-            caller=caller,
-            resource=grant.resource,
-            scopes=frozenset(grant.scopes),
-            task_id=grant.task_id,
-            ttl=ttl,
-            intent=grant.intent,
-            claimed=grant.claimed,
-            jkt=grant.jkt,
-        )
-        require_offered(asked.scopes, resource.offered, resource.identifier)
-        life, decided_by, decision, request_sha256 = self._decide(
-            principal,
-            resource,
-            task,
-            now,
-            standing,
-            asked,
-            proof_expires_at=caller.proof_expires_at,
+        scopes = frozenset(grant.scopes)
+        require_may_ask(principal, resource, scopes, grant.jkt)
+        found = terms(
+            GrantRequest(
+                caller=caller,
+                resource=grant.resource,
+                scopes=scopes,
+                task_id=grant.task_id,
+                ttl=ttl,
+                intent=grant.intent,
+                claimed=grant.claimed,
+                jkt=grant.jkt,
+            ),
+            principal=principal,
+            resource=resource,
+            task=task,
+            policies=standing.policies,
+            limits=self._limits,
+            now=now,
             renewable_until=grant.renewable_until,
         )
-        if decision.outcome != "allow":
-            return _denied(replace(grant, decision=decision.as_json()), kept=False)
+        if not found.allowed:
+            raise _denial(grant, found, standing.policies, kept=False)
         renewed = replace(
             grant,
             jti=secrets.token_urlsafe(16),
-            kid=standing.keys.current(resource.signing_algorithm).kid,
-            # An earlier token of this grant may still be out: a shorter renewal must not end the grant before it.
-            expires_at=max(grant.expires_at, now + life),
-            ttl_s=int(life.total_seconds()),
-            ttl_decided_by=decided_by,
-            request_sha256=request_sha256,
-            decision=decision.as_json(),
-            policies=decision.policies,
-            policy_version=decision.policy_version,
+            # An earlier token of this grant may still be out: it dies with the key and the policies it was made by,
+            # and a shorter renewal must not end the grant before it.
+            kids=_with(grant.kids, standing.keys.current(resource.signing_algorithm).kid),
+            policies=_with(grant.policies, *found.decision.policies),
+            expires_at=max(grant.expires_at, now + found.ttl),
+            ttl_s=int(found.ttl.total_seconds()),
+            ttl_decided_by=found.decided_by,
+            request_sha256=found.asked.sha256(),
+            decision=found.decision.as_json(),
+            policy_version=found.decision.policy_version,
         )
-        return self._signed(renewed, standing, issued_at=now, expires_at=now + life)
-
-    def _signed(
-        self, grant: Grant, standing: Standing, *, issued_at: datetime | None = None, expires_at: datetime | None = None
-    ) -> Issued:
-        """The grant's token. Signing twice gives the same claims, so a replay hands out nothing new."""
-        issued_at, expires_at = issued_at or grant.issued_at, expires_at or grant.expires_at
-        if issued_at is None or grant.jti is None or grant.status_list is None or grant.status_index is None:
-            raise RuntimeError(f"{grant.id} was never issued and cannot be signed")
-        resource = standing.catalogue.resource(grant.resource)
-        claims = access_token_claims(
-            AccessToken(
-                issuer=self._issuer,
-                subject=grant.on_behalf_of or grant.agent,
-                audience=grant.resource,
-                client_id=grant.agent,
-                issued_at=issued_at,
-                expires_at=expires_at,
-                jti=grant.jti,
-                scopes=grant.scopes,
-                task_id=grant.task_id,
-                grant_id=grant.id,
-                jkt=grant.jkt,
-                status_uri=f"{self._issuer}/status-lists/{grant.status_list}",
-                status_index=grant.status_index,
-                trace_id=grant.trace_id,
-            )
-        )
-        key = standing.keys.current(resource.signing_algorithm)
-        token = Secret(key.sign(claims, typ=resource.token_typ))
-        credential = Credential(
-            type="jwt",
-            token=token,
-            token_type="Bearer" if grant.jkt is None else "DPoP",
-            expires_at=expires_at,
-        )
-        return Issued(grant=replace(grant, credential_sha256=token.sha256()), credential=credential)
+        return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
 
 
-def principal_of(caller: Caller, standing: Standing) -> Principal:
-    """Who the caller is under the configuration of this transaction, which may be newer than that of the door."""
-    if caller.identity is None or caller.catalogue_version == standing.catalogue.version:
-        return caller.principal
-    return standing.catalogue.principal_for(caller.identity)
+def _known(caller: Caller, moment: _Moment) -> Principal:
+    principal = principal_of(caller, moment.standing)
+    if principal.name not in moment.live:
+        # Renamed between the door and the lock, which was taken by the old name.
+        raise Unavailable("the configuration changed while this was asked: try again")
+    return principal
 
 
-def current_caller(caller: Caller, standing: Standing) -> Caller:
-    """The caller as this configuration knows it; Unauthenticated if it is nobody there."""
-    principal = principal_of(caller, standing)
-    return replace(caller, principal=principal, catalogue_version=standing.catalogue.version)
+def _claimed(caller: Caller, claim: IdempotencyClaim, grant_id: str, moment: _Moment) -> str:
+    """The grant this key stands for: this request's own if the key is new."""
+    made_id, request_sha256 = claim_key(
+        moment.db,
+        principal=caller.name,
+        key_sha256=claim.key_sha256,
+        request_sha256=claim.request_sha256,
+        made_id=grant_id,
+        forget_at=moment.now + KEYS_REMEMBERED_FOR,
+    )
+    if request_sha256 != claim.request_sha256:
+        raise IdempotencyConflict("this Idempotency-Key was used with another body: use a new key for a new request")
+    return made_id
+
+
+def _require_open(task: Task, now: datetime) -> None:
+    if not task.is_open(now):
+        state = task.state if task.state is not TaskState.ACTIVE else TaskState.EXPIRED
+        raise TaskNotActive(f"task {task.id} is {state}: nothing can be issued for it", member="task_id")
 
 
 def _require_live(grant: Grant, task: Task, standing: Standing, now: datetime) -> None:
-    if not task.is_open(now):
-        raise TaskNotActive(f"task {task.id} has ended, and everything issued for it", member="task_id")
+    _require_open(task, now)
     refusal = standing.refusals.over(grant)
     if refusal is not None:
         raise LockedDown(f"grant {grant.id} was revoked along {refusal.axis} {refusal.value!r}: {refusal.reason}")
@@ -493,60 +471,93 @@ def _require_live(grant: Grant, task: Task, standing: Standing, now: datetime) -
         raise Conflict(f"grant {grant.id} is {state}: ask for a new one")
 
 
-def _no_such_grant(grant_id: str) -> NotFound:
-    return NotFound(f"there is no grant {grant_id[:64]!r} of yours")
+def _with(names: Sequence[str], *more: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*names, *more]))
 
 
-def _denied(grant: Grant, *, kept: bool = True) -> PolicyDenied:
-    reasons = " ".join(grant.decision.get("reasons", ())) or "no policy allows this"
-    return PolicyDenied(reasons, decision=grant.decision, grant_id=grant.id if kept else None)
+def _denial(grant: Grant, found: Terms, policies: PolicySet, *, kept: bool) -> PolicyDenied:
+    decision = found.decision.as_json()
+    return PolicyDenied(
+        _sentence(decision),
+        decision=decision,
+        grant_id=grant.id if kept else None,
+        hint=lambda: policies.explain(found.asked, found.decision),
+    )
+
+
+def _sentence(decision: Mapping[str, object]) -> str:
+    reasons = decision.get("reasons")
+    return " ".join(map(str, reasons)) if isinstance(reasons, list) and reasons else "no policy allows this"
 
 
 def _event_of(grant: Grant, caller: Caller, now: datetime, type_: str) -> Event:
+    allowed = grant.state is GrantState.ACTIVE
     return Event(
         id=new_id("evt", now),
         at=now,
         type=type_,
         actor=caller.name,
-        outcome="ok" if grant.state is GrantState.ACTIVE else "denied",
+        outcome="ok" if allowed else "denied",
         task_id=grant.task_id,
         grant_id=grant.id,
         agent=grant.agent,
         user=grant.on_behalf_of,
         resource=grant.resource,
-        reason=grant.intent,
+        reason=None if allowed else _sentence(grant.decision)[:1000],
         policy_version=grant.policy_version,
         trace_id=caller.trace_id,
         data={
+            "issuer": grant.issuer,
+            "subject": grant.subject,
             "scopes": list(grant.scopes),
             "ttl_s": grant.ttl_s,
             "policies": list(grant.policies),
+            "intent": grant.intent,
             "jti": grant.jti,
             "request_sha256": grant.request_sha256,
         },
     )
 
 
-def _refused_event(grant: Grant, caller: Caller, now: datetime, type_: str, refusal: PolicyDenied) -> Event:
-    event = _event_of(grant, caller, now, type_)
-    return replace(event, outcome="denied", data={"decision": refusal.decision})
-
-
-def _refusal(request: GrantRequest, moment: _Moment, refusal: BrokerError) -> Event:
-    task_id = request.task_id if request.task_id in moment.tasks else None
+def _refused(request: GrantRequest, moment: _Moment, refusal: BrokerError) -> Event:
     return Event(
         id=new_id("evt", moment.now),
         at=moment.now,
         type="grant.refused",
         actor=request.caller.name,
         outcome=refusal.code,
-        task_id=task_id,
+        # Only what exists may be named, so that the trail holds no text of an attacker's in the place of an id.
+        task_id=request.task_id if request.task_id in moment.tasks else None,
         agent=request.caller.name,
-        resource=request.resource,
+        resource=request.resource[:1000],
         reason=refusal.detail[:1000],
         policy_version=moment.standing.catalogue.version,
         trace_id=request.caller.trace_id,
-        data={"scopes": sorted(request.scopes)},
+        data={"subject": request.caller.principal.subject, "scopes": sorted(request.scopes)},
+    )
+
+
+def _renewal_refused(grant: Grant | None, caller: Caller, now: datetime, refusal: BrokerError) -> Event:
+    event = Event(
+        id=new_id("evt", now),
+        at=now,
+        type="grant.renewal_refused",
+        actor=caller.name,
+        outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
+        reason=refusal.detail[:1000],
+        trace_id=caller.trace_id,
+        data={"subject": caller.principal.subject},
+    )
+    if grant is None:
+        return event
+    return replace(
+        event,
+        task_id=grant.task_id,
+        grant_id=grant.id,
+        agent=grant.agent,
+        user=grant.on_behalf_of,
+        resource=grant.resource,
+        policy_version=grant.policy_version,
     )
 
 
@@ -558,7 +569,6 @@ def _task_opened(task: Task, caller: Caller, now: datetime) -> Event:
         actor=caller.name,
         task_id=task.id,
         agent=caller.name,
-        reason=task.purpose,
         trace_id=caller.trace_id,
         data={"implicit": True},
     )

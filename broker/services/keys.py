@@ -211,15 +211,19 @@ class Keys:
         """
         with self._database.begin() as db:
             self.mark_compromised(db, kid, actor, reason, now)
+        # Afterwards: distrust waits for no key to be made.
+        self.fill_up(kid, actor=actor, now=now)
+
+    def fill_up(self, kid: str, *, actor: str, now: datetime) -> None:
+        """Make the current and next keys that the compromise of this one left missing."""
         with self._database.read() as db:
             rows = _rows(db)
-        # The new next key afterwards: distrust waits for no key to be made.
         algorithm = next(row.algorithm for row in rows if row.kid == kid)
         if _lacks(rows, algorithm):
             self._renew({algorithm: None}, actor=actor, now=now)
 
     def mark_compromised(self, db: Connection, kid: str, actor: str, reason: str, now: datetime) -> bool:
-        """The part of `compromise` for a transaction of the caller; `rotate_due` then makes the new next key.
+        """The part of `compromise` for a transaction of the caller; `fill_up` then makes the new next key.
 
         Turns the era, so call it before locking any row. False if it was compromised before.
         """

@@ -15,19 +15,23 @@ from sqlalchemy import Connection, Row
 
 from broker.domain.audit import Event
 from broker.domain.clock import Clock
-from broker.domain.errors import NotFound, RoleMissing
-from broker.domain.grant import Grant
+from broker.domain.errors import Conflict, IdempotencyConflict, NotFound, RoleMissing
+from broker.domain.grant import Grant, IdempotencyClaim
 from broker.domain.identity import Caller, Role, is_id, new_id
 from broker.domain.lifecycle import GrantState
 from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.refusal import Refusal, require_axis
+from broker.services.issuance import KEYS_REMEMBERED_FOR
 from broker.services.keys import Keys
+from broker.services.receipts import SignedReceipt, signed_receipt
+from broker.services.refusals import recorded
 from broker.services.standing import StandingReader
-from broker.services.tasks import SignedReceipt, sign_receipt
 from broker.store import gate, grants, models, standing
 from broker.store.database import Database
-from broker.store.transitions import change_of, move, record
+from broker.store.standing import claim_key
+from broker.store.transitions import GRANT_FACTS, change_of, move, record
 
+_ACTOR = "broker"
 _SAMPLES = 20
 _ROWS_AT_ONCE = 1000
 _ROWS_INLINE = 5000  # followed before the answer; the sweeper has time for the rest
@@ -60,6 +64,15 @@ class BulkOutcome:
     receipt: SignedReceipt | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """A bulk revocation as it was committed."""
+
+    refusal: Refusal
+    ordered_at: datetime
+    lockdown: Lockdown | None
+
+
 class Revocation:
     def __init__(self, *, database: Database, standing: StandingReader, keys: Keys, issuer: str, clock: Clock) -> None:
         self._database = database
@@ -70,108 +83,188 @@ class Revocation:
 
     def revoke_grant(self, caller: Caller, grant_id: str, *, reason: str | None = None) -> SignedReceipt:
         """End one grant; the same answer again for one that has ended. For its holder, its orchestrator, an admin."""
-        now = self._clock()
-        with self._database.begin() as db:
-            grant = grants.find_grant(db, grant_id) if is_id(grant_id, "grt") else None
+        with (
+            recorded(self._database, self._clock, caller, "grant.refused", "revoke"),
+            self._database.begin() as db,
+        ):
+            # Locked first: the time it ends is read behind whoever held it (INV-04).
+            grant = grants.find_grant(db, grant_id, lock=True) if is_id(grant_id, "grt") else None
+            now = self._clock()
             if grant is None or not may_see(caller, grant):
                 raise NotFound(f"there is no grant {grant_id[:64]!r} that you may see")
-            if caller.name not in (grant.agent, grant.orchestrator) and not caller.has(Role.ADMIN):
+            holds = grant.is_held_by(caller.principal)
+            if not (holds or caller.name == grant.orchestrator or caller.has(Role.ADMIN)):
                 raise RoleMissing(f"grant {grant.id} may be revoked by {grant.agent}, {grant.orchestrator} or an admin")
-            why = reason or "handed back"
+            why = reason or ("handed back" if holds else "revoked")
             event = change_of(now, caller.name, "grant.revoked", reason=why, trace_id=caller.trace_id)
             values = {"revoked_at": now, "revoked_by": caller.name, "reason": why}
-            move(
-                db,
-                models.Grant,
-                GrantState.REVOKED,
-                grants.with_id(grant.id),
-                grants.unexpired(now),
-                event=event,
-                **values,
-            )
+            where = (grants.with_id(grant.id), grants.unexpired(now))
+            move(db, models.Grant, GrantState.REVOKED, *where, event=event, returning=GRANT_FACTS, **values)
             grant = grants.find_grant(db, grant_id) or grant
+        answered_at = self._clock()
+        expired = grant.state is GrantState.ACTIVE and grant.expires_at <= answered_at
         receipt = Receipt(
             task_id=grant.task_id,
             ended_at=grant.revoked_at or grant.expires_at,
-            outcome=str(grant.state),
-            lines=[receipt_line(grant, ended_at=None, now=now)],
+            outcome=str(GrantState.EXPIRED if expired else grant.state),
+            lines=[receipt_line(grant, ended_at=None, now=answered_at)],
         )
-        return sign_receipt(receipt, self._standing.now(), self._issuer, now)
+        return signed_receipt(receipt, self._standing, self._issuer, answered_at)
 
     def revoke_along(
-        self, caller: Caller, axis: str, value: str, *, reason: str, dry_run: bool = False, lockdown: bool = False
+        self,
+        caller: Caller,
+        axis: str,
+        value: str,
+        *,
+        reason: str,
+        dry_run: bool = False,
+        lockdown: bool = False,
+        idempotency: IdempotencyClaim | None = None,
     ) -> BulkOutcome:
         """End everything along an axis, at once for every verifier; with `lockdown` nothing new comes after it."""
-        require_admin(caller)
-        require_axis(axis, value)
-        now = self._clock()
+        with recorded(self._database, self._clock, caller, "revocation.refused", axis):
+            require_admin(caller)
+            require_axis(axis, value)
         if dry_run:
-            with self._database.read() as db:
-                where = (
-                    grants.covered_by(Refusal(id="", axis=axis, value=value, reason=reason)),
-                    grants.unexpired(now),
-                )
-                return self._outcome(db, axis, value, where, now=now, dry_run=True)
+            return self._foreseen(axis, value, reason)
+        with (
+            recorded(self._database, self._clock, caller, "revocation.refused", axis),
+            self._database.begin() as db,
+        ):
+            order = self._ordered(db, caller, axis, value, reason, lockdown=lockdown, idempotency=idempotency)
+        return self._carried_out(order)
+
+    def compromise_key(self, caller: Caller, kid: str, *, reason: str) -> BulkOutcome:
+        """Stop trusting a signing key everywhere, and revoke everything it signed, in one transaction."""
+        require_admin(caller)
         with self._database.begin() as db:
-            era = gate.turn(db)
-            revocation_id = new_id("lck", now)
-            refusal = Refusal(id=revocation_id, axis=axis, value=value, reason=reason, era=era)
-            where = (grants.covered_by(refusal), grants.unexpired(now))
-            outcome = self._outcome(db, axis, value, where, now=now, dry_run=False)
-            set_ = _set_lockdown(db, caller, axis, value, reason, now) if lockdown else None
-            standing.insert_bulk_revocation(
-                db,
-                {
-                    "id": revocation_id,
-                    "axis": axis,
-                    "value": value,
-                    "era": era,
-                    "reason": reason,
-                    "revoked_at": now,
-                    "revoked_by": caller.name,
-                    "rows_followed_at": None,
-                },
-            )
-            record(
-                db, [_bulk_event(caller, axis, value, reason, now, "revocation.ordered", outcome.total, revocation_id)]
-            )
-        self.follow(refusal, at_most=_ROWS_INLINE)
-        lines = [receipt_line(grant, ended_at=now, now=now) for grant in outcome.samples if grant.issued_at]
-        receipt = Receipt(task_id=value if axis == "task" else None, ended_at=now, outcome="revoked", lines=lines)
-        signed = sign_receipt(receipt, self._standing.now(), self._issuer, now)
+            self._keys.mark_compromised(db, kid, caller.name, reason, self._clock())
+            order = self._ordered(db, caller, "key", kid, reason)
+        # The new next key afterwards: distrust waits for no key to be made.
+        self._keys.fill_up(kid, actor=caller.name, now=self._clock())
+        return self._carried_out(order)
+
+    def _foreseen(self, axis: str, value: str, reason: str) -> BulkOutcome:
+        """The blast radius, and nothing changed."""
+        now = self._clock()
+        covered = (grants.covered_by(Refusal(id="", axis=axis, value=value, reason=reason)), grants.unexpired(now))
+        with self._database.read() as db:
+            by_agent = grants.count_by_agent(db, *covered)
+            samples = grants.page_of_grants(db, where=(grants.unended(), *covered), before=None, limit=_SAMPLES)
         return BulkOutcome(
             axis=axis,
             value=value,
+            dry_run=True,
+            revocation_id=None,
+            lockdown=None,
+            total=sum(by_agent.values()),
+            by_agent=by_agent,
+            samples=samples,
+            receipt=None,
+        )
+
+    def _ordered(
+        self,
+        db: Connection,
+        caller: Caller,
+        axis: str,
+        value: str,
+        reason: str,
+        *,
+        lockdown: bool = False,
+        idempotency: IdempotencyClaim | None = None,
+    ) -> _Order:
+        """The one row that is the revocation. Nothing is counted here: all issuing waits meanwhile (INV-27)."""
+        era = gate.turn(db)
+        now = self._clock()
+        made_id = new_id("lck", now)
+        if idempotency is not None:
+            earlier_id, request_sha256 = claim_key(
+                db,
+                principal=caller.name,
+                key_sha256=idempotency.key_sha256,
+                request_sha256=idempotency.request_sha256,
+                made_id=made_id,
+                forget_at=now + KEYS_REMEMBERED_FOR,
+            )
+            if request_sha256 != idempotency.request_sha256:
+                raise IdempotencyConflict(
+                    "this Idempotency-Key was used with another body: use a new key for a new request"
+                )
+            if earlier_id != made_id:
+                return _order_of(db, earlier_id)
+        refusal = Refusal(id=made_id, axis=axis, value=value, reason=reason, era=era)
+        row = {
+            "id": made_id,
+            "axis": axis,
+            "value": value,
+            "era": era,
+            "reason": reason,
+            "revoked_at": now,
+            "revoked_by": caller.name,
+            "rows_followed_at": None,
+        }
+        standing.insert_bulk_revocation(db, row)
+        # One id for both: they were said in one breath, and a repeated request finds both by it.
+        set_ = _set_lockdown(db, caller, made_id, axis, value, reason, now) if lockdown else None
+        record(db, [_bulk_event(caller, axis, value, reason, now, "revocation.ordered", made_id)])
+        return _Order(refusal=refusal, ordered_at=now, lockdown=set_)
+
+    def _carried_out(self, order: _Order) -> BulkOutcome:
+        """Count what it ended, let rows follow, and say so."""
+        refusal = order.refusal
+        covered = (grants.covered_by(refusal), grants.unexpired(order.ordered_at))
+        with self._database.read() as db:
+            by_agent = grants.count_by_agent(db, *covered)
+            samples = grants.page_of_grants(db, where=(grants.unended(), *covered), before=None, limit=_SAMPLES)
+        self.follow(refusal, at_most=_ROWS_INLINE)
+        now, total = self._clock(), sum(by_agent.values())
+        receipt = Receipt(
+            task_id=refusal.value if refusal.axis == "task" else None,
+            ended_at=order.ordered_at,
+            outcome="revoked",
+            lines=[receipt_line(grant, ended_at=order.ordered_at, now=now) for grant in samples if grant.issued_at],
+            ended=total,
+        )
+        return BulkOutcome(
+            axis=refusal.axis,
+            value=refusal.value,
             dry_run=False,
-            revocation_id=revocation_id,
-            lockdown=set_,
-            total=outcome.total,
-            by_agent=outcome.by_agent,
-            samples=outcome.samples,
-            receipt=signed,
+            revocation_id=refusal.id,
+            lockdown=order.lockdown,
+            total=total,
+            by_agent=by_agent,
+            samples=samples,
+            receipt=signed_receipt(receipt, self._standing, self._issuer, now),
         )
 
     def follow(self, refusal: Refusal, *, at_most: int) -> int:
-        """Let rows follow a bulk revocation, in batches; several may do so at once. Answers how many moved."""
-        moved = 0
-        while moved < at_most:
-            now = self._clock()
+        """Let rows follow a bulk revocation, in batches; several may do so at once. Answers how many moved here."""
+        total = 0
+        while total < at_most:
             with self._database.begin() as db:
+                now = self._clock()
                 covered = grants.covered_by(refusal)
                 ids = grants.claim_unended(db, covered, limit=_ROWS_AT_ONCE)
                 if not ids:
                     # What others hold, they are ending or about to be refused; the refusal stands until none is left.
-                    if not grants.unended_ids(db, covered, limit=1):
-                        standing.followed(db, refusal.id, now=now)
+                    if not grants.unended_ids(db, covered, limit=1) and standing.followed(db, refusal.id, now=now):
+                        record(db, [_followed_event(refusal, now)])
                     break
                 by = standing.who_revoked(db, refusal.id)
-                expired = change_of(now, by, "grant.expired")
-                move(db, models.Grant, GrantState.EXPIRED, grants.with_ids(ids), grants.expired(now), event=expired)
+                expired = change_of(now, _ACTOR, "grant.expired")
+                claimed = grants.with_ids(ids)
+                gone = (claimed, grants.expired(now))
+                moved = move(db, models.Grant, GrantState.EXPIRED, *gone, event=expired, returning=GRANT_FACTS)
+                total += len(moved)
                 revoked = change_of(now, by, "grant.revoked", reason=refusal.reason, data={"revocation": refusal.id})
                 values = {"revoked_at": now, "revoked_by": by, "reason": refusal.reason}
-                move(db, models.Grant, GrantState.REVOKED, grants.with_ids(ids), event=revoked, **values)
-            moved += len(ids)
-        return moved
+                moved = move(
+                    db, models.Grant, GrantState.REVOKED, claimed, event=revoked, returning=GRANT_FACTS, **values
+                )
+                total += len(moved)
+        return total
 
     def follow_all(self, *, at_most: int) -> int:
         """Whatever any broker ordered and did not finish."""
@@ -184,51 +277,38 @@ class Revocation:
                 break
         return moved
 
-    def compromise_key(self, caller: Caller, kid: str, *, reason: str) -> BulkOutcome:
-        """Stop trusting a signing key everywhere, and revoke everything it signed."""
-        require_admin(caller)
-        self._keys.compromise(kid, actor=caller.name, reason=reason, now=self._clock())
-        return self.revoke_along(caller, "key", kid, reason=reason)
-
-    def set_lockdown(self, caller: Caller, axis: str, value: str, *, reason: str) -> Lockdown:
+    def set_lockdown(
+        self, caller: Caller, axis: str, value: str, *, reason: str, idempotency: IdempotencyClaim | None = None
+    ) -> Lockdown:
         """Refuse what comes next, and revoke what is out: lifting it must not bring anything back (INV-23)."""
-        outcome = self.revoke_along(caller, axis, value, reason=reason, lockdown=True)
+        outcome = self.revoke_along(caller, axis, value, reason=reason, lockdown=True, idempotency=idempotency)
         if outcome.lockdown is None:
             raise RuntimeError("a lockdown was ordered and none was set")
         return outcome.lockdown
 
     def lift_lockdown(self, caller: Caller, lockdown_id: str) -> Lockdown:
-        require_admin(caller)
-        now = self._clock()
-        with self._database.begin() as db:
+        with (
+            recorded(self._database, self._clock, caller, "lockdown.refused", "lift"),
+            self._database.begin() as db,
+        ):
+            require_admin(caller)
             gate.turn(db)
+            now = self._clock()
             row = standing.lift(db, lockdown_id, now=now, by=caller.name) if is_id(lockdown_id, "lck") else None
             if row is None:
                 raise NotFound(f"no lockdown {lockdown_id[:64]!r} is standing")
-            record(db, [_bulk_event(caller, row.axis, row.value, row.reason, now, "lockdown.lifted", 0, row.id)])
+            record(db, [_bulk_event(caller, row.axis, row.value, row.reason, now, "lockdown.lifted", row.id)])
             return _lockdown_of(row)
 
-    def lockdowns(self, caller: Caller, *, standing_only: bool = True) -> list[Lockdown]:
-        require_admin(caller)
+    def lockdowns(
+        self, caller: Caller, *, standing_only: bool = True, before: str | None = None, limit: int = 1000
+    ) -> list[Lockdown]:
+        """Newest first, below the id `before`."""
+        with recorded(self._database, self._clock, caller, "lockdown.refused", "list"):
+            require_admin(caller)
         with self._database.read() as db:
-            return [_lockdown_of(row) for row in standing.lockdowns(db, standing=standing_only)]
-
-    def _outcome(
-        self, db: Connection, axis: str, value: str, where: tuple[Any, ...], *, now: datetime, dry_run: bool
-    ) -> BulkOutcome:
-        by_agent = grants.count_by_agent(db, *where)
-        samples = grants.page_of_grants(db, where=(grants.unended(), *where), before=None, limit=_SAMPLES)
-        return BulkOutcome(
-            axis=axis,
-            value=value,
-            dry_run=dry_run,
-            revocation_id=None,
-            lockdown=None,
-            total=sum(by_agent.values()),
-            by_agent=by_agent,
-            samples=samples,
-            receipt=None,
-        )
+            found = standing.lockdowns(db, standing=standing_only, before=before, limit=limit)
+            return [_lockdown_of(row) for row in found]
 
 
 def require_admin(caller: Caller) -> None:
@@ -241,20 +321,30 @@ def may_see(caller: Caller, grant: Grant) -> bool:
     return caller.name in (grant.agent, grant.orchestrator) or caller.has(Role.ADMIN) or caller.has(Role.AUDITOR)
 
 
-def _set_lockdown(db: Connection, caller: Caller, axis: str, value: str, reason: str, now: datetime) -> Lockdown:
-    lockdown = Lockdown(id=new_id("lck", now), axis=axis, value=value, reason=reason, set_at=now, set_by=caller.name)
+def _set_lockdown(
+    db: Connection, caller: Caller, made_id: str, axis: str, value: str, reason: str, now: datetime
+) -> Lockdown:
+    lockdown = Lockdown(id=made_id, axis=axis, value=value, reason=reason, set_at=now, set_by=caller.name)
     standing.insert_lockdown(db, vars(lockdown))
-    record(db, [_bulk_event(caller, axis, value, reason, now, "lockdown.set", 0, lockdown.id)])
+    record(db, [_bulk_event(caller, axis, value, reason, now, "lockdown.set", lockdown.id)])
     return lockdown
+
+
+def _order_of(db: Connection, revocation_id: str) -> _Order:
+    """An order that was given before."""
+    row = standing.bulk_revocation(db, revocation_id)
+    if row is None:
+        raise Conflict("this Idempotency-Key was used for something else: use a new key")
+    set_ = standing.lockdown(db, revocation_id)
+    refusal = Refusal(id=row.id, axis=row.axis, value=row.value, reason=row.reason, era=row.era)
+    return _Order(refusal=refusal, ordered_at=row.revoked_at, lockdown=None if set_ is None else _lockdown_of(set_))
 
 
 def _lockdown_of(row: Row[Any]) -> Lockdown:
     return Lockdown(**{name: getattr(row, name) for name in Lockdown.__dataclass_fields__})
 
 
-def _bulk_event(
-    caller: Caller, axis: str, value: str, reason: str, now: datetime, type_: str, total: int, made_id: str
-) -> Event:
+def _bulk_event(caller: Caller, axis: str, value: str, reason: str, now: datetime, type_: str, made_id: str) -> Event:
     return Event(
         id=new_id("evt", now),
         at=now,
@@ -266,5 +356,10 @@ def _bulk_event(
         agent=value if axis == "agent" else None,
         user=value if axis == "user" else None,
         resource=value if axis == "resource" else None,
-        data={"id": made_id, "axis": axis, "value": value, "grants": total},
+        data={"id": made_id, "axis": axis, "value": value},
     )
+
+
+def _followed_event(refusal: Refusal, now: datetime) -> Event:
+    data = {"id": refusal.id, "axis": refusal.axis, "value": refusal.value}
+    return Event(id=new_id("evt", now), at=now, type="revocation.followed", actor=_ACTOR, data=data)

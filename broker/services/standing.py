@@ -1,17 +1,19 @@
 """What stands above every request at one era: configuration, policies, keys, refusals; read once per era.
 
-All of it changes only together with the era (`broker.store.gate`), so seeing the same era is seeing the same standing.
+What is added to it turns the era (`broker.store.gate`), so whoever sees the same era misses nothing. A revocation whose
+rows have all followed is dropped without a turn: to remember it longer changes no answer.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection
 
 from broker.domain.catalogue import Catalogue
 from broker.domain.errors import Unavailable
+from broker.domain.identity import Caller, Principal
 from broker.domain.policy import PolicySet
 from broker.domain.refusal import Refusals
 from broker.services.keys import KeyRing, Keys
@@ -76,3 +78,16 @@ class StandingReader:
             policies = PolicySet.compile(catalogue)
         refusals = Refusals(standing_refusals(db))
         return Standing(era=era, catalogue=catalogue, policies=policies, keys=self._keys.load(db), refusals=refusals)
+
+
+def principal_of(caller: Caller, standing: Standing) -> Principal:
+    """Who the caller is under the configuration of this transaction, which may be newer than that of the door."""
+    if caller.identity is None or caller.catalogue_version == standing.catalogue.version:
+        return caller.principal
+    return standing.catalogue.principal_for(caller.identity)
+
+
+def current_caller(caller: Caller, standing: Standing) -> Caller:
+    """The caller as this configuration knows it; Unauthenticated if it is nobody there."""
+    principal = principal_of(caller, standing)
+    return replace(caller, principal=principal, catalogue_version=standing.catalogue.version)

@@ -6,6 +6,7 @@ by compare-and-set: several sweepers at once do the work once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ from broker.services.revocation import Revocation
 from broker.services.tasks import end_tasks
 from broker.store import grants, models, standing, tasks
 from broker.store.database import Database
-from broker.store.transitions import change_of, move
+from broker.store.transitions import GRANT_FACTS, change_of, move
 
 _TASKS_AT_ONCE = 100
 _GRANTS_AT_ONCE = 2000
@@ -44,15 +45,38 @@ class Sweeper:
         self._clock = clock
 
     def sweep(self) -> Swept:
-        """Everything that is due now, in bounded batches. Urgent revocations come first (INV-27)."""
+        """Everything that is due now, in bounded batches. What failed is tried again by the next pass.
+
+        Revocations come first and again between the batches of the rest, so that no flood of expiries is before them
+        (INV-27); and no step that fails keeps the others from their turn.
+        """
         now = self._clock()
-        return Swept(
-            grants_revoked=self._revocation.follow_all(at_most=_ROWS_A_PASS),
-            tasks_expired=_until_done(lambda: self._expire_tasks(now), _TASKS_AT_ONCE),
-            grants_expired=_until_done(lambda: self._expire_grants(now), _GRANTS_AT_ONCE),
-            forgotten=_until_done(lambda: self._forget(now), _GRANTS_AT_ONCE),
-            keys_rotated=self._keys.rotate_due(now),
+        done: Counter[str] = Counter()
+
+        def urgent() -> int:
+            moved = self._revocation.follow_all(at_most=_ROWS_A_PASS)
+            done["grants_revoked"] += moved
+            return moved
+
+        steps: tuple[tuple[str, Callable[[], int], int], ...] = (
+            ("tasks_expired", lambda: self._expire_tasks(now), _TASKS_AT_ONCE),
+            ("grants_expired", lambda: self._expire_grants(now), _GRANTS_AT_ONCE),
+            ("forgotten", lambda: self._forget(now), _GRANTS_AT_ONCE),
+            ("keys_rotated", lambda: self._keys.rotate_due(now), _ROWS_A_PASS),
         )
+        failures: list[Exception] = []
+        _attempt(urgent, failures)
+        for name, step, full in steps:
+            while done[name] < _ROWS_A_PASS:
+                moved = _attempt(step, failures)
+                done[name] += moved
+                if moved < full:
+                    # Not a full batch: then the rest is not due, or somebody else's.
+                    break
+                _attempt(urgent, failures)
+        if failures:
+            raise failures[0]
+        return Swept(**done)
 
     def _expire_tasks(self, now: datetime) -> int:
         with self._database.read() as db:
@@ -61,7 +85,7 @@ class Sweeper:
             return 0
         with self._database.begin() as db:
             reason = "its deadline passed or its heartbeat was lost"
-            return end_tasks(db, due, TaskState.EXPIRED, now=now, actor=_ACTOR, reason=reason)
+            return end_tasks(db, due, TaskState.EXPIRED, now=self._clock(), actor=_ACTOR, reason=reason)
 
     def _expire_grants(self, now: datetime) -> int:
         with self._database.read() as db:
@@ -72,19 +96,18 @@ class Sweeper:
             # Asked again: a renewal may have come in between.
             due = grants.claim_unended(db, grants.with_ids(due), grants.expired(now), limit=_GRANTS_AT_ONCE)
             event = change_of(now, _ACTOR, "grant.expired")
-            return len(move(db, models.Grant, GrantState.EXPIRED, grants.with_ids(due), event=event))
+            where = grants.with_ids(due)
+            return len(move(db, models.Grant, GrantState.EXPIRED, where, event=event, returning=GRANT_FACTS))
 
     def _forget(self, now: datetime) -> int:
         with self._database.begin() as db:
             return standing.forget(db, now=now, limit=_GRANTS_AT_ONCE)
 
 
-def _until_done(step: Callable[[], int], full: int) -> int:
-    """Repeat until a batch was not full: then the rest is not due, or somebody else's."""
-    total = 0
-    while total < _ROWS_A_PASS:
-        moved = step()
-        total += moved
-        if moved < full:
-            break
-    return total
+def _attempt(step: Callable[[], int], failures: list[Exception]) -> int:
+    try:
+        return step()
+    except Exception as problem:
+        # Raised when every step had its turn.
+        failures.append(problem)
+        return 0

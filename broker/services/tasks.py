@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits
-from broker.domain.clock import Clock, epoch
+from broker.domain.clock import Clock
 from broker.domain.errors import IdempotencyConflict, Invalid, NotFound, RoleMissing, TaskNotActive
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.identity import Caller, Role, is_id, new_id
@@ -19,14 +19,16 @@ from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.scope import require_offered, scope_set
 from broker.domain.task import Task
-from broker.services.issuance import principal_of
-from broker.services.standing import StandingReader
-from broker.store import gate, grants, models, tasks
+from broker.services.issuance import KEYS_REMEMBERED_FOR
+from broker.services.receipts import SignedReceipt, signed_receipt
+from broker.services.refusals import recorded
+from broker.services.standing import StandingReader, principal_of
+from broker.store import gate, grants, locks, models, tasks
 from broker.store.database import Database
 from broker.store.standing import claim_key
-from broker.store.transitions import change_of, move, record
+from broker.store.transitions import GRANT_FACTS, change_of, move, record
 
-_KEYS_REMEMBERED_FOR = timedelta(days=1)
+_ACTOR = "broker"  # of what time alone ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +43,6 @@ class TaskRequest:
     idempotency: IdempotencyClaim | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SignedReceipt:
-    receipt: Receipt
-    jws: str
-
-
 class TaskService:
     def __init__(
         self, *, database: Database, standing: StandingReader, limits: Limits, issuer: str, clock: Clock
@@ -58,9 +54,13 @@ class TaskService:
         self._clock = clock
 
     def open(self, request: TaskRequest) -> Task:
-        now = self._clock()
-        with self._database.begin() as db:
+        with recorded(self._database, self._clock, request.caller, "task.refused", "open"):
+            return self._open(request)
+
+    def _open(self, request: TaskRequest) -> Task:
+        with self._database.begin_issuing() as db:
             standing = self._standing.at(db, gate.hold_shared(db))
+            now = self._clock()
             principal = principal_of(request.caller, standing)
             if Role.ORCHESTRATOR not in principal.roles:
                 raise RoleMissing(f"{principal.name} is not an orchestrator: only one of those opens tasks")
@@ -108,7 +108,7 @@ class TaskService:
             key_sha256=request.idempotency.key_sha256,
             request_sha256=request.idempotency.request_sha256,
             made_id=task.id,
-            forget_at=now + _KEYS_REMEMBERED_FOR,
+            forget_at=now + KEYS_REMEMBERED_FOR,
         )
         if request_sha256 != request.idempotency.request_sha256:
             raise IdempotencyConflict(
@@ -118,9 +118,11 @@ class TaskService:
 
     def heartbeat(self, caller: Caller, task_id: str) -> Task:
         """Move the heartbeat's due time on. A task that lost it stays lost, whether or not the sweeper came by."""
-        now = self._clock()
-        with self._database.begin() as db:
-            task = _owned(db, caller, task_id, admin=False)
+        with (
+            recorded(self._database, self._clock, caller, "task.refused", "heartbeat"),
+            self._database.begin() as db,
+        ):
+            task, now = self._held(db, caller, task_id, admin=False)
             if not task.is_open(now):
                 raise TaskNotActive(f"task {task.id} has ended: open a new one")
             if task.heartbeat_s is None:
@@ -131,13 +133,25 @@ class TaskService:
 
     def end(self, caller: Caller, task_id: str, state: TaskState, *, reason: str | None = None) -> SignedReceipt:
         """Complete, fail or cancel, with everything below. Once ended, the answer is the receipt of how it ended."""
-        now = self._clock()
-        with self._database.begin() as db:
-            task = _owned(db, caller, task_id, admin=True)
+        with (
+            recorded(self._database, self._clock, caller, "task.refused", str(state)),
+            self._database.begin() as db,
+        ):
+            task, now = self._held(db, caller, task_id, admin=True)
+            actor = caller.name
             if task.state is TaskState.ACTIVE and not task.is_open(now):
-                state, reason = TaskState.EXPIRED, _why_expired(task, now)
-            end_tasks(db, [task.id], state, now=now, actor=caller.name, reason=reason, trace_id=caller.trace_id)
+                state, reason, actor = TaskState.EXPIRED, _why_expired(task, now), _ACTOR
+            end_tasks(db, [task.id], state, now=now, actor=actor, reason=reason, trace_id=caller.trace_id)
         return self.receipt_for(task.id)
+
+    def _held(self, db: Connection, caller: Caller, task_id: str, *, admin: bool) -> tuple[Task, datetime]:
+        """The task as it is and stays until this transaction ends, and the time behind its lock.
+
+        A time from before the wait would say that authority ended while verifiers still accepted it (INV-04).
+        """
+        task = _owned(db, caller, task_id, admin=admin)
+        locks.hold_tasks_alone(db, [task.id])
+        return _owned(db, caller, task_id, admin=admin), self._clock()
 
     def find(self, caller: Caller, task_id: str) -> Task:
         with self._database.read() as db:
@@ -150,10 +164,13 @@ class TaskService:
         state: str | None = None,
         agent: str | None = None,
         user: str | None = None,
+        resource: str | None = None,
         before: str | None = None,
         limit: int = 100,
     ) -> list[Task]:
-        where = tasks.matching(state=state, agent=agent, user=user)
+        # INV-28: what somebody else holds in the same task must not show by which tasks are listed.
+        mine = None if _sees_all(caller) else caller.name
+        where = tasks.matching(state=state, agent=agent, user=user, resource=resource, grants_seen_by=mine)
         if not _sees_all(caller):
             where.append(tasks.seen_by(caller.name))
         with self._database.read() as db:
@@ -168,27 +185,21 @@ class TaskService:
     def receipt_for(self, task_id: str) -> SignedReceipt:
         now = self._clock()
         with self._database.read() as db:
-            standing = self._standing.at(db, gate.era_of(db))
             task = tasks.find_task(db, task_id)
             below = grants.grants_of_task(db, task_id)
         if task is None:
             raise NotFound(f"there is no task {task_id[:64]!r}")
+        state, ended_at = task.state, task.ended_at
+        if state is TaskState.ACTIVE and not task.is_open(now):
+            # Time has ended it; that the sweeper comes later changes nothing.
+            state, ended_at = TaskState.EXPIRED, task.ends_at
         receipt = Receipt(
             task_id=task.id,
-            ended_at=task.ended_at,
-            outcome=str(task.state),
-            lines=[receipt_line(grant, ended_at=task.ended_at, now=now) for grant in below if grant.issued_at],
+            ended_at=ended_at,
+            outcome=str(state),
+            lines=[receipt_line(grant, ended_at=ended_at, now=now) for grant in below if grant.issued_at],
         )
-        return SignedReceipt(receipt=receipt, jws=_signed(receipt, standing.keys.current("ES256"), self._issuer, now))
-
-
-def sign_receipt(receipt: Receipt, standing: Any, issuer: str, now: datetime) -> SignedReceipt:
-    return SignedReceipt(receipt=receipt, jws=_signed(receipt, standing.keys.current("ES256"), issuer, now))
-
-
-def _signed(receipt: Receipt, key: Any, issuer: str, now: datetime) -> str:
-    claims = {"iss": issuer, "iat": epoch(now), "sub": receipt.task_id, "receipt": receipt.as_json()}
-    return str(key.sign(claims, typ="receipt+jwt"))
+        return signed_receipt(receipt, self._standing, self._issuer, now)
 
 
 def end_tasks(
@@ -203,15 +214,15 @@ def end_tasks(
 ) -> int:
     """End the tasks that are still active and every grant below them; answers how many tasks that were.
 
-    The task's row is written first: a grant being issued holds it shared, so it is either seen here or refused there.
+    Nobody issues meanwhile: a grant is either seen here or refused there (INV-12).
     """
 
     def task_ended(row: Row[Any]) -> Event:
         return _event(tasks.task_of(row, ()), actor, now, f"task.{state}", reason=reason, trace_id=trace_id)
 
     ids = sorted(task_ids)
-    if len(ids) > 1:
-        tasks.hold(db, ids)
+    locks.hold_tasks_alone(db, ids)
+    tasks.hold(db, ids)
     where = [tasks.with_ids(ids)]
     if state is TaskState.EXPIRED:
         # A heartbeat that came in between must win.
@@ -221,11 +232,11 @@ def end_tasks(
         return 0
     below = grants.of_tasks([row.id for row in ended])
     why = f"task {state}"
-    expired = change_of(now, actor, "grant.expired", trace_id=trace_id)
-    move(db, models.Grant, GrantState.EXPIRED, below, grants.expired(now), event=expired)
+    expired = change_of(now, _ACTOR, "grant.expired", trace_id=trace_id)
+    move(db, models.Grant, GrantState.EXPIRED, below, grants.expired(now), event=expired, returning=GRANT_FACTS)
     revoked = change_of(now, actor, "grant.revoked", reason=why, trace_id=trace_id)
     values = {"revoked_at": now, "revoked_by": actor, "reason": why}
-    move(db, models.Grant, GrantState.REVOKED, below, event=revoked, **values)
+    move(db, models.Grant, GrantState.REVOKED, below, event=revoked, returning=GRANT_FACTS, **values)
     return len(ended)
 
 
@@ -264,7 +275,7 @@ def _event(
         actor=actor,
         task_id=task.id,
         user=task.on_behalf_of,
-        reason=reason if reason is not None else task.purpose,
+        reason=reason,
         trace_id=trace_id,
-        data={"agents": list(task.agents)} if task.agents else {},
+        data={"agents": list(task.agents), "purpose": task.purpose} if task.agents else {},
     )

@@ -21,21 +21,32 @@ from broker.domain.receipt import OFFLINE_BOUND
 from broker.domain.status_list import claims as status_list_claims
 from broker.domain.status_list import encode
 from broker.providers.jwt import verify
-from broker.services.group_commit import GroupCommit
-from broker.services.issuance import principal_of
+from broker.services.batching import Batching
 from broker.services.keys import KeyRing
 from broker.services.revocation import may_see
-from broker.services.standing import Standing, StandingReader
+from broker.services.standing import Standing, StandingReader, principal_of
 from broker.store import gate
 from broker.store.database import Database
 from broker.store.grants import find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
 from broker.store.standing import STATUS_LIST_SIZE, status_list, status_lists
 
-# Our own memory and the verifier's add up to the published bound.
-_KEPT_FOR = timedelta(seconds=5)
-_TTL = OFFLINE_BOUND - _KEPT_FOR
+# Our own memory, the verifier's, and what a commit may take after its time was read add up to the published bound.
+_KEPT_FOR = timedelta(seconds=2)
+_COMMITTED_WITHIN = timedelta(seconds=3)
+_USABLE_FOR = OFFLINE_BOUND - _COMMITTED_WITHIN
+_TTL = _USABLE_FOR - _KEPT_FOR
+_LISTS_REMEMBERED = 64
 _TOKENS_REMEMBERED = 20_000
 _TOKEN_TYPES = ("at+jwt", "JWT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveToken:
+    """A token of ours that opens something at this moment: what it says, its grant, and what stands over both."""
+
+    claims: Mapping[str, Any]
+    grant: Grant
+    standing: Standing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +71,28 @@ class Verification:
         self._standing = standing
         self._issuer = issuer
         self._clock = clock
-        self._looks: GroupCommit[str, _Seen] = GroupCommit(self._look)
+        self._looks: Batching[str, _Seen] = Batching(self._look)
         self._verified: dict[bytes, tuple[KeyRing, Mapping[str, Any]]] = {}
         self._lists: dict[int, _List] = {}
-        self._building = threading.Lock()
+        self._building = tuple(threading.Lock() for _ in range(8))
 
     def introspect(self, caller: Caller, token: str) -> Mapping[str, Any]:
         """RFC 7662's answer; `{"active": false}` says nothing more, whatever the reason (INV-26)."""
-        claims = self.live_claims(token)
-        if claims is None:
+        live = self.live_token(token)
+        if live is None:
             return {"active": False}
-        grant, standing = claims[1], claims[2]
         try:
-            resource = standing.catalogue.resource(grant.resource)
+            resource = live.standing.catalogue.resource(live.grant.resource)
         except InvalidTarget:
             return {"active": False}
         # Who was a verifier at the door may be nobody in the configuration of this look.
-        principal = principal_of(caller, standing)
+        principal = principal_of(caller, live.standing)
         if Role.VERIFIER not in principal.roles or principal.name not in resource.verifiers:
             return {"active": False}
-        token_type = "DPoP" if "cnf" in claims[0] else "Bearer"
-        return {"active": True, "token_type": token_type, **claims[0]}
+        token_type = "DPoP" if "cnf" in live.claims else "Bearer"
+        return {"active": True, "token_type": token_type, **live.claims}
 
-    def live_claims(self, token: str) -> tuple[Mapping[str, Any], Grant, Standing] | None:
+    def live_token(self, token: str) -> LiveToken | None:
         """The claims of a token of ours that opens something now, with its grant; None for anything else."""
         now = self._clock()
         claims = self._claims(token, self._standing.last_known().keys, now)
@@ -97,7 +107,7 @@ class Verification:
             return None
         if claims["aud"] != seen.grant.resource:
             return None
-        return claims, seen.grant, seen.standing
+        return LiveToken(claims=claims, grant=seen.grant, standing=seen.standing)
 
     def find_grant(self, caller: Caller, grant_id: str) -> tuple[Grant, bool]:
         """The grant and whether it is live; NotFound for those who may not see it (INV-28)."""
@@ -133,9 +143,9 @@ class Verification:
             era = gate.era_of(db)
         kept = self._fresh(list_id, era, now)
         if kept is None:
-            # One builder at a time: a crowd of verifiers costs one scan (INV-35).
-            with self._building:
-                kept = self._fresh(list_id, era, now) or self._build(list_id)
+            # One builder of a list at a time: a crowd of verifiers costs one scan (INV-35).
+            with self._building[list_id % len(self._building)]:
+                kept = self._fresh(list_id, era, self._clock()) or self._build(list_id)
         return kept.token
 
     def status_lists(self) -> Mapping[str, Any]:
@@ -184,20 +194,24 @@ class Verification:
     def _build(self, list_id: int) -> _List:
         now = self._clock()
         with self._database.read() as db:
-            if status_list(db, list_id) is None:
-                raise NotFound(f"there is no status list {list_id}")
+            row = status_list(db, list_id)
+            if row is None or row.last_expiry_at <= now:
+                # Nothing alive points to an old one, so nobody makes us scan it.
+                raise NotFound(f"there is no status list {list_id} to which a token could still point")
             standing = self._standing.at(db, gate.era_of(db))
             invalid = invalid_indexes(db, list_id, standing.refusals, now=now)
         claims = status_list_claims(
             uri=self.status_uri(list_id),
             issued_at=now,
-            expires_at=now + OFFLINE_BOUND,
+            expires_at=now + _USABLE_FOR,
             ttl_s=int(_TTL.total_seconds()),
             lst=encode(bits=2, size=STATUS_LIST_SIZE, invalid=invalid),
             bits=2,
         )
         token = standing.keys.current("ES256").sign({"iss": self._issuer, **claims}, typ="statuslist+jwt")
         built = _List(era=standing.era, built_at=now, token=token)
+        if len(self._lists) >= _LISTS_REMEMBERED:
+            self._lists.clear()
         self._lists[list_id] = built
         return built
 

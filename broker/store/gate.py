@@ -7,12 +7,10 @@ seen it; and whoever sees the era unchanged knows that none of the standing rows
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select, text, update
+from sqlalchemy import Connection, select, update
 
+from broker.store import locks
 from broker.store.models import Gate
-
-# Any constant will do; it must only differ from other advisory locks in the same database.
-_LOCK = 0x6A69_7462_726F_6B72
 
 
 def era_of(db: Connection) -> int:
@@ -22,15 +20,12 @@ def era_of(db: Connection) -> int:
 
 def hold_shared(db: Connection) -> int:
     """Keep the era from turning until this transaction ends; answers it."""
-    if db.dialect.name == "postgresql":
-        # Row locks would let a stream of issuers starve the one who revokes; advisory locks queue fairly (INV-27).
-        # Its own statement: a snapshot taken before the lock was granted would show the era before the turn.
-        db.execute(text("SELECT pg_advisory_xact_lock_shared(:lock)"), {"lock": _LOCK})
+    locks.hold_for_issuing(db, agents=(), tasks=())
+    # Its own statement: a snapshot taken before the lock was granted would show the era before the turn.
     return era_of(db)
 
 
 def turn(db: Connection) -> int:
     """Wait until nobody issues, begin a new era, and answer the one that ended: the last that is covered."""
-    if db.dialect.name == "postgresql":
-        db.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+    locks.hold_gate_alone(db)
     return db.execute(update(Gate).values(era=Gate.era + 1).returning(Gate.era)).scalar_one() - 1

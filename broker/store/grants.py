@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, func, literal, or_, select, text, true, update
+from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, or_, select, text, true, update
 
+from broker.domain.clock import epoch
 from broker.domain.grant import Grant
 from broker.domain.lifecycle import GrantState, TaskState, sources
 from broker.domain.refusal import Refusal
@@ -22,7 +24,8 @@ _NAMES = tuple(entry.name for entry in fields(Grant))
 _values_of = attrgetter(*_NAMES)
 _SELECT = select(*(_grants.c[name] for name in _NAMES))
 
-UNENDED = sorted(str(state) for state in sources(GrantState.REVOKED))
+UNENDED = [str(state) for state in (GrantState.PENDING, GrantState.APPROVED, GrantState.ACTIVE)]
+assert set(UNENDED) == set(map(str, sources(GrantState.REVOKED)))  # noqa: S101 - and in the order of `grants_due_idx`
 
 
 def insert_grants(db: Connection, grants: Sequence[Grant]) -> None:
@@ -33,13 +36,17 @@ def _row_of(grant: Grant) -> dict[str, Any]:
     row = dict(zip(_NAMES, _values_of(grant), strict=True))
     row["state"] = str(grant.state)
     row["scopes"] = list(grant.scopes)
-    row["policies"] = _padded(grant.policies)
+    row["kids"], row["policies"] = _padded(grant.kids), _padded(grant.policies)
     return row
 
 
-def _padded(policies: Iterable[str]) -> str:
+def _padded(names: Iterable[str]) -> str:
     # Blanks on both sides, so that looking for " crm-read " cannot find "crm-read-all".
-    return f" {' '.join(policies)} "
+    return f" {' '.join(names)} "
+
+
+def _names(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
+    return column.contains(f" {value} ", autoescape=True)
 
 
 def grant_of(row: Any) -> Grant:
@@ -47,7 +54,7 @@ def grant_of(row: Any) -> Grant:
     values = dict(zip(_NAMES, _values_of(row), strict=True))
     values["state"] = GrantState(row.state)
     values["scopes"] = tuple(row.scopes)
-    values["policies"] = tuple(row.policies.split())
+    values["kids"], values["policies"] = tuple(row.kids.split()), tuple(row.policies.split())
     return Grant(**values)
 
 
@@ -77,35 +84,49 @@ def find_with_tasks(db: Connection, ids: Collection[str]) -> Mapping[str, tuple[
     }
 
 
+_LIVE_OF = """
+    SELECT agent, (
+        SELECT count(*) FROM (
+            SELECT 1 FROM grants
+            WHERE grants.agent = asked.agent AND grants.state = 'active' AND grants.expires_at > :now LIMIT :at_most
+        ) AS live
+    ) AS held
+    FROM {asked}
+"""
+_LIVE_ON = {
+    "postgresql": text(_LIVE_OF.format(asked="unnest(CAST(:agents AS text[])) AS asked (agent)")),
+    "sqlite": text(_LIVE_OF.format(asked="(SELECT value AS agent FROM json_each(:agents)) AS asked")),
+}
+
+
 def count_live(db: Connection, agents: Collection[str], *, now: datetime, at_most: int) -> dict[str, int]:
     """How many grants of each agent are active and unexpired, counted up to `at_most`.
 
-    Other transactions that would add to the same agents wait until this one ends, so the count holds (INV-34).
+    Whoever would add to the same agents holds their locks first (`broker.store.locks`), so the count holds (INV-34).
     """
-    counts: dict[str, int] = {}
-    if db.dialect.name == "postgresql" and agents:
-        locks = text("SELECT pg_advisory_xact_lock(h) FROM (SELECT DISTINCT hashtextextended(a, 7) AS h "
-                     "FROM unnest(CAST(:agents AS text[])) AS a ORDER BY h) AS ordered")  # fmt: skip
-        db.execute(locks, {"agents": sorted(agents)})
-    for agent in sorted(agents):
-        live = (
-            select(literal(1))
-            .where(_grants.c.agent == agent, _grants.c.state == str(GrantState.ACTIVE), _grants.c.expires_at > now)
-            .limit(at_most)
-            .subquery()
-        )
-        counts[agent] = db.execute(select(func.count()).select_from(live)).scalar_one()
-    return counts
+    sqlite = db.dialect.name == "sqlite"
+    values: dict[str, Any] = {
+        "agents": json.dumps(sorted(agents)) if sqlite else sorted(agents),
+        "now": epoch(now) if sqlite else now,
+        "at_most": at_most,
+    }
+    return {row.agent: row.held for row in db.execute(_LIVE_ON[db.dialect.name], values)}
+
+
+def tasks_of_grants(db: Connection, grant_ids: Collection[str]) -> set[str]:
+    if not grant_ids:
+        return set()
+    return set(db.execute(select(_grants.c.task_id).where(_grants.c.id.in_(list(grant_ids)))).scalars())
 
 
 def renew_grant(db: Connection, grant: Grant) -> None:
     """Write what a renewal changes; the caller holds the row, and it is active."""
     changed = (
-        "jti", "kid", "credential_sha256", "expires_at", "ttl_s", "ttl_decided_by",
-        "request_sha256", "decision", "policy_version",
+        "jti", "credential_sha256", "expires_at", "ttl_s", "ttl_decided_by", "request_sha256", "decision",
+        "policy_version",
     )  # fmt: skip
     values = {name: getattr(grant, name) for name in changed}
-    values["policies"] = _padded(grant.policies)
+    values |= {"kids": _padded(grant.kids), "policies": _padded(grant.policies)}
     db.execute(update(_grants).where(_grants.c.id == grant.id).values(**values))
 
 
@@ -162,10 +183,7 @@ def unexpired(now: datetime) -> ColumnElement[bool]:
 
 def due_grant_ids(db: Connection, *, now: datetime, limit: int) -> list[str]:
     statement = (
-        select(_grants.c.id)
-        .where(_grants.c.state.in_(UNENDED), _grants.c.expires_at <= now)
-        .order_by(_grants.c.expires_at)
-        .limit(limit)
+        select(_grants.c.id).where(unended(), _grants.c.expires_at <= now).order_by(_grants.c.expires_at).limit(limit)
     )
     return list(db.execute(statement).scalars())
 
@@ -180,9 +198,9 @@ def covered_by(refusal: Refusal) -> ColumnElement[bool]:
         case "user":
             on_axis = _grants.c.on_behalf_of == refusal.value
         case "policy":
-            on_axis = _grants.c.policies.contains(f" {refusal.value} ", autoescape=True)
+            on_axis = _names(_grants.c.policies, refusal.value)
         case "key":
-            on_axis = _grants.c.kid == refusal.value
+            on_axis = _names(_grants.c.kids, refusal.value)
         case "agent" | "orchestrator" | "resource" | "provider":
             on_axis = _grants.c[refusal.axis] == refusal.value
         case _:
@@ -191,7 +209,8 @@ def covered_by(refusal: Refusal) -> ColumnElement[bool]:
 
 
 def unended() -> ColumnElement[bool]:
-    return _grants.c.state.in_(UNENDED)
+    # As literals: SQLite takes a partial index only where the query spells its condition the way the index does.
+    return _grants.c.state.in_(bindparam("unended", UNENDED, expanding=True, literal_execute=True))
 
 
 def unended_ids(db: Connection, *where: ColumnElement[bool], limit: int) -> list[str]:

@@ -9,14 +9,16 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from broker.store import locks
 from broker.store.database import Database
 
 _PACKAGE = Path(__file__).parents[1]
 
 
 def migrate(database: Database) -> None:
-    """Run what is missing; all of it or, on an error, none of it."""
+    """Run what is missing; all of it or, on an error, none of it. Of several that start at once, one does the work."""
     with database.begin() as db:
+        locks.hold_for_migration(db)
         config = _config()
         config.attributes["connection"] = db
         command.upgrade(config, "head")

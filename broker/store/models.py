@@ -23,6 +23,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     TypeDecorator,
     text,
 )
@@ -172,6 +173,8 @@ class Grant(Base):
     era: Mapped[int] = mapped_column(BigInteger)
     state: Mapped[str] = mapped_column(String(16))
     agent: Mapped[str] = mapped_column(Name)
+    issuer: Mapped[str] = mapped_column(Name)
+    subject: Mapped[str] = mapped_column(String(2048))
     orchestrator: Mapped[str] = mapped_column(Name)
     on_behalf_of: Mapped[str | None] = mapped_column(Name)
     parent_grant_id: Mapped[str | None] = mapped_column(Id, ForeignKey("grants.id"), index=True)
@@ -179,7 +182,7 @@ class Grant(Base):
     scopes: Mapped[list[str]] = mapped_column(Json)
     provider: Mapped[str] = mapped_column(String(64))
     jti: Mapped[str | None] = mapped_column(String(64))
-    kid: Mapped[str | None] = mapped_column(String(64))
+    kids: Mapped[str] = mapped_column(Text)
     jkt: Mapped[str | None] = mapped_column(String(64))
     credential_sha256: Mapped[str | None] = mapped_column(String(64))
     status_list: Mapped[int | None] = mapped_column(Integer)
@@ -194,7 +197,7 @@ class Grant(Base):
     claimed: Mapped[dict[str, Any]] = mapped_column(Json)
     request_sha256: Mapped[str] = mapped_column(String(64))
     decision: Mapped[dict[str, Any]] = mapped_column(Json)
-    policies: Mapped[str] = mapped_column(String(4000))
+    policies: Mapped[str] = mapped_column(Text)
     policy_version: Mapped[int | None] = mapped_column(Integer)
     trace_id: Mapped[str | None] = mapped_column(String(32))
     revoked_at: Mapped[datetime | None] = mapped_column(Instant)

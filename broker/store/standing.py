@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, select, text, tuple_, update
+from sqlalchemy import Connection, Row, delete, func, select, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from broker.domain.refusal import Refusal
-from broker.store import models
+from broker.store import locks, models
 from broker.store.rows import insert_rows
 
 _lockdowns = models.table_of(models.Lockdown)
@@ -53,15 +53,29 @@ def who_revoked(db: Connection, revocation_id: str) -> str:
     return str(db.execute(statement).scalar_one())
 
 
-def followed(db: Connection, revocation_id: str, *, now: datetime) -> None:
-    db.execute(update(_revocations).where(_revocations.c.id == revocation_id).values(rows_followed_at=now))
+def followed(db: Connection, revocation_id: str, *, now: datetime) -> bool:
+    """Whether it is done by this call, and not by another follower's."""
+    where = (_revocations.c.id == revocation_id, _revocations.c.rows_followed_at.is_(None))
+    done = update(_revocations).where(*where).values(rows_followed_at=now).returning(_revocations.c.id)
+    return db.execute(done).one_or_none() is not None
 
 
-def lockdowns(db: Connection, *, standing: bool) -> list[Row[Any]]:
+def bulk_revocation(db: Connection, revocation_id: str) -> Row[Any] | None:
+    return db.execute(select(_revocations).where(_revocations.c.id == revocation_id)).one_or_none()
+
+
+def lockdown(db: Connection, lockdown_id: str) -> Row[Any] | None:
+    return db.execute(select(_lockdowns).where(_lockdowns.c.id == lockdown_id)).one_or_none()
+
+
+def lockdowns(db: Connection, *, standing: bool, before: str | None = None, limit: int = 1000) -> list[Row[Any]]:
+    """Newest first, below the id `before`."""
     statement = select(_lockdowns).order_by(_lockdowns.c.id.desc())
     if standing:
         statement = statement.where(_lockdowns.c.lifted_at.is_(None))
-    return list(db.execute(statement.limit(1000)))
+    if before is not None:
+        statement = statement.where(_lockdowns.c.id < before)
+    return list(db.execute(statement.limit(limit)))
 
 
 def lift(db: Connection, lockdown_id: str, *, now: datetime, by: str) -> Row[Any] | None:
@@ -79,9 +93,13 @@ def latest_configuration(db: Connection) -> Row[Any] | None:
     return db.execute(select(_configurations).order_by(_configurations.c.version.desc()).limit(1)).one_or_none()
 
 
-def configurations(db: Connection, *, limit: int = 100) -> list[Row[Any]]:
+def configurations(db: Connection, *, before: int | None = None, limit: int = 100) -> list[Row[Any]]:
+    """Newest first, below the version `before`."""
     columns = [column for column in _configurations.c if column.name != "document"]
-    return list(db.execute(select(*columns).order_by(_configurations.c.version.desc()).limit(limit)))
+    statement = select(*columns).order_by(_configurations.c.version.desc())
+    if before is not None:
+        statement = statement.where(_configurations.c.version < before)
+    return list(db.execute(statement.limit(limit)))
 
 
 def has_configuration(db: Connection, sha256: str) -> int | None:
@@ -97,8 +115,7 @@ def insert_configuration(db: Connection, row: Mapping[str, Any]) -> None:
 
 def reserve_indexes(db: Connection, count: int, *, last_expiry_at: datetime) -> tuple[int, int]:
     """(list, first index) of `count` status indexes nobody ever gets again."""
-    if db.dialect.name == "postgresql":
-        db.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('status_lists', 7))"))
+    locks.hold_status_lists(db)
     newest = db.execute(select(_lists).order_by(_lists.c.id.desc()).limit(1)).one_or_none()
     if newest is None or newest.next_index + count > STATUS_LIST_SIZE:
         made = 1 if newest is None else newest.id + 1
@@ -148,9 +165,19 @@ def claim_key(
     return row.made_id, row.request_sha256
 
 
-def release_key(db: Connection, *, principal: str, key_sha256: str) -> None:
-    """Forget a key under which nothing was made."""
-    db.execute(delete(_keys).where(_keys.c.principal == principal, _keys.c.key_sha256 == key_sha256))
+def release_key(db: Connection, *, principal: str, key_sha256: str, made_id: str) -> None:
+    """Forget a key under which nothing was made, if `made_id` is what it stands for: it may be somebody else's."""
+    where = (_keys.c.principal == principal, _keys.c.key_sha256 == key_sha256, _keys.c.made_id == made_id)
+    db.execute(delete(_keys).where(*where))
+
+
+def made_under(db: Connection, keys: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What (principal, key) pairs stand for already, claiming none."""
+    if not keys:
+        return {}
+    pair = tuple_(_keys.c.principal, _keys.c.key_sha256)
+    rows = db.execute(select(_keys.c.principal, _keys.c.key_sha256, _keys.c.made_id).where(pair.in_(list(keys))))
+    return {(row.principal, row.key_sha256): row.made_id for row in rows}
 
 
 def forget(db: Connection, *, now: datetime, limit: int) -> int:

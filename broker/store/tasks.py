@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, exists, or_, select, update
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from broker.domain.lifecycle import TaskState
 from broker.domain.task import Task
@@ -17,6 +19,7 @@ from broker.store.rows import insert_rows
 _COLUMNS = tuple(entry.name for entry in fields(Task) if entry.name != "agents")
 _tasks = models.table_of(models.Task)
 _agents = models.table_of(models.TaskAgent)
+_grants = models.table_of(models.Grant)
 _SELECT = select(*(_tasks.c[name] for name in _COLUMNS))
 
 
@@ -49,14 +52,13 @@ class Tasks:
             select(*changing).where(_tasks.c.id.in_(sorted(ids))).order_by(_tasks.c.id).with_for_update(read=True)
         )
         rows = db.execute(statement).fetchall()
-        unknown = [row.id for row in rows if row.id not in self._known]
-        known = dict(self._known)
+        # One look at what is remembered: another thread may forget it all meanwhile.
+        known = self._known
+        unknown = [row.id for row in rows if row.id not in known]
         if unknown:
-            if len(self._known) + len(unknown) > self._REMEMBERED:
-                self._known = {}
             found = _with_agents(db, db.execute(_SELECT.where(_tasks.c.id.in_(unknown))).fetchall())
-            self._known = self._known | found
-            known |= found
+            known = known | found
+            self._known = known if len(known) <= self._REMEMBERED else found
         return {
             row.id: replace(
                 known[row.id],
@@ -116,16 +118,50 @@ def seen_by(name: str) -> ColumnElement[bool]:
 
 
 def matching(
-    *, state: str | None = None, agent: str | None = None, user: str | None = None
+    *,
+    state: str | None = None,
+    agent: str | None = None,
+    user: str | None = None,
+    resource: str | None = None,
+    grants_seen_by: str | None = None,
 ) -> list[ColumnElement[bool]]:
+    """`resource`: the task's ceiling names it, or a grant was issued on it; one that `grants_seen_by` may see, if given."""
     conditions: list[ColumnElement[bool]] = []
     if state is not None:
         conditions.append(_tasks.c.state == state)
     if agent is not None:
         conditions.append(_tasks.c.id.in_(select(_agents.c.task_id).where(_agents.c.agent == agent)))
     if user is not None:
-        conditions.append(and_(_tasks.c.on_behalf_of == user))
+        conditions.append(_tasks.c.on_behalf_of == user)
+    if resource is not None:
+        conditions.append(or_(_ceiling_names(resource), _granted_on(resource, grants_seen_by)))
     return conditions
+
+
+class _Members(FunctionElement[Any]):
+    """The members of a JSON object as rows of `key` and `value`."""
+
+    name = "members"
+    inherit_cache = True
+
+
+@compiles(_Members)
+def _json_each(element: _Members, compiler: Any, **options: Any) -> str:
+    function = "jsonb_each" if compiler.dialect.name == "postgresql" else "json_each"
+    return f"{function}({compiler.process(element.clauses, **options)})"
+
+
+def _ceiling_names(resource: str) -> ColumnElement[bool]:
+    # By comparing each name and not by a path to it: what a path means is up to the characters in it (INV-31).
+    members = _Members(_tasks.c.ceiling).table_valued("key", "value", name="members")
+    return exists(select(members.c.key).where(members.c.key == resource))
+
+
+def _granted_on(resource: str, seen_by: str | None) -> ColumnElement[bool]:
+    where = [_grants.c.task_id == _tasks.c.id, _grants.c.resource == resource, _grants.c.issued_at.is_not(None)]
+    if seen_by is not None:
+        where.append(or_(_grants.c.agent == seen_by, _grants.c.orchestrator == seen_by))
+    return exists(select(_grants.c.id).where(*where))
 
 
 def with_id(task_id: str) -> ColumnElement[bool]:

@@ -6,7 +6,7 @@ from flask import g, request
 
 from broker.domain.errors import Unauthenticated
 from broker.domain.identity import Caller
-from broker.services.issuance import current_caller
+from broker.services.standing import current_caller
 from broker.web.context import broker
 from broker.web.reading import single_header
 

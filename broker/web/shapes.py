@@ -19,16 +19,15 @@ from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
 from broker.services.revocation import BulkOutcome, Lockdown
-from broker.services.tasks import SignedReceipt
+from broker.services.receipts import SignedReceipt
+from broker.web.plain import PLAIN_PATTERN
 
-_PLAIN = r"^[^\u0000-\u001f\u007f-\u009f\u2028\u2029]*$"
-
-Sentence = Annotated[str, Field(min_length=1, max_length=1000, pattern=_PLAIN)]
-Name = Annotated[str, Field(min_length=1, max_length=255, pattern=_PLAIN)]
-Identifier = Annotated[str, Field(min_length=1, max_length=1000, pattern=_PLAIN)]
+Sentence = Annotated[str, Field(min_length=1, max_length=1000, pattern=PLAIN_PATTERN)]
+Name = Annotated[str, Field(min_length=1, max_length=255, pattern=PLAIN_PATTERN)]
+Identifier = Annotated[str, Field(min_length=1, max_length=1000, pattern=PLAIN_PATTERN)]
 Scope = Annotated[str, Field(pattern=r"^[\u0021\u0023-\u005b\u005d-\u007e]{1,200}$")]
 Seconds = Annotated[int, Field(ge=1, le=31_536_000, description="Whole seconds.")]
-Label = Annotated[str, Field(max_length=255, pattern=_PLAIN)]
+Label = Annotated[str, Field(max_length=255, pattern=PLAIN_PATTERN)]
 When = Annotated[str, Field(description="RFC 3339, UTC, whole seconds.", examples=["2026-03-01T12:00:00Z"])]
 
 
@@ -73,6 +72,13 @@ class RenewGrant(Request):
     ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
 
 
+def _everything(value: object) -> object:
+    # 1 equals True, and 1.0 does: a slip of the pen must not stop the world.
+    if value is True or value == "all":
+        return value
+    raise PydanticCustomError("everything", 'to revoke everything say {"all": "all"}, and to revoke less leave it out')
+
+
 class Selector(Request):
     """Exactly one of the axes."""
 
@@ -84,7 +90,7 @@ class Selector(Request):
     provider: Name | None = None
     policy: Name | None = None
     key: Name | None = None
-    all: Literal["all"] | Literal[True] | None = None
+    all: Annotated[Literal["all", True], BeforeValidator(_everything)] | None = None
 
     def members(self) -> dict[str, str | None]:
         named = {name: getattr(self, name) for name in Selector.model_fields}
@@ -133,6 +139,9 @@ class TaskQuery(Page):
     state: TaskState | None = None
     agent: Name | None = None
     user: Name | None = None
+    resource: Annotated[
+        Identifier | None, Field(description="Tasks whose ceiling names it, or with a grant on it that you may see.")
+    ] = None
 
 
 class GrantQuery(Page):
@@ -155,9 +164,7 @@ class AuditQuery(Page):
     trace_id: Name | None = None
 
 
-class LockdownQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class LockdownQuery(Page):
     lifted: Literal["true", "false"] = "false"
 
 
@@ -250,7 +257,7 @@ class ReceiptAnswer(Answer):
     outcome: str
     grants: list[ReceiptLineAnswer]
     totals: TotalsAnswer
-    jws: str
+    jws: str | None
 
 
 class LockdownAnswer(Answer):

@@ -86,7 +86,7 @@ def test_two_that_let_rows_follow_one_revocation_do_the_work_once(race, monkeypa
 def test_a_token_signed_while_its_key_is_condemned_is_worth_nothing(race):
     """INV-23: the compromise waits for the signature that is on its way, and covers it."""
     task = race.one.open_task()
-    kid = race.one.issue(task).grant.kid
+    (kid,) = race.one.issue(task).grant.kids
     pause = race.stop(issuance, "insert_grants")
     issued, condemned = race.run_into(
         lambda: race.one.issue(task),
@@ -94,7 +94,7 @@ def test_a_token_signed_while_its_key_is_condemned_is_worth_nothing(race):
         lambda: race.other.broker.revocation.compromise_key(race.other.caller("ada"), kid, reason="found in a log"),
     )
     assert condemned.waited
-    assert issued.answer.grant.kid == kid
+    assert issued.answer.grant.kids == (kid,)
     assert not race.one.is_active(issued.answer)
     assert not race.other.is_active(issued.answer)
     assert race.state_of(issued.answer) == "revoked"
@@ -102,7 +102,7 @@ def test_a_token_signed_while_its_key_is_condemned_is_worth_nothing(race):
 
 def test_what_is_asked_for_while_a_key_is_condemned_is_signed_by_the_next(race):
     task = race.one.open_task()
-    kid = race.other.issue(task).grant.kid
+    (kid,) = race.other.issue(task).grant.kids
     pause = race.stop(keys, "_promote", after=True)
     _, asked = race.run_into(
         lambda: race.one.broker.revocation.compromise_key(race.one.caller("ada"), kid, reason="found in a log"),
@@ -110,7 +110,7 @@ def test_what_is_asked_for_while_a_key_is_condemned_is_signed_by_the_next(race):
         lambda: race.other.issue(task),
     )
     assert asked.waited
-    assert asked.answer.grant.kid != kid
+    assert kid not in asked.answer.grant.kids
     assert race.one.is_active(asked.answer)
 
 

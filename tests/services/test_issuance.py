@@ -101,7 +101,10 @@ def test_a_request_beyond_policy_is_refused_recorded_and_explained(house):
     denied, live = house.broker.verification.find_grant(house.caller("summarizer"), refused.value.grant_id)
     assert denied.state is GrantState.DENIED
     assert not live
-    assert denied.decision == refused.value.decision
+    # What was decided is kept; what would have been allowed is searched for after the commit, for the answer alone.
+    *kept, hint = refused.value.decision["reasons"]
+    assert denied.decision == {**refused.value.decision, "reasons": kept}
+    assert "DPoP" in hint
     assert [event.outcome for event in events(house, type="grant.denied")] == ["denied"]
 
 
@@ -241,7 +244,10 @@ class TestIdempotency:
         task = house.open_task()
         first, again = (house.issue(task, idempotency=KEY) for _ in range(2))
         assert first.grant.id == again.grant.id
-        assert claims_of(first) == claims_of(again)
+        # The first token may have been lost or not: this is one more of the same grant, under a name of its own.
+        assert claims_of(first) | {"jti": ""} == claims_of(again) | {"jti": ""}
+        assert again.grant.credential_sha256 != first.grant.credential_sha256
+        assert [event.type for event in events(house, grant_id=first.grant.id)] == ["grant.reissued", "grant.issued"]
         assert house.is_active(again)
 
     def test_the_same_key_with_another_body_is_refused(self, house):
@@ -323,3 +329,160 @@ def test_one_poisonous_request_does_not_refuse_its_neighbours(house):
         outcomes = list(pool.map(ask, range(20)))
     assert sum(outcome.startswith("grt_") for outcome in outcomes) >= 19
     assert good.id not in outcomes
+
+
+class TestEveryTokenIsAccountedFor:
+    """A grant may have several tokens out: each dies with its key, its policies and its holder (INV-03)."""
+
+    def test_revoking_a_key_ends_grants_whose_earlier_token_it_signed(self, house):
+        task = house.open_task(deadline_s=7200)
+        first = house.issue(task)
+        (old,) = first.grant.kids
+        house.broker.keys.rotate(actor="tests", now=house.clock())
+        renewed = house.broker.issuance.renew(house.caller("summarizer"), first.grant.id, ttl=None)
+        assert set(renewed.grant.kids) > {old}
+        outcome = house.broker.revocation.revoke_along(house.caller("ada"), "key", old, reason="drill")
+        assert outcome.total == 1
+        assert not house.is_active(first)
+        assert not house.is_active(renewed)
+
+    def test_revoking_a_key_ends_grants_whose_token_was_signed_again_by_it(self, house):
+        task = house.open_task()
+        first = house.issue(task, idempotency=KEY)
+        house.broker.keys.rotate(actor="tests", now=house.clock())
+        again = house.issue(task, idempotency=KEY)
+        new = again.grant.kids[-1]
+        assert new not in first.grant.kids
+        assert house.broker.revocation.revoke_along(house.caller("ada"), "key", new, reason="drill").total == 1
+        assert not house.is_active(again)
+
+    def test_revoking_a_policy_ends_grants_it_once_allowed(self, house):
+        task = house.open_task()
+        first = house.issue(task)
+        catalogue = house.broker.settings.catalogue
+        renamed = {
+            file: text.replace('@id("crm-read")', '@id("crm-look")') for file, text in catalogue.policies.items()
+        }
+        house.broker.administration.apply(replace(catalogue, policies=renamed), by="tests")
+        renewed = house.broker.issuance.renew(house.caller("summarizer"), first.grant.id, ttl=None)
+        assert renewed.grant.policies == ("crm-read", "crm-look")
+        assert (
+            house.broker.revocation.revoke_along(house.caller("ada"), "policy", "crm-read", reason="drill").total == 1
+        )
+        assert not house.is_active(first)
+
+    def test_a_replay_after_renewals_lives_no_longer_than_was_decided(self, house):
+        task = house.open_task(deadline_s=7200)
+        first = house.issue(task, idempotency=KEY)
+        for _ in range(4):
+            house.clock.forward(seconds=200)
+            house.broker.issuance.renew(house.caller("summarizer"), first.grant.id, ttl=None)
+        claims = claims_of(house.issue(task, idempotency=KEY))
+        assert claims["exp"] - claims["iat"] == 300
+
+    def test_a_replay_with_another_key_or_none_is_another_request(self, house):
+        task = house.open_task()
+        house.issue(task, idempotency=KEY, jkt="k" * 43)
+        for jkt in (None, "j" * 43):
+            with pytest.raises(IdempotencyConflict):
+                house.issue(task, idempotency=KEY, jkt=jkt)
+
+    def test_a_refused_replay_keeps_the_key_for_what_it_stands_for(self, house):
+        """INV-06: a resource that comes and goes must not turn one key into two live grants."""
+        task = house.open_task()
+        first = house.issue(task, idempotency=KEY)
+        catalogue = house.broker.settings.catalogue
+        without = replace(
+            catalogue, resources=tuple(r for r in catalogue.resources if r.identifier != CRM), policies={}
+        )
+        house.broker.administration.apply(without, by="tests")
+        with pytest.raises(InvalidTarget):
+            house.issue(task, idempotency=KEY)
+        house.broker.administration.apply(catalogue, by="tests", allow_older=True)
+        assert house.issue(task, idempotency=KEY).grant.id == first.grant.id
+
+    def test_an_ended_grant_keeps_its_key_ended_however_often_it_is_tried(self, house):
+        task = house.open_task()
+        issued = house.issue(task, idempotency=KEY)
+        house.broker.revocation.revoke_grant(house.caller("ada"), issued.grant.id)
+        for _ in range(3):
+            with pytest.raises(Conflict):
+                house.issue(task, idempotency=KEY)
+
+    def test_a_grant_is_its_holders_and_not_everybodys_of_that_name(self, house):
+        """INV-17: two workloads may share a name; neither renews or ends what the other holds."""
+        issued = house.issue(house.open_task())
+        caller = house.caller("summarizer")
+        other = replace(caller, principal=replace(caller.principal, subject="dev:another-pod"))
+        with pytest.raises(NotFound):
+            house.broker.issuance.renew(other, issued.grant.id, ttl=None)
+        with pytest.raises(RoleMissing):
+            house.broker.revocation.revoke_grant(other, issued.grant.id)
+        assert house.is_active(issued)
+        assert events(house, type="grant.issued")[0].data["subject"] == "dev:summarizer"
+        assert {event.data["subject"] for event in events(house, actor="summarizer") if "refused" in event.type} == {
+            "dev:another-pod"
+        }
+
+
+class TestRenewalIsDecidedAgain:
+    def test_who_is_no_agent_any_more_renews_nothing(self, house):
+        issued = house.issue(house.open_task())
+        catalogue = house.broker.settings.catalogue
+        demoted = tuple(
+            replace(rule, roles=("auditor",)) if rule.name == "summarizer" else rule for rule in catalogue.principals
+        )
+        house.broker.administration.apply(replace(catalogue, principals=demoted), by="tests")
+        with pytest.raises(RoleMissing):
+            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+
+    def test_a_resource_that_now_wants_bound_tokens_renews_no_bearer(self, house):
+        """INV-21"""
+        issued = house.issue(house.open_task())
+        catalogue = house.broker.settings.catalogue
+        bound = tuple(replace(resource, require_dpop=True) for resource in catalogue.resources)
+        house.broker.administration.apply(replace(catalogue, resources=bound), by="tests")
+        with pytest.raises(Invalid, match="sender-bound"):
+            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+
+    def test_a_proof_for_a_grant_that_is_not_bound_is_refused_and_not_ignored(self, house):
+        issued = house.issue(house.open_task())
+        with pytest.raises(Invalid, match="not bound"):
+            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None, jkt="k" * 43)
+
+    def test_every_refused_renewal_is_on_record(self, house):
+        """Issue and renewal alike: who asked, for what, and why not (INV-32)."""
+        issued = house.issue(house.open_task(), jkt="k" * 43)
+        with pytest.raises(Forbidden):
+            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        with pytest.raises(NotFound):
+            house.broker.issuance.renew(house.caller("scribe"), issued.grant.id, ttl=None)
+        refused = events(house, type="grant.renewal_refused")
+        assert [(event.actor, event.outcome) for event in refused] == [
+            ("scribe", "not_found"),
+            ("summarizer", "forbidden"),
+        ]
+
+
+def test_an_implicit_task_has_no_purpose_that_policy_could_believe(house):
+    """What the agent says of itself is its intent, never a fact of the broker's."""
+    catalogue = house.broker.settings.catalogue
+    policy = '@id("by-purpose")\npermit (principal, action, resource) when { context.task.purpose like "*lead*" };'
+    house.broker.administration.apply(replace(catalogue, policies={"p.cedar": policy}), by="tests")
+    with pytest.raises(PolicyDenied):
+        house.issue(None, by="scribe", intent="lead lead lead")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "outcome"),
+    [
+        ({"resource": "https://elsewhere.example"}, "invalid_target"),
+        ({"scope": "contacts:delete"}, "invalid_scope"),
+        ({"task_id": "task_0000000000000000000000000z"}, "not_found"),
+    ],
+)
+def test_what_is_refused_before_policy_is_asked_is_on_record_too(house, wrong, outcome):
+    task = house.open_task()
+    with pytest.raises(Exception):  # noqa: B017 - which one is another test's question
+        house.issue(task, **wrong)
+    assert [event.outcome for event in events(house, type="grant.refused")] == [outcome]

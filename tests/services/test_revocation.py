@@ -87,7 +87,7 @@ def value_on(axis, issued):
         "resource": CRM,
         "provider": "jwt",
         "policy": "crm-read",
-        "key": issued.grant.kid,
+        "key": issued.grant.kids[0],
         "all": "all",
     }[axis]
 
@@ -158,11 +158,11 @@ def test_an_axis_that_does_not_exist_is_refused(house, axis, value):
 def test_a_condemned_key_takes_its_tokens_with_it(house):
     task = house.open_task()
     issued = house.issue(task)
-    house.broker.revocation.compromise_key(house.caller("ada"), issued.grant.kid, reason="found in a log")
-    assert issued.grant.kid not in {key["kid"] for key in house.broker.verification.jwks()["keys"]}
+    house.broker.revocation.compromise_key(house.caller("ada"), issued.grant.kids[0], reason="found in a log")
+    assert issued.grant.kids[0] not in {key["kid"] for key in house.broker.verification.jwks()["keys"]}
     assert not house.is_active(issued)
     after = house.issue(task)
-    assert after.grant.kid != issued.grant.kid
+    assert after.grant.kids != issued.grant.kids
     assert house.is_active(after)
 
 
@@ -178,7 +178,7 @@ def test_the_refusal_in_memory_and_the_refusal_in_sql_cover_the_same_grants(hous
         "crm",
         "all",
         issued[0].task_id,
-        issued[0].kid,
+        issued[0].kids[0],
         "%",
         "_",
     ]

@@ -65,5 +65,5 @@ def test_old_keys_are_replaced_in_time(house):
     house.clock.forward(minutes=2)
     assert house.broker.sweeper.sweep().keys_rotated == 1
     after = house.issue(house.open_task())
-    assert after.grant.kid != before.grant.kid
+    assert after.grant.kids != before.grant.kids
     assert house.is_active(after)

@@ -78,11 +78,11 @@ def introspect() -> Response:
 def revoke() -> Response:
     given = form(raw_body(request))
     caller = known_now(_client_or_bearer(given))
-    found = broker().verification.live_claims(_required(given, "token"))
+    found = broker().verification.live_token(_required(given, "token"))
     if found is None:
         # RFC 7009 section 2.2: a token that opens nothing is already what the client wants it to be.
         return Response(status=200)
-    grant = found[1]
+    grant = found.grant
     if caller.name not in (grant.agent, grant.orchestrator):
         raise OAuthError("unauthorized_client", "this token is neither yours nor of a task you opened")
     broker().revocation.revoke_grant(caller, grant.id)
@@ -104,14 +104,14 @@ def _exchange(given: Mapping[str, str]) -> Response:
     if "client_assertion" not in given:
         return _issue(_bearer(given, "subject_token", "invalid_request"), given, exchanged=True)
     caller = _client(given)
-    held = broker().verification.live_claims(subject)
+    held = broker().verification.live_token(subject)
     if held is None:
         own = _bearer(given, "subject_token", "invalid_request")
         if own.name != caller.name:
             raise Invalid("subject_token: it is another workload's token; exchange your own", member="subject_token")
         return _issue(caller, given, exchanged=True)
-    _, grant, _ = held
-    if grant.agent != caller.name:
+    grant = held.grant
+    if not grant.is_held_by(caller.principal):
         raise Invalid("subject_token: it is another agent's credential; renew your own", member="subject_token")
     if _target(given, default=grant.resource) != grant.resource:
         raise InvalidTarget("a renewal keeps its resource: ask for a new grant instead", member="resource")
@@ -133,7 +133,7 @@ def _issue(caller: Caller, given: Mapping[str, str], *, exchanged: bool = False)
         resource=_target(given),
         scopes=parse_scope(given.get("scope", "")),
         task_id=task_id,
-        purpose=details.get("purpose"),
+        intent=details.get("purpose"),
         jkt=proven_key(),
     )
     return _answer(broker().issuance.issue(grant_request), exchanged=exchanged)

@@ -1,0 +1,100 @@
+"""On what terms a request would be granted: who may ask for what, every ceiling, and policy's decision.
+
+No transaction and no clock: what the store knows comes in as arguments, so that asking again means the same thing at
+issue, at renewal and in a rehearsal.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from broker.domain.catalogue import Limits, Resource
+from broker.domain.errors import Conflict, Invalid, RoleMissing, Unauthenticated
+from broker.domain.grant import GrantRequest
+from broker.domain.identity import Principal, Role
+from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
+from broker.domain.scope import effective_ttl, require_offered
+from broker.domain.task import Task
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """`asked` is the canonical request that `decision` answers; `decided_by` names the ceiling that cut `ttl`."""
+
+    ttl: timedelta
+    decided_by: str
+    asked: AccessRequest
+    decision: Decision
+
+    @property
+    def allowed(self) -> bool:
+        return self.decision.outcome == "allow"
+
+
+def require_may_ask(principal: Principal, resource: Resource, scopes: frozenset[str], jkt: str | None) -> None:
+    """What is asked of everybody before policy is: the role, scopes that are offered, a bound key where it must be."""
+    if Role.AGENT not in principal.roles:
+        raise RoleMissing(f"{principal.name} is not an agent: only a principal with that role gets credentials")
+    require_offered(scopes, resource.offered, resource.identifier)
+    if resource.require_dpop and jkt is None:
+        raise Invalid(f"{resource.identifier} wants sender-bound tokens: send a DPoP proof (RFC 9449)", member="DPoP")
+
+
+def terms(
+    request: GrantRequest,
+    *,
+    principal: Principal,
+    resource: Resource,
+    task: Task,
+    policies: PolicySet,
+    limits: Limits,
+    now: datetime,
+    renewable_until: datetime | None = None,
+) -> Terms:
+    """The minimum of all ceilings (INV-08), and what policy says to exactly that."""
+    ceilings = {
+        "resource": timedelta(seconds=resource.max_ttl_s),
+        "broker": limits.max_ttl,
+        "task": task.deadline_at - now,
+        "proof": request.caller.proof_expires_at - now,
+    }
+    if request.ttl is None:
+        ceilings["default"] = limits.default_ttl
+    if renewable_until is not None:
+        ceilings["grant"] = renewable_until - now
+    ttl, decided_by = effective_ttl(request.ttl, ceilings)
+    if ttl <= timedelta(0):
+        # Within the leeway a workload token that just expired still names its bearer, and opens nothing.
+        if decided_by == "proof":
+            raise Unauthenticated("the workload token ends now")
+        raise Conflict(f"nothing is left to grant: the ceiling {decided_by!r} has been reached")
+    asked = AccessRequest(
+        agent=principal,
+        resource=resource,
+        scopes=request.scopes,
+        ttl_s=int(ttl.total_seconds()),
+        task=TaskFacts(
+            id=task.id,
+            # An implicit task has no purpose but the agent's own word, and that is no fact of ours.
+            purpose="" if task.implicit else task.purpose,
+            age_s=max(0, int((now - task.created_at).total_seconds())),
+            orchestrator=task.orchestrator,
+            labels=task.labels,
+        ),
+        intent=request.intent,
+        sender_bound=request.jkt is not None,
+        claimed=request.claimed,
+        now=now,
+        user=task.on_behalf_of,
+    )
+    decision = policies.decide(asked)
+    failure = getattr(decision, "failure", None)
+    if failure:
+        _log.error("policy failed", extra={"fields": {"failure": failure, "agent": principal.name}})
+    if decision.max_ttl_s is not None and timedelta(seconds=decision.max_ttl_s) < ttl:
+        ttl, decided_by = timedelta(seconds=decision.max_ttl_s), "policy"
+    return Terms(ttl=ttl, decided_by=decided_by, asked=asked, decision=decision)
