@@ -141,10 +141,19 @@ def test_serve_logs_json_and_ends_gracefully_on_sigterm(configuration, tmp_path)
     assert "/readyz" in {line.get("route") for line in lines_of(tmp_path)}
 
 
+def refused_to_serve(configuration):
+    """What `broker serve` says as it refuses to; one that serves after all does not go on for ever."""
+    with process("serve", "--config", str(configuration), directory=configuration.parent) as started:
+        assert started.wait(60) == 1
+    told = (configuration.parent / "stderr").read_text()
+    assert len(told.splitlines()) == 1
+    return told
+
+
 def test_a_port_in_use_is_a_sentence(configuration, tmp_path):
     with socket.create_server(("127.0.0.1", 0), reuse_port=True) as taken:
         serve_on(configuration, taken.getsockname()[1])
-        told = command("serve", "--config", configuration, ends=1).stderr
+        told = refused_to_serve(configuration)
     assert "server.listen: cannot listen on 127.0.0.1" in told and "choose another address" in told
 
 
@@ -154,7 +163,7 @@ def test_a_metrics_port_in_use_is_a_sentence(configuration):
         text = configuration.read_text().replace("[server]", f'[server]\nmetrics_listen = "127.0.0.1:{port}"')
         configuration.write_text(text)
         serve_on(configuration, free_port())
-        assert "server.metrics_listen" in command("serve", "--config", configuration, ends=1).stderr
+        assert "server.metrics_listen" in refused_to_serve(configuration)
 
 
 def answers(path):
@@ -169,7 +178,7 @@ def test_a_socket_left_behind_is_taken_away_and_one_that_answers_is_not(configur
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
-        assert "somebody serves on" in command("serve", "--config", configuration, ends=1).stderr
+        assert "somebody serves on" in refused_to_serve(configuration)
     assert path.is_socket()  # nobody listens any more
     with process("serve", "--config", str(configuration), directory=tmp_path) as started:
         deadline = time.monotonic() + 60
