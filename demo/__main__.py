@@ -55,7 +55,7 @@ def main() -> int:
                     on.require_running()
                     time.sleep(1)
     except DemoFailed as problem:
-        screen.failure(str(problem), problem.last_words)
+        screen.failure(problem)
         return 1
     except Stopped as stopped:
         screen.done("Both processes are ended and their directory is removed.")

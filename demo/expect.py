@@ -13,9 +13,12 @@ T = TypeVar("T")
 
 
 class DemoFailed(Exception):
-    def __init__(self, expected: str, came: object, *, last_words: Sequence[str] = ()) -> None:
+    """`log` is the end of the log of `whose` process that may say why."""
+
+    def __init__(self, expected: str, came: object, *, whose: str = "", log: Sequence[str] = ()) -> None:
         super().__init__(f"expected {expected}, but: {came}")
-        self.last_words = last_words
+        self.whose = whose
+        self.log = log
 
 
 def expect(expected: str, holds: bool, came: object) -> None:

@@ -20,6 +20,7 @@ from rich.text import Text
 from rich.theme import Theme
 
 from broker.sdk import Event, Receipt
+from demo.expect import DemoFailed
 from demo.wire import Exchange
 
 _WIDEST = 100
@@ -179,6 +180,7 @@ class Screen:
 
     def next_steps(self, title: str, steps: Mapping[str, str]) -> None:
         """Commands to copy. They are never wrapped, because a wrapped command is another one."""
+        self._steps = 0  # what fails from here on fails in no step
         self._blank()
         self._line(Text.assemble((title, "title")))
         for what, command in steps.items():
@@ -195,14 +197,13 @@ class Screen:
         self._blank()
         self._line(Text(sentence, style="quiet"))
 
-    def failure(self, sentence: str, last_words: Sequence[str]) -> None:
+    def failure(self, problem: DemoFailed) -> None:
         self._blank()
         at = f"in step {self._steps}: " if self._steps else ""
-        self._line(Text.assemble(("✗ ", "bad.mark"), ("The demo failed. ", "bad.mark"), _safe(f"{at}{sentence}")))
-        if last_words:
-            self._line(Text("The last lines of its log:", style="quiet"))
-            for line in last_words:
-                self._gutter([Text(_safe(line))], "bad")
+        self._line(Text.assemble(("✗ The demo failed. ", "bad.mark"), _safe(f"{at}{problem}")))
+        if problem.log:
+            self._line(Text(f"  The last lines of the log of {problem.whose}:", style="quiet"))
+            self._gutter([Text(_safe(line)) for line in problem.log], "bad")
 
     def _facts(self, facts: Mapping[str, str]) -> None:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -303,7 +304,7 @@ def _members(
             yield head.append("{")
             yield from _members(member, f"{path}.", indent + "  ", show if narrowed else None, bright)
             yield Text(f"{indent}}}{end}")
-        elif isinstance(member, list) and len(whole) > _INLINE and len(member) > 1:
+        elif isinstance(member, list) and len(whole) > _INLINE:
             yield head.append("[")
             for at, item in enumerate(member):
                 more = "," if at < len(member) - 1 else ""

@@ -59,7 +59,10 @@ class Process:
     def require_running(self) -> None:
         code = self.running.poll()
         if code is not None:
-            raise DemoFailed(f"{self.name} to run", f"it ended with {code}", last_words=self.last_words())
+            raise self.failed(f"{self.name} to run", f"it ended with {code}")
+
+    def failed(self, expected: str, came: str) -> DemoFailed:
+        return DemoFailed(expected, came, whose=self.name, log=self.last_words())
 
     def last_words(self) -> list[str]:
         return self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_WORDS:]
@@ -115,7 +118,13 @@ def stage() -> Iterator[Stage]:
         for process, path in zip(started, ("/readyz", "/healthz"), strict=True):
             _wait_until_ready(process, path)
         wire = end.enter_context(Wire({broker_url: "the broker", crm_url: "the CRM"}))
-        yield Stage(directory=directory, broker=started[0], crm=started[1], wire=wire, _issuer=issuer)
+        broker, crm = started
+        try:
+            yield Stage(directory=directory, broker=broker, crm=crm, wire=wire, _issuer=issuer)
+        except DemoFailed as problem:
+            if not problem.log:
+                problem.whose, problem.log = broker.name, broker.last_words()
+            raise
 
 
 def workload_token(issuer: DevIssuer, name: str, broker_url: str) -> str:
@@ -217,6 +226,4 @@ def _wait_until_ready(process: Process, path: str) -> None:
                 if http.get(process.url + path).status_code == 200:
                     return
             time.sleep(0.05)
-    raise DemoFailed(
-        f"{process.name} to be ready within {_READY_WITHIN_S:.0f} s", "it was not", last_words=process.last_words()
-    )
+    raise process.failed(f"{process.name} to be ready within {_READY_WITHIN_S:.0f} s", "it was not")

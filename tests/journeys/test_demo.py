@@ -82,7 +82,7 @@ def test_it_plays_the_main_job_to_a_file_and_leaves_nothing_behind(place):
         '"introspection": "active"',
         "← 403 Forbidden",
         "policy 'crm-write-bound' allows contacts:write",
-        "it would be allowed with",
+        "context.sender_bound",
         '"outcome": "completed"',
         "← 401 Unauthorized",
         '"introspection": "not active"',
@@ -231,6 +231,7 @@ def test_a_broker_that_does_not_start_is_shown_with_its_own_last_words(place, wi
     done = run(place, with_broker(program))
     assert done.returncode == 1
     assert "expected the broker to run, but: it ended with 3" in done.stdout
+    assert "The last lines of the log of the broker:" in done.stdout
     assert "│ [bold]chapter[/bold] one" in done.stdout
     assert "│ the port is taken" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
@@ -238,6 +239,7 @@ def test_a_broker_that_does_not_start_is_shown_with_its_own_last_words(place, wi
 
 SAYS_YES_TO_ALL = """
 import http.server, sys
+print("yes to all", flush=True)
 
 class Yes(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -256,6 +258,7 @@ def test_a_broker_that_answers_something_else_fails_the_demo_in_that_step(place,
     done = run(place, with_broker(SAYS_YES_TO_ALL))
     assert done.returncode == 1
     assert "The demo failed. in step 1: expected an open task, but:" in done.stdout
+    assert "│ yes to all" in done.stdout
     assert "went as they should" not in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
