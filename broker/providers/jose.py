@@ -69,6 +69,7 @@ class Unverified:
     typ: str | None  # lower case, without "application/"
     header: Mapping[str, Any]
     claims: Mapping[str, Any]
+    payload: bytes = field(repr=False)
     signing_input: bytes = field(repr=False)
     signature: bytes = field(repr=False)
 
@@ -101,12 +102,14 @@ def unverified(token: str, *, brings_key: bool = False) -> Unverified:
     typ = header.get("typ")
     if (typ is None and "typ" in header) or (typ is not None and not isinstance(typ, str)):
         raise Unauthenticated("the header typ is not a string")
+    payload = _decoded(segments[1], "payload")
     return Unverified(
         algorithm=algorithm,
         key_id=key_id,
         typ=None if typ is None else typ.lower().removeprefix("application/"),
         header=header,
-        claims=_members(_decoded(segments[1], "payload"), "payload"),
+        claims=_members(payload, "payload"),
+        payload=payload,
         signing_input=segments[0] + b"." + segments[1],
         signature=_decoded(segments[2], "signature"),
     )

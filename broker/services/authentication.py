@@ -10,11 +10,12 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from broker.domain import strict_json
 from broker.domain.catalogue import Catalogue, TrustedIssuer
 from broker.domain.clock import LEEWAY, from_epoch
 from broker.domain.errors import Unauthenticated
@@ -25,17 +26,42 @@ from broker.services.proofs import ASSERTION, MARGIN, Proofs, joined
 from broker.store.database import Database
 
 REMEMBERED = 10_000
+REMEMBERED_BYTES = 24 * 1024 * 1024
+_BESIDE_CLAIMS = 2048  # bytes of an entry: the caller, the principal, the table
 
 # SPIFFE-ID 1.0 section 2. A root id names a trust domain, not a workload.
 _SPIFFE_ID = re.compile(r"spiffe://([a-z0-9._-]{1,255})((?:/[A-Za-z0-9._-]+)+)")
 _SVID_HEADERS = frozenset({"alg", "kid", "typ"})
 
 
+class _Claims(Mapping[str, Any]):
+    """Verified claims as the bytes they came in, read again when somebody looks: read, they take 17 times the room."""
+
+    __slots__ = ("_payload",)
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload = payload
+
+    def __getitem__(self, name: str) -> Any:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        claims: dict[str, Any] = strict_json.loads(self._payload, max_bytes=jose.MAX_TOKEN_BYTES)
+        return claims
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Accepted:
-    """A token that was verified, and all that its acceptance rests on."""
+    """A token that was verified, and all that its acceptance rests on; `size` is what it takes of our memory."""
 
     caller: Caller
+    size: int
     catalogue: Catalogue
     issuer: TrustedIssuer
     generation: int
@@ -45,20 +71,30 @@ class _Accepted:
 class Authenticator:
     """`audience` is the broker's own issuer: the only audience it accepts."""
 
-    def __init__(self, *, database: Database, key_sets: KeySets, audience: str, remembered: int = REMEMBERED) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        key_sets: KeySets,
+        audience: str,
+        remembered: int = REMEMBERED,
+        remembered_bytes: int = REMEMBERED_BYTES,
+    ) -> None:
         self._proofs = Proofs(database)
         self._key_sets = key_sets
         self._audience = audience
         self._remembered = remembered
+        self._remembered_bytes = remembered_bytes
         self._guard = threading.Lock()
         self._accepted: OrderedDict[bytes, _Accepted] = OrderedDict()
+        self._size = 0
 
     def authenticate(self, token: str, catalogue: Catalogue, *, now: datetime, trace_id: str | None = None) -> Caller:
         """The principal this token proves, until the token's own end; opens a transaction for one-time tokens."""
         digest = _digest(token)
         caller = self._recall(digest, catalogue, now)
         if caller is None:
-            identity, issuer, generation = self._verified(token, catalogue, now, users=False)
+            identity, issuer, generation, payload = self._verified(token, catalogue, now, users=False)
             caller = Caller(
                 principal=catalogue.principal_for(identity),
                 proof_expires_at=identity.expires_at,
@@ -68,19 +104,30 @@ class Authenticator:
             if issuer.single_use:
                 self._use_up(identity, issuer, now)
             else:
-                self._remember(digest, caller, catalogue, issuer, generation)
+                kept = replace(caller, identity=replace(identity, claims=_Claims(payload)))
+                self._remember(
+                    digest,
+                    _Accepted(
+                        caller=kept,
+                        size=len(payload) + _BESIDE_CLAIMS,
+                        catalogue=catalogue,
+                        issuer=issuer,
+                        generation=generation,
+                        usable_until=identity.expires_at + LEEWAY,
+                    ),
+                )
         return caller if trace_id is None else replace(caller, trace_id=trace_id)
 
     def identify_user(self, token: str, catalogue: Catalogue, *, now: datetime) -> WorkloadIdentity:
         """The person a token of an issuer with `users = true` was made for. Such a token never makes a caller."""
-        identity, issuer, _ = self._verified(token, catalogue, now, users=True)
+        identity, issuer, _, _ = self._verified(token, catalogue, now, users=True)
         if issuer.single_use:
             self._use_up(identity, issuer, now)
         return identity
 
     def _verified(
         self, token: str, catalogue: Catalogue, now: datetime, *, users: bool
-    ) -> tuple[WorkloadIdentity, TrustedIssuer, int]:
+    ) -> tuple[WorkloadIdentity, TrustedIssuer, int, bytes]:
         parsed = jose.unverified(token)
         issuer = _issuer_to_try(parsed.claims, catalogue, users=users)
         is_svid = issuer.trust_domain is not None
@@ -102,7 +149,7 @@ class Authenticator:
         identity = WorkloadIdentity(
             issuer=issuer.name, subject=claims["sub"], claims=claims, expires_at=from_epoch(claims["exp"])
         )
-        return identity, issuer, key.generation
+        return identity, issuer, key.generation, parsed.payload
 
     def _use_up(self, identity: WorkloadIdentity, issuer: TrustedIssuer, now: datetime) -> None:
         jti = identity.claims.get("jti")
@@ -131,24 +178,22 @@ class Authenticator:
             return accepted.caller
         with self._guard:
             if self._accepted.get(digest) is accepted:
-                del self._accepted[digest]
+                self._forget(digest)
         return None
 
-    def _remember(
-        self, digest: bytes, caller: Caller, catalogue: Catalogue, issuer: TrustedIssuer, generation: int
-    ) -> None:
-        accepted = _Accepted(
-            caller=caller,
-            catalogue=catalogue,
-            issuer=issuer,
-            generation=generation,
-            usable_until=caller.proof_expires_at + LEEWAY,
-        )
+    def _remember(self, digest: bytes, accepted: _Accepted) -> None:
         with self._guard:
+            if digest in self._accepted:
+                self._forget(digest)
             self._accepted[digest] = accepted
-            self._accepted.move_to_end(digest)
-            if len(self._accepted) > self._remembered:
-                self._accepted.popitem(last=False)
+            self._size += accepted.size
+            # By what they take and not by their number alone: whoever may choose what is in its tokens chooses that.
+            while len(self._accepted) > self._remembered or self._size > self._remembered_bytes:
+                self._forget(next(iter(self._accepted)))
+
+    def _forget(self, digest: bytes) -> None:
+        """Called under the guard."""
+        self._size -= self._accepted.pop(digest).size
 
 
 def _digest(token: str) -> bytes:

@@ -408,6 +408,7 @@ def test_the_signature_of_rfc_8037_is_verified():
         typ=None,
         header={},
         claims={},
+        payload=b"",
         signing_input=f"{head}.{body}".encode(),
         signature=base64.urlsafe_b64decode(signature + "=="),
     )

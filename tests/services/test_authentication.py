@@ -1,6 +1,8 @@
 """A workload token becomes a Caller, or is refused without saying why."""
 
+import gc
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -13,7 +15,7 @@ from broker.domain.errors import Unauthenticated
 from broker.domain.identity import Role
 from broker.providers import jose, key_sets
 from broker.providers.key_sets import KeySets
-from broker.services.authentication import Authenticator, trust_domain_of
+from broker.services.authentication import REMEMBERED, REMEMBERED_BYTES, Authenticator, trust_domain_of
 from broker.store.models import ConsumedProof
 from tests.workloads import (
     BROKER,
@@ -366,6 +368,52 @@ def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first(jwks, v
     assert len(verifications) == 3
     authenticator.authenticate(tokens[1], declared, now=NOW)
     assert len(verifications) == 4
+
+
+def test_what_is_remembered_takes_a_bounded_number_of_bytes(jwks, verifications):
+    authenticator = Authenticator(
+        database=NoDatabase(), key_sets=KeySets(), audience=BROKER, remembered_bytes=3 * (6 * 1024)
+    )
+    declared = catalogue(trusted_issuer(jwks))
+    tokens = [workload_token(KEY, jti=f"{number}", padding="x" * 3500) for number in range(4)]
+    for number in (0, 1, 2, 0, 1, 2, 3, 1, 2, 3):
+        authenticator.authenticate(tokens[number], declared, now=NOW)
+    assert len(verifications) == 4
+    authenticator.authenticate(tokens[0], declared, now=NOW)
+    assert len(verifications) == 5
+
+
+def test_a_full_memory_of_the_most_expensive_tokens_leaves_most_of_a_worker_free(jwks):
+    authenticator = Authenticator(database=NoDatabase(), key_sets=KeySets(), audience=BROKER)
+    declared = catalogue(trusted_issuer(jwks))
+    # Many small members take the most room for each byte of a token.
+    padding = {f"{number:x}": {} for number in range(480)}
+    tokens = [workload_token(KEY, jti=f"{number}", padding=padding) for number in range(200)]
+    assert len(tokens[0]) > 7000
+    tracemalloc.start()
+    try:
+        for token in tokens:
+            authenticator.authenticate(token, declared, now=NOW)
+        gc.collect()
+        each = tracemalloc.get_traced_memory()[0] / len(tokens)
+    finally:
+        tracemalloc.stop()
+    entries = REMEMBERED_BYTES / (len(tokens[0]) * 3 / 4)
+    assert each * min(entries, REMEMBERED) < 48 * 1024 * 1024
+
+
+def test_a_remembered_caller_is_judged_by_its_claims_in_a_newer_configuration(authenticator, jwks):
+    token = workload_token(KEY, deep={"team": "crm"})
+    declared = catalogue(trusted_issuer(jwks))
+    authenticator.authenticate(token, declared, now=NOW)
+    recalled = authenticator.authenticate(token, declared, now=NOW)
+    newer = catalogue(principals=(rule(name="by-claim", claims={"deep.team": "crm"}),), version=2)
+    assert newer.principal_for(recalled.identity).name == "by-claim"
+    assert recalled.identity.claims["deep"] == {"team": "crm"}
+    assert len(recalled.identity.claims) == len(list(recalled.identity.claims)) > 5
+    other = catalogue(principals=(rule(claims={"deep.team": "hr"}),), version=2)
+    with unauthenticated("no principal"):
+        other.principal_for(recalled.identity)
 
 
 def test_many_threads_may_ask_at_once(jwks):
