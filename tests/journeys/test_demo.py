@@ -22,7 +22,7 @@ from demo.expect import DemoFailed, answer, expect, refusal
 ROOT = Path(__file__).parents[2]
 DEMO = (sys.executable, "-m", "demo")
 PATIENCE_S = 90
-WHOLE_TOKEN = re.compile(r"[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}")
+WHOLE_TOKEN = re.compile(r"ey[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}")
 
 STEPS = (
     "An orchestrator opens a task",
@@ -48,6 +48,11 @@ def place(tmp_path):
 def environment(place, **more):
     kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
     return kept | {"TMPDIR": str(place), "TERM": "xterm-256color"} | more
+
+
+def holds_a_token(said):
+    # One that is wrapped beside its bar is whole all the same.
+    return WHOLE_TOKEN.search(re.sub(r"[\s│]+", "", said))
 
 
 def processes_about(place):
@@ -96,7 +101,7 @@ def test_it_plays_the_main_job_to_a_file_and_leaves_nothing_behind(place):
     assert "What to try next" not in said
     # No token whole, no colour codes and cursor tricks, and no line that a page of 100 columns would break.
     assert "eyJ" in said
-    assert not WHOLE_TOKEN.search(said)
+    assert not holds_a_token(said)
     assert said.replace("\n", "").isprintable()
     assert max(map(len, said.splitlines())) <= 100
 
@@ -167,7 +172,7 @@ def test_on_a_terminal_it_stays_up_with_commands_that_work_until_ctrl_c(terminal
     demo = terminal()
     said = demo.read_until("until you press Ctrl-C")
     assert "\x1b[" in demo.said
-    assert not WHOLE_TOKEN.search(said)
+    assert not holds_a_token(said)
     story, _, advice = said.partition("What to try next")
     assert max(len(line) for line in story.splitlines()) <= 80
     # What is indented is said about the commands, what is not are the commands.
