@@ -20,14 +20,15 @@ def lockdown() -> None:
 
 @lockdown.command("list")
 @click.option("--lifted", is_flag=True, help="Those that were lifted as well.")
+@click.option("--cursor", help="Go on where an earlier page ended.")
 @client_options
-def list_lockdowns(broker: Client, /, *, lifted: bool) -> None:
+def list_lockdowns(broker: Client, /, *, lifted: bool, cursor: str | None) -> None:
     """Lockdowns that stand.
 
     \b
     broker lockdown list --lifted
     """
-    found = page_of(broker, calls.lockdowns(lifted=lifted), None)
+    found = page_of(broker, calls.lockdowns(lifted=lifted), cursor)
     columns = ("id", "axis", "value", "reason", "set at", "set by", "lifted at")
     output.page(found, columns, _row, empty="no lockdown stands")
 
