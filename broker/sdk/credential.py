@@ -1,16 +1,19 @@
 """A credential that stays alive: asked for when first needed, renewed in time, handed back at the end.
 
 `Lifetime` decides and does no I/O; `CredentialSource` and `AsyncCredentialSource` act on it, one request at a time
-however many ask. When the broker says no to a renewal, that is the end: no second grant is asked for.
+however many ask. A grant that reached its end by time is followed by a new one. When the broker says no, to a renewal
+or to a new grant, that is the end: it is not asked again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import enum
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,8 +23,18 @@ import httpx
 from broker.sdk import calls
 from broker.sdk.clock import Timing
 from broker.sdk.dpop import DpopKey
-from broker.sdk.errors import BrokerError, Conflict, Limited, NotFound, Refused, Unreachable, invalid
-from broker.sdk.exchange import Call, is_private
+from broker.sdk.errors import (
+    BrokerError,
+    Conflict,
+    Invalid,
+    Limited,
+    NotFound,
+    Refused,
+    Unreachable,
+    invalid,
+    printable,
+)
+from broker.sdk.exchange import Call
 from broker.sdk.values import Credential, Grant, Receipt
 
 if TYPE_CHECKING:
@@ -30,12 +43,14 @@ if TYPE_CHECKING:
 
 # What a broker says when it means it; anything else may pass.
 _FINAL = (Refused, Conflict, NotFound)
+# After these there is no grant to give back; after anything else there may be one.
+_NOTHING_MADE = (Refused, Conflict, NotFound, Invalid)
 
 
 class Need(enum.Enum):
     NOTHING = "use what we have"
     SOON = "use what we have, and renew it"
-    NOW = "what we have is dead: renew or ask"
+    NOW = "what we have is dead, or there is none: ask for a grant"
 
 
 class Lifetime:
@@ -65,7 +80,8 @@ class Lifetime:
         self._ttl_s, self._intent, self._context = ttl_s, intent, context
         self._dead_at = self._renew_at = datetime.min.replace(tzinfo=UTC)
         self._asked_at: datetime | None = None
-        self._first_key: str | None = None
+        self._key: str | None = None  # of a grant that was asked for, until there is an answer
+        self._unanswered = False
         self._ended: BrokerError | None = None
 
     def need(self) -> Need:
@@ -80,12 +96,24 @@ class Lifetime:
         return Need.SOON if now >= self._renew_at else Need.NOTHING
 
     def call(self) -> Call[tuple[Grant, Credential]]:
-        """The request that meets the need: a renewal where there is a grant, else the first grant."""
+        """The request that meets the need: a renewal while the credential lives, else a grant.
+
+        A dead one cannot be renewed: its grant ended with it, or had reached its maximum.
+        """
         self._asked_at = self._timing.now()
-        if self.grant is not None:
+        if self.grant is not None and self._asked_at < self._dead_at:
             return calls.renew_grant(self.grant.id, ttl_s=self._ttl_s, dpop=self.dpop)
         # The same key until there is an answer: a grant whose answer was lost is found again, not made twice (INV-06).
-        self._first_key = self._first_key or calls.new_idempotency_key()
+        self._key, self._unanswered = self._key or calls.new_idempotency_key(), True
+        return self._request(self._key)
+
+    def unanswered(self) -> Call[tuple[Grant, Credential]] | None:
+        """The request whose answer was lost, to be sent once more before we go: it may have made a grant."""
+        if not self._unanswered or self._key is None:
+            return None
+        return replace(self._request(self._key), repeatable=False)
+
+    def _request(self, idempotency_key: str) -> Call[tuple[Grant, Credential]]:
         return calls.request_grant(
             self._task_id,
             self.resource,
@@ -94,7 +122,7 @@ class Lifetime:
             self._intent,
             self._context,
             self.dpop,
-            idempotency_key=self._first_key,
+            idempotency_key=idempotency_key,
         )
 
     def got(self, grant: Grant, credential: Credential) -> None:
@@ -102,7 +130,7 @@ class Lifetime:
             raise RuntimeError("an answer to nothing that was asked")
         # Counted from before we asked, and by what the broker's clock said was left: late is the error not to make.
         life_s = credential.life_s
-        self.grant, self.credential, self._first_key = grant, credential, None
+        self.grant, self.credential, self._key, self._unanswered = grant, credential, None, False
         # The way to the resource takes time too, and at `expires_at` it is over.
         self._dead_at = self._asked_at + timedelta(seconds=life_s - min(2.0, life_s / 10))
         renew_after_s = life_s * 2 / 3 * (1 - 0.1 * self._timing.chance())
@@ -115,9 +143,13 @@ class Lifetime:
         """Take note of it; True where the credential we have is still good and the caller need not know."""
         self.failures += 1
         self._failure = copy.copy(error)
-        if self.grant is None:
+        if self._key is not None:
+            if not isinstance(error, Unreachable):
+                self._unanswered = False
             if not isinstance(error, Unreachable | Limited):
-                self._first_key = None
+                self._key = None
+            if self.grant is not None and isinstance(error, _FINAL):
+                self._ended = copy.copy(error)
             return False
         if isinstance(error, _FINAL):
             self._ended = copy.copy(error)
@@ -132,6 +164,11 @@ class Lifetime:
         if self.credential is None:
             raise RuntimeError("there is no credential to use")
         return self.credential
+
+    def close(self) -> tuple[Grant | None, Call[tuple[Grant, Credential]] | None]:
+        """No more use; what there is to hand back, and the request that may have made one we do not know."""
+        self.closed, self.credential = True, None
+        return self.grant, self.unanswered()
 
     def share_failure(self, since: int) -> None:
         """Raise what others met while we waited for them: a dead broker is asked once, not once for each that waits."""
@@ -191,18 +228,23 @@ class CredentialSource:
     def auth(self, *origins: str) -> SourceAuth:
         """For `httpx`: puts the credential on requests to the resource's origin, or to `origins` where named.
 
-        Requests to anywhere else go out without it.
+        Requests to anywhere else go out without it. A resource that is no address (urn:…) has no origin: name them.
         """
         return SourceAuth(self, destination(self._lifetime.resource, origins))
 
     def close(self, reason: str | None = None) -> Receipt | None:
-        """Revoke the grant, so that the credential dies now and not at its expiry. Again does nothing."""
+        """Revoke the grant, so that the credential dies now and not at its expiry. Again does nothing.
+
+        Where the answer to the last request was lost, it is asked for once more, so that no grant stays unknown.
+        """
         with self._lock:
             if self._lifetime.closed:
                 return None
-            self._lifetime.closed = True
-            self._lifetime.credential = None
-            grant = self._lifetime.grant
+            grant, unanswered = self._lifetime.close()
+        if unanswered is not None:
+            grant = None
+            with contextlib.suppress(*_NOTHING_MADE):
+                grant = (self._client.send(unanswered))[0]
         return None if grant is None else self._client.revoke_grant(grant.id, reason)
 
     def __enter__(self) -> CredentialSource:
@@ -265,9 +307,11 @@ class AsyncCredentialSource:
         async with self._lock:
             if self._lifetime.closed:
                 return None
-            self._lifetime.closed = True
-            self._lifetime.credential = None
-            grant = self._lifetime.grant
+            grant, unanswered = self._lifetime.close()
+        if unanswered is not None:
+            grant = None
+            with contextlib.suppress(*_NOTHING_MADE):
+                grant = (await self._client.send(unanswered))[0]
         return None if grant is None else await self._client.revoke_grant(grant.id, reason)
 
     async def __aenter__(self) -> AsyncCredentialSource:
@@ -356,12 +400,16 @@ def nonce_asked(response: httpx.Response, dpop: DpopKey | None) -> str | None:
 def destination(resource: str, origins: tuple[str, ...]) -> Callable[[httpx.URL], bool]:
     """Where a credential for this resource may go.
 
-    A resource that is no address says nothing of where it is, so there the way has to be private at least.
+    A resource that is no address says nothing of where it is, and any server might be anybody's: it has to be said.
     """
     if not origins:
         url = _address(resource)
         if url is None:
-            return is_private
+            raise invalid(
+                f"{printable(resource)} is not an address: say where its credential may go, "
+                'auth("https://crm.example")',
+                member="origins",
+            )
         home = _origin(url)
         return lambda other: _origin(other) == home
     allowed = set()

@@ -74,10 +74,43 @@ def test_a_token_that_is_about_to_die_is_not_handed_out(client, server, a, time)
     assert source.token() == TOKEN
     # It cannot be renewed beyond this, so nobody tried.
     assert len(server.seen) == 1
-    time.move(1)
-    server.answers((409, a.problem(409, "conflict", "grant grt_1 is expired")))
-    with pytest.raises(sdk.Conflict):
+
+
+def test_a_grant_at_its_maximum_is_followed_by_a_new_one_under_a_new_key(client, server, a, time):
+    server.answers(
+        (201, a.issued(renewable_until=a.at(300))),
+        lambda _: (201, a.issued("second.token", id="grt_2")),
+        a.receipt("revoked"),
+    )
+    with source_of(client) as source:
         source.token()
+        time.move(298)
+        assert source.token() == "second.token"
+        assert source.grant.id == "grt_2"
+    assert paths(server) == ["", "", "/grt_2/revoke"]
+    assert len({seen.headers["Idempotency-Key"] for seen in server.seen[:2]}) == 2
+
+
+def test_a_source_that_was_not_used_for_long_asks_for_a_new_grant(client, server, a, time):
+    server.answers((201, a.issued()), lambda _: (201, a.issued("second.token", id="grt_2")))
+    source = source_of(client)
+    source.token()
+    time.move(900)
+    assert source.token() == "second.token"
+    assert paths(server) == ["", ""]
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "policy_denied"), (404, "not_found"), (409, "task_not_active")])
+def test_when_the_broker_says_no_to_the_next_grant_that_is_the_end(client, server, a, time, status, code):
+    server.answers((201, a.issued()), (status, a.problem(status, code)))
+    source = source_of(client)
+    source.token()
+    time.move(300)
+    for _ in range(3):
+        with pytest.raises(sdk.BrokerError) as error:
+            source.token()
+        assert error.value.code == code
+    assert paths(server) == ["", ""]
 
 
 def test_while_the_token_lives_a_broker_that_does_not_answer_is_nobodys_trouble(client, server, a, time):
@@ -172,6 +205,51 @@ def test_closing_hands_the_grant_back_once(client, server, a):
         source.token()
 
 
+def test_a_grant_whose_answer_was_lost_is_found_and_handed_back(client, server, a):
+    server.answers(*[server.CUT] * 10, (201, a.issued()), a.receipt("revoked"))
+    with pytest.raises(sdk.Unreachable), source_of(client) as source:
+        source.token()
+    assert paths(server) == [""] * 11 + ["/grt_1/revoke"]
+    assert len({seen.headers["Idempotency-Key"] for seen in server.seen[:11]}) == 1
+
+
+def test_the_next_grant_is_found_and_handed_back_too(client, server, a, time):
+    server.answers((201, a.issued()), *[server.CUT] * 10, (201, a.issued(id="grt_2")), a.receipt("revoked"))
+    source = source_of(client)
+    source.token()
+    time.move(300)
+    with pytest.raises(sdk.Unreachable):
+        source.token()
+    assert source.close() is not None
+    assert paths(server)[-2:] == ["", "/grt_2/revoke"]
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "policy_denied"), (409, "conflict"), (400, "invalid_request")])
+def test_where_nothing_was_made_there_is_nothing_to_hand_back(client, server, a, status, code):
+    server.answers(*[server.CUT] * 10, (status, a.problem(status, code)))
+    source = source_of(client)
+    with pytest.raises(sdk.Unreachable):
+        source.token()
+    assert source.close() is None
+    assert len(server.seen) == 11
+
+
+def test_a_refusal_is_an_answer_and_is_not_asked_for_again_on_closing(client, server, a):
+    for status, code in ((403, "policy_denied"), (429, "limit_exceeded")):
+        server.answers(*[(status, a.problem(status, code), {"Retry-After": "60"})])
+        with pytest.raises(sdk.BrokerError), source_of(client) as source:
+            source.token()
+    assert len(server.seen) == 2
+
+
+def test_a_broker_that_is_still_away_is_asked_once_on_closing_and_the_failure_told(client, server):
+    server.answers(*[server.CUT] * 11)
+    with pytest.raises(sdk.Unreachable) as error, source_of(client) as source:
+        source.token()
+    assert len(server.seen) == 11
+    assert "could not be handed back" in error.value.__notes__[0]
+
+
 def test_a_source_that_was_not_used_has_nothing_to_hand_back(client, server):
     with source_of(client):
         pass
@@ -240,18 +318,18 @@ def test_a_redirect_elsewhere_does_not_take_the_credential_along(client, server,
     assert (crm.seen[1].url.host, crm.seen[1].headers.get("Authorization")) == ("evil.test", None)
 
 
-def test_a_resource_without_address_goes_where_it_is_told_or_at_least_not_in_the_clear(client, server, a):
+def test_a_credential_for_a_resource_without_address_goes_where_it_is_told_and_nowhere_else(client, server, a):
     server.answers((201, a.issued()))
     source = source_of(client, "urn:crm")
     crm = Crm()
     with crm.http(None) as http:
-        http.get("http://crm.example/", auth=source.auth())
-        http.get("https://crm.example/", auth=source.auth())
-        http.get("https://other.example/", auth=source.auth("http://crm.example"))
-        http.get("http://crm.example/", auth=source.auth("http://crm.example"))
-    assert ["Authorization" in request.headers for request in crm.seen] == [False, True, False, True]
+        http.get("https://other.example/", auth=source.auth("https://crm.example"))
+        http.get("https://crm.example/", auth=source.auth("https://crm.example"))
+    assert ["Authorization" in request.headers for request in crm.seen] == [False, True]
     with pytest.raises(sdk.Invalid):
         source.auth("crm.example")
+    with pytest.raises(sdk.Invalid, match=r"urn:crm is not an address: say where"):
+        source.auth()
 
 
 def claims_of(request):
@@ -307,6 +385,19 @@ def test_the_async_source_does_the_same(async_client, server, a, time):
     asyncio.run(main())
     assert paths(server) == ["", "/grt_1/renew", "/grt_1/revoke"]
     assert [request.headers.get("Authorization") for request in crm.seen] == ["Bearer second.token", None]
+
+
+def test_the_async_source_hands_back_a_grant_whose_answer_was_lost(async_client, server, a):
+    server.answers(*[server.CUT] * 10, (201, a.issued()), a.receipt("revoked"))
+
+    async def main():
+        async with async_client as client:
+            with pytest.raises(sdk.Unreachable):
+                async with client.credential("task_1", RESOURCE, ["contacts:read"]) as source:
+                    await source.token()
+
+    asyncio.run(main())
+    assert paths(server) == [""] * 11 + ["/grt_1/revoke"]
 
 
 def test_a_source_of_the_wrong_kind_says_so(client, async_client):
