@@ -73,7 +73,7 @@ class TestExpiry:
         return issued
 
     def test_a_renewal_that_came_in_after_the_sweeper_looked_wins(self, race, sweeping, issued):
-        pause = race.stop(sweeper.grants, "due_grant_ids", after=True)
+        pause = race.stop(sweeper.grants, "any_due", after=True)
         sweep = race.start(sweeping.broker.sweeper.sweep)
         pause.until_reached(sweep)
         renewed = renew(race.one, issued)

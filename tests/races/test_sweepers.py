@@ -11,13 +11,25 @@ def test_two_sweepers_that_saw_the_same_grants_expire_each_once(race):
     task = race.one.open_task()
     made = [race.one.issue(task) for _ in range(5)]
     race.one.clock.forward(seconds=300)
-    seen = race.stop(sweeper.grants, "due_grant_ids", after=True)
+    seen = race.stop(sweeper.grants, "any_due", after=True)
     first = race.start(race.one.broker.sweeper.sweep)
     seen.until_reached(first)
-    # The second one sweeps from beginning to end while the first still holds its list.
+    # The second one sweeps from beginning to end while the first has only looked.
     second = race.other.broker.sweeper.sweep()
     seen.go_on()
     assert (first.result().grants_expired, second.grants_expired) == (0, len(made))
+    assert len(race.rows("SELECT id FROM events WHERE type = 'grant.expired'")) == len(made)
+
+
+def test_a_sweeper_passes_over_what_another_is_expiring(race):
+    """It waits for nobody while there may be other work; and what is moved is moved once."""
+    task = race.one.open_task()
+    made = [race.one.issue(task) for _ in range(5)]
+    race.one.clock.forward(seconds=300)
+    pause = race.stop(sweeper, "move", after=True)
+    first, second = race.run_into(race.one.broker.sweeper.sweep, pause, race.other.broker.sweeper.sweep)
+    assert second.waited is race.on_sqlite  # where the other has the one writer's place
+    assert (first.answer.grants_expired, second.answer.grants_expired) == (len(made), 0)
     assert len(race.rows("SELECT id FROM events WHERE type = 'grant.expired'")) == len(made)
 
 
