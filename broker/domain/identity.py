@@ -7,8 +7,8 @@ principal is only how our configuration speaks of it.
 from __future__ import annotations
 
 import itertools
+import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +20,10 @@ GrantId = NewType("GrantId", str)
 LeaseId = NewType("LeaseId", str)
 EventId = NewType("EventId", str)
 
-_CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ".lower()
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+# Two digits at a time: an id is made for every row and every event.
+_PAIRS = tuple(high + low for high in _CROCKFORD for low in _CROCKFORD)
+_SHIFTS = range(120, -1, -10)
 _COUNTER = itertools.count()
 _ID = re.compile(r"(task|grt|lea|apr|evt|lck)_[0-7][0-9a-hjkmnp-tv-z]{25}")
 
@@ -54,9 +57,9 @@ def new_id(prefix: str, at: datetime) -> str:
         | (count >> 14) << 64
         | 0b10 << 62
         | (count & 0x3FFF) << 48
-        | secrets.randbits(48)
+        | int.from_bytes(os.urandom(6))
     )
-    return f"{prefix}_" + "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(125, -1, -5))
+    return f"{prefix}_" + "".join([_PAIRS[(value >> shift) & 1023] for shift in _SHIFTS])
 
 
 def is_id(text: str, prefix: str) -> bool:

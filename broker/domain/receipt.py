@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Protocol
 
 from broker.domain.clock import rfc3339
-from broker.domain.grant import Grant
 
 # The published bound: how old a status list may be, its time in our own memory included.
 OFFLINE_BOUND = timedelta(seconds=15)
@@ -68,7 +67,27 @@ class Receipt:
         }
 
 
-def receipt_line(grant: Grant, *, ended_at: datetime | None, now: datetime) -> ReceiptLine:
+class ReceiptFacts(Protocol):
+    """What a receipt says of a grant: the whole of one, or a row with these columns alone."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def agent(self) -> str: ...
+    @property
+    def resource(self) -> str: ...
+    @property
+    def provider(self) -> str: ...
+    @property
+    def expires_at(self) -> datetime: ...
+    @property
+    def revoked_at(self) -> datetime | None: ...
+
+
+RECEIPT_FACTS = ("id", "agent", "resource", "provider", "expires_at", "revoked_at")
+
+
+def receipt_line(grant: ReceiptFacts, *, ended_at: datetime | None, now: datetime) -> ReceiptLine:
     """One issued grant as it stands at `now`. `ended_at` is when its task or a revocation over it ended it, if one did.
 
     A token dies by its own expiry at the latest, and without a revocation exactly then.

@@ -245,25 +245,23 @@ class Revocation:
         while total < at_most:
             with self._database.begin() as db:
                 now = self._clock()
-                covered = grants.covered_by(refusal)
-                ids = grants.claim_unended(db, covered, limit=_ROWS_AT_ONCE)
-                if not ids:
-                    # What others hold, they are ending or about to be refused; the refusal stands until none is left.
-                    if not grants.unended_ids(db, covered, limit=1) and standing.followed(db, refusal.id, now=now):
-                        record(db, [_followed_event(refusal, now)])
-                    break
-                by = standing.who_revoked(db, refusal.id)
+                covered, by = grants.covered_by(refusal), standing.who_revoked(db, refusal.id)
+                gone = grants.claimed(covered, grants.expired(now), limit=_ROWS_AT_ONCE)
                 expired = change_of(now, _ACTOR, "grant.expired")
-                claimed = grants.with_ids(ids)
-                gone = (claimed, grants.expired(now))
-                moved = move(db, models.Grant, GrantState.EXPIRED, *gone, event=expired, returning=GRANT_FACTS)
-                total += len(moved)
+                moved = list(move(db, models.Grant, GrantState.EXPIRED, gone, event=expired, returning=GRANT_FACTS))
+                rest = grants.claimed(covered, limit=_ROWS_AT_ONCE)
                 revoked = change_of(now, by, "grant.revoked", reason=refusal.reason, data={"revocation": refusal.id})
                 values = {"revoked_at": now, "revoked_by": by, "reason": refusal.reason}
-                moved = move(
-                    db, models.Grant, GrantState.REVOKED, claimed, event=revoked, returning=GRANT_FACTS, **values
+                moved += move(
+                    db, models.Grant, GrantState.REVOKED, rest, event=revoked, returning=GRANT_FACTS, **values
                 )
-                total += len(moved)
+                # What others hold, they are ending or about to be refused; the refusal stands until none is left.
+                done = not moved and not grants.unended_ids(db, covered, limit=1)
+                if done and standing.followed(db, refusal.id, now=now):
+                    record(db, [_followed_event(refusal, now)])
+            total += len(moved)
+            if not moved:
+                break
         return total
 
     def follow_all(self, *, at_most: int) -> int:

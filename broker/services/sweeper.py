@@ -89,15 +89,12 @@ class Sweeper:
 
     def _expire_grants(self, now: datetime) -> int:
         with self._database.read() as db:
-            due = grants.due_grant_ids(db, now=now, limit=_GRANTS_AT_ONCE)
-        if not due:
-            return 0
+            if not grants.any_due(db, now=now):
+                return 0
         with self._database.begin() as db:
-            # Asked again: a renewal may have come in between.
-            due = grants.claim_unended(db, grants.with_ids(due), grants.expired(now), limit=_GRANTS_AT_ONCE)
+            due = grants.claimed(grants.expired(now), limit=_GRANTS_AT_ONCE)
             event = change_of(now, _ACTOR, "grant.expired")
-            where = grants.with_ids(due)
-            return len(move(db, models.Grant, GrantState.EXPIRED, where, event=event, returning=GRANT_FACTS))
+            return len(move(db, models.Grant, GrantState.EXPIRED, due, event=event, returning=GRANT_FACTS))
 
     def _forget(self, now: datetime) -> int:
         with self._database.begin() as db:

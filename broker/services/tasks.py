@@ -186,7 +186,7 @@ class TaskService:
         now = self._clock()
         with self._database.read() as db:
             task = tasks.find_task(db, task_id)
-            below = grants.grants_of_task(db, task_id)
+            below = grants.issued_under(db, task_id)
         if task is None:
             raise NotFound(f"there is no task {task_id[:64]!r}")
         state, ended_at = task.state, task.ended_at
@@ -197,7 +197,7 @@ class TaskService:
             task_id=task.id,
             ended_at=ended_at,
             outcome=str(state),
-            lines=[receipt_line(grant, ended_at=ended_at, now=now) for grant in below if grant.issued_at],
+            lines=[receipt_line(grant, ended_at=ended_at, now=now) for grant in below],
         )
         return signed_receipt(receipt, self._standing, self._issuer, now)
 

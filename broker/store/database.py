@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, InterfaceError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
@@ -88,7 +88,9 @@ def _transaction(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
-    except (OperationalError, InterfaceError, PoolTimeout) as problem:
+    except (IntegrityError, DataError, ProgrammingError):
+        raise  # the row's fault, or ours, and not the store's
+    except (DatabaseError, InterfaceError, PoolTimeout) as problem:
         # Also where the commit itself was not answered: unknown is "not done" to the caller (INV-05).
         _log.warning("the store did not answer", extra={"fields": {"kind": type(problem).__name__}}, exc_info=problem)
         raise Unavailable("the broker's store did not answer, so nothing was handed out: try again") from problem

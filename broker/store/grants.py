@@ -9,11 +9,12 @@ from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, bindparam, func, or_, select, text, true, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, func, or_, select, text, true, update
 
 from broker.domain.clock import epoch
 from broker.domain.grant import Grant
 from broker.domain.lifecycle import GrantState, TaskState, sources
+from broker.domain.receipt import RECEIPT_FACTS
 from broker.domain.refusal import Refusal
 from broker.store import models
 from broker.store.rows import insert_rows
@@ -23,6 +24,7 @@ _tasks = models.table_of(models.Task)
 _NAMES = tuple(entry.name for entry in fields(Grant))
 _values_of = attrgetter(*_NAMES)
 _SELECT = select(*(_grants.c[name] for name in _NAMES))
+_RECEIPT_FACTS = select(*(_grants.c[name] for name in RECEIPT_FACTS))
 
 UNENDED = [str(state) for state in (GrantState.PENDING, GrantState.APPROVED, GrantState.ACTIVE)]
 assert set(UNENDED) == set(map(str, sources(GrantState.REVOKED)))  # noqa: S101 - and in the order of `grants_due_idx`
@@ -140,8 +142,10 @@ def page_of_grants(
     return [grant_of(row) for row in db.execute(statement)]
 
 
-def grants_of_task(db: Connection, task_id: str) -> list[Grant]:
-    return [grant_of(row) for row in db.execute(_SELECT.where(_grants.c.task_id == task_id).order_by(_grants.c.id))]
+def issued_under(db: Connection, task_id: str) -> Sequence[Row[Any]]:
+    """What a receipt says of each grant that was issued under a task, oldest first."""
+    statement = _RECEIPT_FACTS.where(_grants.c.task_id == task_id, _grants.c.issued_at.is_not(None))
+    return db.execute(statement.order_by(_grants.c.id)).fetchall()
 
 
 def seen_by(name: str) -> ColumnElement[bool]:
@@ -165,10 +169,6 @@ def with_id(grant_id: str) -> ColumnElement[bool]:
     return _grants.c.id == grant_id
 
 
-def with_ids(grant_ids: Collection[str]) -> ColumnElement[bool]:
-    return _grants.c.id.in_(grant_ids)
-
-
 def of_tasks(task_ids: Collection[str]) -> ColumnElement[bool]:
     return _grants.c.task_id.in_(task_ids)
 
@@ -181,11 +181,10 @@ def unexpired(now: datetime) -> ColumnElement[bool]:
     return _grants.c.expires_at > now
 
 
-def due_grant_ids(db: Connection, *, now: datetime, limit: int) -> list[str]:
-    statement = (
-        select(_grants.c.id).where(unended(), _grants.c.expires_at <= now).order_by(_grants.c.expires_at).limit(limit)
-    )
-    return list(db.execute(statement).scalars())
+def any_due(db: Connection, *, now: datetime) -> bool:
+    """Whether time ended a grant whose row does not say so yet."""
+    statement = select(_grants.c.id).where(unended(), _grants.c.expires_at <= now).limit(1)
+    return db.execute(statement).first() is not None
 
 
 def covered_by(refusal: Refusal) -> ColumnElement[bool]:
@@ -217,14 +216,14 @@ def unended_ids(db: Connection, *where: ColumnElement[bool], limit: int) -> list
     return list(db.execute(select(_grants.c.id).where(unended(), *where).limit(limit)).scalars())
 
 
-def claim_unended(db: Connection, *where: ColumnElement[bool], limit: int) -> list[str]:
-    """The same, locked until this transaction ends, without those that another transaction holds.
+def claimed(*where: ColumnElement[bool], limit: int) -> ColumnElement[bool]:
+    """So many unended grants, passing over those that another transaction holds.
 
     For whoever ends many grants of many tasks: two that take them in different orders would wait for each other for
-    ever, and one that never waits cannot. SQLite has one writer, and nothing to skip.
+    ever, and one that never waits cannot. SQLite has one writer, and nothing to pass over.
     """
-    statement = select(_grants.c.id).where(unended(), *where).limit(limit).with_for_update(skip_locked=True)
-    return list(db.execute(statement).scalars())
+    chosen = select(_grants.c.id).where(unended(), *where).limit(limit).with_for_update(skip_locked=True)
+    return _grants.c.id.in_(chosen)
 
 
 def count_by_agent(db: Connection, *where: ColumnElement[bool]) -> dict[str, int]:

@@ -7,9 +7,10 @@ copied, never written into SQL (INV-31).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import JSON, Connection, insert
@@ -17,6 +18,8 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from broker.domain.clock import epoch
 from broker.store.models import Base, Instant
+
+_compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 # Below this COPY's fixed cost is more than it saves.
 _WORTH_COPYING = 4
@@ -30,18 +33,29 @@ def insert_rows(db: Connection, model: type[Base], rows: Sequence[Row]) -> None:
         return
     if db.dialect.name == "sqlite":
         statement, columns = _sqlite_insert(model)
-        db.exec_driver_sql(statement, [tuple(convert(row[name]) for name, convert in columns) for row in rows])
+        db.exec_driver_sql(statement, [tuple(values) for values in _converted(columns, rows)])
     elif len(rows) >= _WORTH_COPYING:
         statement, columns = _copy(model)
         driver: Any = db.connection.driver_connection
         with driver.cursor() as cursor, cursor.copy(statement) as copy:
-            for row in rows:
-                copy.write_row([convert(row[name]) for name, convert in columns])
+            for values in _converted(columns, rows):
+                copy.write_row(values)
     else:
         db.execute(insert(model), list(rows))
 
 
 Columns = tuple[tuple[str, Callable[[Any], Any]], ...]
+
+
+def _converted(columns: Columns, rows: Sequence[Row]) -> Iterator[Sequence[Any]]:
+    """The values of each row, in the order of the columns; only those that need it are converted."""
+    names = itemgetter(*(name for name, _ in columns))
+    changed = [(place, convert) for place, (_, convert) in enumerate(columns) if convert is not _same]
+    for row in rows:
+        values = list(names(row))
+        for place, convert in changed:
+            values[place] = convert(values[place])
+        yield values
 
 
 @lru_cache
@@ -79,4 +93,4 @@ def _epoch_or_none(value: datetime | None) -> int | None:
 
 def _json_or_none(value: Any) -> str | None:
     # SQL NULL is what our nullable JSON columns mean by None.
-    return None if value is None else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return None if value is None else _compact(value)

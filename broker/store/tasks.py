@@ -125,7 +125,7 @@ def matching(
     resource: str | None = None,
     grants_seen_by: str | None = None,
 ) -> list[ColumnElement[bool]]:
-    """`resource`: the task's ceiling names it, or a grant was issued on it; one that `grants_seen_by` may see, if given."""
+    """`resource`: the ceiling names it, or a grant was issued on it; one that `grants_seen_by` may see, where given."""
     conditions: list[ColumnElement[bool]] = []
     if state is not None:
         conditions.append(_tasks.c.state == state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, update
@@ -20,6 +21,7 @@ from broker.store.models import AuditEvent, Base, table_of
 from broker.store.rows import insert_rows
 
 _EVENT = tuple(Event.__dataclass_fields__)
+_values_of = attrgetter(*_EVENT)
 # What `change_of` reads of a grant; the rest of a row is most of what moving ten thousand costs.
 GRANT_FACTS = ("id", "task_id", "agent", "on_behalf_of", "resource", "policy_version")
 
@@ -51,7 +53,7 @@ def move(
 
 def record(db: Connection, events: Iterable[Event]) -> None:
     """Write audit events; the caller's transaction is that of the change they speak of."""
-    insert_rows(db, AuditEvent, [{name: getattr(event, name) for name in _EVENT} for event in events])
+    insert_rows(db, AuditEvent, [dict(zip(_EVENT, _values_of(event), strict=True)) for event in events])
 
 
 def change_of(at: datetime, actor: str, type_: str, **more: Any) -> Callable[[Row[Any]], Event]:

@@ -1,0 +1,77 @@
+"""A store that does not answer is Unavailable, whatever its driver calls that; a bad row is not."""
+
+import threading
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from broker.domain.errors import Unavailable
+from broker.store.database import Database
+from tests.conftest import postgres_database
+
+
+def test_nobody_listening_is_unavailable():
+    database = Database("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    for transaction in (database.begin, database.read, database.begin_issuing):
+        with pytest.raises(Unavailable), transaction():
+            pass
+
+
+def test_a_file_that_is_no_database_is_unavailable(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a database, " * 100)
+    with pytest.raises(Unavailable), Database(f"sqlite:///{tmp_path / 'notes.txt'}").read() as db:
+        db.execute(sa.text("SELECT 1 FROM grants"))
+
+
+def test_a_connection_that_is_cut_in_the_middle_is_unavailable(postgres):
+    with postgres_database(postgres) as url:
+        database = Database(url)
+        with pytest.raises(Unavailable), database.begin() as db:
+            pid = db.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+            admin = sa.create_engine(url)
+            with admin.connect() as other:
+                other.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
+            admin.dispose()
+            db.execute(sa.text("SELECT 1"))
+        with database.read() as db:
+            assert db.execute(sa.text("SELECT 1")).scalar_one() == 1
+        database.close()
+
+
+def test_a_row_that_breaks_a_rule_is_not_the_stores_fault(database):
+    with pytest.raises(IntegrityError), database.begin() as db:
+        db.execute(sa.text("INSERT INTO gate (id, era) VALUES (2, 0)"))
+
+
+def test_issuing_never_takes_every_connection(database):
+    """INV-27: whoever revokes finds one, however many wait to issue."""
+    release, held = threading.Event(), threading.Semaphore(0)
+
+    def issue():
+        with database.begin_issuing() if not database.is_sqlite else database.read():
+            held.release()
+            release.wait(10)
+
+    threads = [threading.Thread(target=issue, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert held.acquire(timeout=10)
+    waiting = [threading.Thread(target=issue, daemon=True) for _ in range(20)] if not database.is_sqlite else []
+    for thread in waiting:
+        thread.start()
+    with database.begin() as db:
+        assert db.execute(sa.text("SELECT count(*) FROM gate")).scalar_one() == 1
+    release.set()
+    for thread in [*threads, *waiting]:
+        thread.join(10)
+
+
+def test_every_statement_has_a_bound_on_postgresql(postgres):
+    with postgres_database(postgres) as url:
+        database = Database(url)
+        with database.read() as db:
+            for name in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
+                assert db.execute(sa.text(f"SELECT current_setting('{name}')")).scalar_one() != "0"
+        database.close()
