@@ -115,7 +115,7 @@ def test_a_trick_is_a_name_of_nothing(endpoint):
     for name in endpoint.good:
         for text in TRICKS:
             answer = endpoint.send(endpoint.good | {name: text})
-            if endpoint.path != "/oauth2/token" and name == "token":
+            if endpoint.path != "/oauth2/token" and name == "token" and text.isprintable():
                 # Neither verb says why a token opens nothing.
                 assert (answer.status_code, answer.get_data()) in ((200, b""), (200, b'{"active":false}'))
                 continue

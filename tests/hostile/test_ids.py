@@ -37,7 +37,7 @@ def but_for(answer, *names):
     text = answer.get_data(as_text=True).replace(answer.json["trace_id"], "-")
     for name in names:
         text = text.replace(name, "-")
-    headers = [(name, value) for name, value in answer.headers if name != "Content-Length"]
+    headers = [(name, value) for name, value in answer.headers if name not in ("Content-Length", "X-Trace-Id")]
     return answer.status_code, headers, text
 
 
@@ -136,7 +136,10 @@ def test_a_query_is_read_as_strictly_as_a_body(web, path):
         refused(web.get(f"{path}?{query}", "ada"), status=(400,))
     for text in TRICKS:
         answer = web.get(f"{path}?agent={quote(text)}", "ada")
-        assert (answer.status_code, answer.json["items"]) == (200, []) or refused(answer, status=(400,))
+        if text.isprintable():
+            assert (answer.status_code, answer.json["items"]) == (200, [])
+        else:
+            refused(answer, member="agent", status=(400,))
 
 
 def test_a_cursor_of_one_list_is_none_of_another(web):
