@@ -7,8 +7,10 @@ a password: not the value of a key that may hold one, nor that of a key it does 
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import re
 import shlex
 import stat
@@ -36,6 +38,7 @@ from broker.domain.catalogue import (
 from broker.domain.errors import ConfigurationError, Invalid, InvalidScope
 from broker.domain.identity import Role
 from broker.domain.scope import scope_set
+from broker.providers.key_sets import usable_algorithms
 
 PROVIDERS = ("jwt",)
 WORKLOAD_ALGORITHMS = (
@@ -882,10 +885,26 @@ def _open(path: Path, missing: str) -> BinaryIO:
 
 def _read(path: Path, limit: int) -> bytes:
     with _open(path, "make it, or correct the path") as file:
+        # Whoever may write it decides who is believed and what is allowed; of the open file, as below.
+        status = os.fstat(file.fileno())
+        mode = stat.S_IMODE(status.st_mode)
+        if mode & 0o002 or (mode & 0o020 and not _is_private_group(status)):
+            raise _Wrong(
+                f"{path} has mode {mode:04o}, so that others may write it; chmod go-w {shlex.quote(str(path))}"
+            )
         content = file.read(limit + 1)
     if len(content) > limit:
         raise _Wrong(f"{path} has more than the {limit} bytes it may have; make it smaller")
     return content
+
+
+def _is_private_group(status: os.stat_result) -> bool:
+    """Whether the file's group is its owner alone, as many systems make one for each user (and a umask of 002)."""
+    try:
+        group, owner = grp.getgrgid(status.st_gid), pwd.getpwuid(status.st_uid)
+    except KeyError:
+        return False
+    return group.gr_name == owner.pw_name and group.gr_gid == owner.pw_gid and set(group.gr_mem) <= {owner.pw_name}
 
 
 def _master_key(path: Path) -> bytes:
@@ -1027,7 +1046,7 @@ def _check_issuers(reader: _Reader, rows: Sequence[_Row], principals: Sequence[_
         for source in ("jwks_file", "spiffe_bundle_file"):
             if values.get(source) is not None:
                 try:
-                    _key_set(reader.path(values[source]))
+                    _key_set(reader.path(values[source]), source, values)
                 except _Wrong as wrong:
                     reader.refuse(f"{at}.{source}", str(wrong), values[source])
 
@@ -1054,16 +1073,28 @@ def _check_key_source(reader: _Reader, at: str, values: Mapping[str, Any], issue
             reader.refuse(f"{at}.issuer", f"{wrong} (its keys come from there by discovery)", issuer)
 
 
-def _key_set(path: Path) -> None:
-    """Refuse a file that is no JWK set (RFC 7517) or SPIFFE bundle; both are an object with `keys`."""
+def _key_set(path: Path, source: str, values: Mapping[str, Any]) -> None:
+    """Refuse a file that is no JWK set (RFC 7517) or SPIFFE bundle, or in which no key can check a token."""
+    raw = _read(path, _MAX_KEY_SET_BYTES)
     try:
-        document = strict_json.loads(_read(path, _MAX_KEY_SET_BYTES), max_bytes=_MAX_KEY_SET_BYTES)
+        document = strict_json.loads(raw, max_bytes=_MAX_KEY_SET_BYTES)
     except Invalid:
         # Without what is wrong in it: a private key may stand where a public one belongs.
         raise _Wrong(f"{path} is not JSON; write the issuer's JWK set there (RFC 7517)") from None
     keys = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(keys, list) or not keys:
         raise _Wrong(f'{path} has no "keys"; write the issuer\'s JWK set there (RFC 7517)')
+    name, issuer, algorithms = values.get("name"), values.get("issuer"), values.get("algorithms")
+    if name is None or issuer is None or not algorithms:
+        return
+    declared = TrustedIssuer(name=name, issuer=issuer, key_source=source, algorithms=tuple(algorithms))
+    try:
+        usable = usable_algorithms(raw, declared)
+    except Invalid as problem:
+        raise _Wrong(f"{path} cannot be used: {problem.detail}; write the issuer's JWK set there (RFC 7517)") from None
+    if usable.isdisjoint(algorithms):
+        wanted = 'public keys with a kid and use "jwt-svid"' if declared.trust_domain else "public keys, RSA, EC or OKP"
+        raise _Wrong(f"{path} has no key that can check {' or '.join(algorithms)}; write {wanted} there")
 
 
 def _check_principals(reader: _Reader, rows: Sequence[_Row], issuers: Sequence[_Row]) -> None:
@@ -1075,6 +1106,13 @@ def _check_principals(reader: _Reader, rows: Sequence[_Row], issuers: Sequence[_
         issuer = values.get("issuer")
         if issuer is not None and issuer not in names and "issuers" not in reader.unreadable:
             reader.refuse(f"{at}.issuer", _unknown("issuer", issuer, names, "issuers"), issuer)
+        if issuer is not None and declared.get(issuer, {}).get("users"):
+            reader.refuse(
+                f"{at}.issuer",
+                "is an issuer of people on whose behalf others act, whose tokens open nothing themselves; give its "
+                "callers an issuer without users = true, or take this principal out",
+                issuer,
+            )
         for index, role in enumerate(values.get("roles", ())):
             if role not in set(Role):
                 reader.refuse(f"{at}.roles[{index}]", f"is not a role; the roles are {', '.join(Role)}", role)
@@ -1110,7 +1148,7 @@ def _check_resources(
     names = _written(principals, "name")
     for at, _, values in rows:
         identifier = values.get("identifier")
-        if identifier is not None and identifier == own:
+        if identifier is not None and own is not None and identifier.rstrip("/") in (own, f"{own}/v1"):
             reader.refuse(
                 f"{at}.identifier",
                 "is the broker itself, which its credentials may not open; write another",

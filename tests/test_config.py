@@ -1,14 +1,18 @@
 """One valid configuration, and each way to spoil it: every refusal names key, value and remedy."""
 
 import copy
+import grp
 import json
 import os
+import pwd
 import re
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +103,11 @@ def spoiled(document, path, value):
     return document
 
 
+PUBLIC = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
+# Good for an issuer with a JWK set and for one with a SPIFFE bundle.
+KEYS = json.dumps({"keys": [PUBLIC | {"kid": "one", "use": "sig"}, PUBLIC | {"kid": "two", "use": "jwt-svid"}]})
+
+
 class Place:
     """A directory with all that the valid configuration names."""
 
@@ -108,7 +117,7 @@ class Place:
         self.key = directory / "master.key"
         self.key.write_bytes(bytes(range(32)))
         self.key.chmod(0o600)
-        (directory / "keys.json").write_text('{"keys": [{"kty": "EC"}]}')
+        (directory / "keys.json").write_text(KEYS)
         (directory / "policies").mkdir()
         (directory / "policies" / "crm.cedar").write_text("// naïve\n")
         (directory / "policies" / "schema.cedarschema").write_text("entity Agent;\n")
@@ -627,6 +636,85 @@ def test_a_file_that_is_no_key_set_is_refused(place, content):
     found = place.problems()
     assert len(found) == 2
     assert all('has no "keys"; write the issuer' in problem for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "of_a_bundle"),
+    [
+        ([{"kty": "oct", "k": "c2VjcmV0", "kid": "one", "use": "sig"}], 2),
+        ([PUBLIC | {"d": "AQAB", "kid": "one", "use": "sig"}], 2),
+        ([PUBLIC | {"x": "AQAB", "kid": "one", "use": "sig"}], 2),
+        ([{"kty": "EC"}], 2),
+        ([PUBLIC | {"kid": "one", "use": "enc"}], 2),
+        ([PUBLIC | {"kid": "one", "alg": "ES384"}], 2),
+        ([PUBLIC | {"kid": "one", "use": "sig"}], 1),  # none of them is for JWT-SVIDs
+        ([PUBLIC | {"use": "sig"}, PUBLIC | {"use": "jwt-svid"}], 1),  # without a kid
+        ([PUBLIC | {"kid": f"{number}", "use": "sig"} for number in range(101)], 2),
+    ],
+)
+def test_a_key_set_in_which_no_key_can_check_a_token_is_refused(place, keys, of_a_bundle):
+    (place.directory / "keys.json").write_text(json.dumps({"keys": keys}))
+    found = place.problems()
+    assert len(found) == of_a_bundle
+    assert all("/keys.json " in problem and "; write " in problem for problem in found)
+    assert "c2VjcmV0" not in "".join(found)
+    assert "issuers[1].spiffe_bundle_file" in found[0]
+
+
+TRUSTED = ["broker.toml", "keys.json", "policies/crm.cedar", "policies/schema.cedarschema"]
+
+
+@pytest.mark.parametrize("mode", [0o646, 0o666, 0o642])
+@pytest.mark.parametrize("name", TRUSTED)
+def test_a_file_that_everybody_may_write_is_refused(place, name, mode):
+    place.load()
+    (place.directory / name).chmod(mode)
+    with pytest.raises(ConfigurationError) as refused:
+        load(place.file, {})
+    file = place.directory / name
+    assert f"{file} has mode {mode:04o}, so that others may write it; chmod go-w {file}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "safe"),
+    [
+        (("me", 1000, []), True),
+        (("me", 1000, ["me"]), True),
+        (("me", 1000, ["mallory"]), False),
+        (("staff", 1000, []), False),
+        (("me", 1001, []), False),
+        (None, False),
+    ],
+)
+def test_a_file_that_a_group_may_write_is_refused_unless_the_group_is_its_owner(place, monkeypatch, group, safe):
+    def found(_):
+        if group is None:
+            raise KeyError
+        name, number, members = group
+        return SimpleNamespace(gr_name=name, gr_gid=number, gr_mem=members)
+
+    place.load()
+    monkeypatch.setattr(grp, "getgrgid", found)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: SimpleNamespace(pw_name="me", pw_gid=1000))
+    (place.directory / "policies" / "crm.cedar").chmod(0o664)
+    if safe:
+        assert place.load()
+    else:
+        assert "has mode 0664, so that others may write it" in place.the_problem()
+
+
+def test_a_principal_of_an_issuer_of_people_could_never_call_and_is_refused(place):
+    document = spoiled(VALID, "principals[1].issuer", "people")
+    problems = [problem for problem in place.problems(document) if "principals[1].issuer" in problem]
+    assert len(problems) == 1
+    assert 'principals[1].issuer = "people": is an issuer of people' in problems[0]
+    assert "take this principal out" in problems[0]
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
+def test_a_resource_that_is_the_broker_itself_is_refused(place, path):
+    problem = place.the_problem(spoiled(VALID, "resources[1].identifier", f"https://broker.example{path}"))
+    assert "is the broker itself" in problem
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,9 @@ def make_directory(directory: Path) -> None:
         shutil.copytree(samples.directory() / "policies", directory / "policies")
     if not (directory / "broker.toml").exists():
         shutil.copyfile(samples.directory() / "development.toml", directory / "broker.toml")
+    for copy in (directory / "broker.toml", *(directory / "policies").iterdir()):
+        # A copy has the mode of its original, or of the umask, and what others may write is refused.
+        copy.chmod(copy.stat().st_mode & ~0o022)
 
 
 def _port(directory: Path, given: int | None) -> int:

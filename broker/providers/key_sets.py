@@ -301,6 +301,12 @@ def _within(body: Any) -> Any:
     return body
 
 
+def usable_algorithms(raw: bytes, issuer: TrustedIssuer) -> frozenset[str]:
+    """What the keys of this document could check for this issuer; `Invalid` if it is no key set."""
+    keys = _read(raw, b"", 0, issuer).keys
+    return frozenset(algorithm for key in keys for algorithm in key.algorithms)
+
+
 def is_loopback(url: str) -> bool:
     """Whether this address can only be on this machine, by its name alone: nothing is resolved.
 

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "store": {"domain"},
     "providers": {"domain"},
     "services": {"domain", "store", "providers", "telemetry"},
-    "config": {"domain"},
+    "config": {"domain", "providers"},
     "telemetry": {"domain"},
     "wiring": {"domain", "store", "providers", "services", "config", "telemetry"},
     "web": {"domain", "services", "wiring", "telemetry", "config"},

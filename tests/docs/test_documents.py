@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from broker.cli import main
 from broker.config import load
@@ -36,7 +36,15 @@ url = "sqlite:///broker.db"
 [keys]
 master_key_file = "master.key"
 """
-PUBLIC_KEY = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
+# Of each kind one for a JWK set and one for a SPIFFE bundle: what cannot check a token does not load.
+KEY_PAIRS = {"ec": ec.generate_private_key(ec.SECP256R1()), "rsa": rsa.generate_private_key(65537, 2048)}
+KEY_SET = {
+    "keys": [
+        jose.public_jwk(key.public_key()) | {"kid": f"{kind}-{use}", "use": use}
+        for kind, key in KEY_PAIRS.items()
+        for use in ("sig", "jwt-svid")
+    ]
+}
 CONFIGURATION = [block for block in all_blocks("toml") if "[[tests]]" not in block.text]
 POLICY_TESTS = [block for block in all_blocks("toml") if "[[tests]]" in block.text]
 
@@ -76,7 +84,7 @@ def fragment(text: str, place: Path):
     for issuer in declared.get("issuers", []):
         for name in ("jwks_file", "spiffe_bundle_file"):
             if name in issuer:
-                (place / issuer[name]).write_text(json.dumps({"keys": [PUBLIC_KEY | {"kid": "one"}]}))
+                (place / issuer[name]).write_text(json.dumps(KEY_SET))
     named = {issuer["name"] for issuer in declared.get("issuers", [])}
     missing = {principal["issuer"] for principal in declared.get("principals", [])} - named
     more = "".join(
