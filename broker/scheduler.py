@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 
+from apscheduler.events import EVENT_SCHEDULER_SHUTDOWN
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from broker import telemetry
@@ -28,17 +29,24 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
 
 
 def start(broker: Broker, *, only: tuple[str, ...] | None = None) -> BackgroundScheduler:
-    """A running scheduler; the caller shuts it down.
+    """A running scheduler; the caller shuts it down. A wake-up from any broker runs its jobs at once.
 
     The default misfire grace of one second would silently drop the very runs that follow a pause.
     """
     scheduler = BackgroundScheduler(
         job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}, timezone="UTC"
     )
-    for name, job, seconds in jobs(broker):
-        if only is None or name in only:
-            scheduler.add_job(_reported(name, job), "interval", seconds=seconds, id=name)
+    table = [(name, _reported(name, job), every) for name, job, every in jobs(broker) if only is None or name in only]
+    for name, job, seconds in table:
+        scheduler.add_job(job, "interval", seconds=seconds, id=name)
     scheduler.start()
+
+    def run_now() -> None:
+        for name, job, _ in table:
+            scheduler.add_job(job, id=f"{name}, now", replace_existing=True)
+
+    stop_listening = broker.wakeups.listen(run_now)
+    scheduler.add_listener(lambda _event: stop_listening(), EVENT_SCHEDULER_SHUTDOWN)
     return scheduler
 
 

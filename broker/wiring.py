@@ -9,6 +9,7 @@ from broker.config import Settings, read_master_key
 from broker.domain.clock import Clock, system_clock
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
+from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
@@ -45,6 +46,7 @@ class Broker:
     administration: Administration
     audit_trail: AuditTrail
     sweeper: Sweeper
+    wakeups: Wakeups
 
     def migrate(self) -> None:
         """Bring the database to the revision this code expects."""
@@ -84,7 +86,10 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
     key_sets = KeySets()
     issuer, limits = settings.issuer, settings.limits
     indexes = StatusIndexes(database=database, longest_life=2 * limits.max_ttl)
-    revocation = Revocation(database=database, standing=standing, keys=keys, issuer=issuer, clock=clock)
+    wakeups = Wakeups(settings.redis_url)
+    revocation = Revocation(
+        database=database, standing=standing, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
+    )
     return Broker(
         settings=settings,
         clock=clock,
@@ -100,9 +105,10 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
         tasks=TaskService(database=database, standing=standing, limits=limits, issuer=issuer, clock=clock),
         revocation=revocation,
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
-        administration=Administration(database=database, standing=standing, keys=keys, clock=clock),
+        administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
+        wakeups=wakeups,
     )
 
 

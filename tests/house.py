@@ -118,7 +118,9 @@ def catalogue_for(issuer: DevIssuer, **more: object) -> Catalogue:
     return replace(catalogue, **more)  # type: ignore[arg-type]
 
 
-def settings_for(store_url: str, directory: Path, catalogue: Catalogue, **limits: int) -> Settings:
+def settings_for(
+    store_url: str, directory: Path, catalogue: Catalogue, *, redis_url: str | None = None, **limits: int
+) -> Settings:
     key_file = directory / "master.key"
     if not key_file.exists():
         key_file.touch(mode=0o600)
@@ -127,6 +129,7 @@ def settings_for(store_url: str, directory: Path, catalogue: Catalogue, **limits
         issuer=ISSUER,
         server=ServerSettings(listen="127.0.0.1:8080", host="127.0.0.1", port=8080),
         store_url=store_url,
+        redis_url=redis_url,
         master_key_file=key_file,
         rotate_every=timedelta(days=1),
         limits=Limits(**limits),  # type: ignore[arg-type]
@@ -135,10 +138,13 @@ def settings_for(store_url: str, directory: Path, catalogue: Catalogue, **limits
     )
 
 
-def build_house(store_url: str, directory: Path, *, clock: TestClock | None = None, **limits: int) -> House:
+def build_house(
+    store_url: str, directory: Path, *, clock: TestClock | None = None, redis_url: str | None = None, **limits: int
+) -> House:
     """A broker on a migrated store, with its configuration applied. Two houses on one store are two brokers."""
     clock = clock or TestClock()
     issuer = DevIssuer.create_or_load(directory)
-    broker = build(settings_for(store_url, directory, catalogue_for(issuer), **limits), clock=clock)
+    settings = settings_for(store_url, directory, catalogue_for(issuer), redis_url=redis_url, **limits)
+    broker = build(settings, clock=clock)
     broker.apply(by="tests")
     return House(broker=broker, clock=clock, issuer=issuer)

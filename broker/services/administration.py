@@ -18,6 +18,7 @@ from broker.domain.errors import Conflict, Invalid, RoleMissing
 from broker.domain.identity import Caller, Role, WorkloadIdentity, new_id
 from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.scope import require_offered
+from broker.providers.wakeups import Wakeups
 from broker.services.keys import Keys
 from broker.services.standing import StandingReader
 from broker.store import gate, standing
@@ -49,10 +50,13 @@ class WhatIf:
 
 
 class Administration:
-    def __init__(self, *, database: Database, standing: StandingReader, keys: Keys, clock: Clock) -> None:
+    def __init__(
+        self, *, database: Database, standing: StandingReader, keys: Keys, wakeups: Wakeups, clock: Clock
+    ) -> None:
         self._database = database
         self._standing = standing
         self._keys = keys
+        self._wakeups = wakeups
         self._clock = clock
 
     def apply(self, catalogue: Catalogue, *, by: str, allow_older: bool = False) -> int:
@@ -65,6 +69,10 @@ class Administration:
         self._keys.ensure({resource.signing_algorithm for resource in catalogue.resources} | {"ES256"})
         document = catalogue.as_document()
         sha256 = hashlib.sha256(canonical_json(document)).hexdigest()
+        with self._database.read() as db:
+            latest = standing.latest_configuration(db)
+        if latest is not None and latest.sha256 == sha256:
+            return int(latest.version)
         now = self._clock()
         with self._database.begin() as db:
             # Turning the era is what makes every broker look again; it also makes two that apply take turns.
@@ -90,6 +98,7 @@ class Administration:
                 data={"version": version, "sha256": sha256},
             )
             record(db, [event])
+        self._wakeups.wake()
         return version
 
     def versions(self, caller: Caller, *, before: int | None = None, limit: int = 100) -> list[AppliedVersion]:

@@ -21,6 +21,7 @@ from broker.domain.identity import Caller, Role, is_id, new_id
 from broker.domain.lifecycle import GrantState
 from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.refusal import Refusal, require_axis
+from broker.providers.wakeups import Wakeups
 from broker.services.issuance import KEYS_REMEMBERED_FOR
 from broker.services.keys import Keys
 from broker.services.receipts import SignedReceipt, signed_receipt
@@ -74,10 +75,20 @@ class _Order:
 
 
 class Revocation:
-    def __init__(self, *, database: Database, standing: StandingReader, keys: Keys, issuer: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        standing: StandingReader,
+        keys: Keys,
+        wakeups: Wakeups,
+        issuer: str,
+        clock: Clock,
+    ) -> None:
         self._database = database
         self._standing = standing
         self._keys = keys
+        self._wakeups = wakeups
         self._issuer = issuer
         self._clock = clock
 
@@ -213,6 +224,7 @@ class Revocation:
 
     def _carried_out(self, order: _Order) -> BulkOutcome:
         """Count what it ended, let rows follow, and say so."""
+        self._wakeups.wake()
         refusal = order.refusal
         covered = (grants.covered_by(refusal), grants.unexpired(order.ordered_at))
         with self._database.read() as db:
@@ -296,7 +308,8 @@ class Revocation:
             if row is None:
                 raise NotFound(f"no lockdown {lockdown_id[:64]!r} is standing")
             record(db, [_bulk_event(caller, row.axis, row.value, row.reason, now, "lockdown.lifted", row.id)])
-            return _lockdown_of(row)
+        self._wakeups.wake()
+        return _lockdown_of(row)
 
     def lockdowns(
         self, caller: Caller, *, standing_only: bool = True, before: str | None = None, limit: int = 1000
