@@ -88,6 +88,23 @@ def test_of_two_that_end_a_task_at_once_the_first_decides_and_both_get_its_recei
     assert sorted(row.type for row in ends) == ["grant.revoked", "task.completed"]
 
 
+def test_a_task_that_ends_waits_in_a_queue_that_issuing_cannot_jump(postgres_race):
+    """INV-27: who asks after the one that ends the task stands behind it, so no stream of requests keeps it open."""
+    race = postgres_race
+    task = race.one.open_task()
+    pause = race.stop(*ISSUE_BEFORE_ITS_INSERT)
+    first = race.start(race.one.issue, task)
+    pause.until_reached(first)
+    ending = race.start(complete, race.other, task)
+    race.until_they_wait(ending)
+    late = race.start(race.other.issue, task)
+    race.until_they_wait(ending, late)
+    assert not late.done()
+    pause.go_on()
+    assert isinstance(late.exception(), TaskNotActive)
+    assert [line.grant_id for line in ending.result().receipt.lines] == [first.result().grant.id]
+
+
 class TestHeartbeat:
     """The sweeper's clock is a second ahead, as clocks are: it holds lost what its orchestrator still keeps."""
 
