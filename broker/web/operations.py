@@ -6,7 +6,9 @@ Declared in one breath, so that the document cannot say anything else than the c
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -37,6 +39,7 @@ class Operation:
     creates: bool
     proof: bool
     looks_again: bool
+    ends: bool
 
 
 class Operations:
@@ -58,10 +61,12 @@ class Operations:
         creates: bool = False,
         proof: bool = False,
         looks_again: bool = False,
+        ends: bool = False,
     ) -> Callable[[Handler], Handler]:
         """Declare `handler(caller, *ids, body?, query?)`; `creates` takes an Idempotency-Key, `proof` a DPoP header.
 
-        `looks_again`: the verb asks anew, in its own transaction, who the caller is.
+        `looks_again`: the verb asks anew, in its own transaction, who the caller is. `ends`: it takes authority away,
+        and so must not wait for those who ask for some (INV-27).
         """
 
         def declare(handler: Handler) -> Handler:
@@ -76,6 +81,7 @@ class Operations:
                 creates=creates,
                 proof=proof,
                 looks_again=looks_again,
+                ends=ends,
             )
             self.declared.append(operation)
             rule = path.replace("{", "<").replace("}", ">")
@@ -99,7 +105,7 @@ def _route(operation: Operation, handler: Handler) -> Callable[..., Response]:
             if operation.query is not NoQuery:
                 given["query"] = read
         if operation.method in ("POST", "PUT"):
-            raw = raw_body(request)
+            raw = raw_body(request, caller, ends=operation.ends)
             g.raw_body = raw
             if operation.body is not None:
                 given["body"] = json_body(operation.body, raw, optional=optional_body)
@@ -119,22 +125,38 @@ def json_response(answer: Any, status: int = 200) -> Response:
     return response
 
 
-def page(items: Sequence[Any], shown: Sequence[Any], limit: int) -> dict[str, Any]:
-    """A list answer; the cursor is the id of its last item, and opaque to everybody else."""
+def kept_response(document: bytes, *, kept_for_s: int, media_type: str = "application/json") -> Response:
+    """A public document that may be kept for so long, and is asked for again by its ETag."""
+    response = Response(document, mimetype=media_type)
+    response.headers["Cache-Control"] = f"public, max-age={kept_for_s}"
+    response.set_etag(hashlib.sha256(document).hexdigest()[:32])
+    response.make_conditional(request)
+    return response
+
+
+def page(items: Sequence[Any], shown: Sequence[Any], limit: int, *, by: str = "id") -> dict[str, Any]:
+    """A list answer; the cursor is what its last item is ordered `by`, and opaque to everybody else."""
     more = len(items) == limit
-    cursor = base64.urlsafe_b64encode(items[-1].id.encode()).decode() if more else None
+    cursor = base64.urlsafe_b64encode(str(getattr(items[-1], by)).encode()).decode() if more else None
     return {"items": list(shown), "next_cursor": cursor}
 
 
 def before(cursor: str | None, prefix: str) -> str | None:
     """The id a cursor stands for."""
-    if cursor is None:
-        return None
+    return None if cursor is None else _opened(cursor, lambda text: is_id(text, prefix))
+
+
+def before_version(cursor: str | None) -> int | None:
+    """The number of the version a cursor stands for."""
+    return None if cursor is None else int(_opened(cursor, re.compile("[1-9][0-9]{0,8}").fullmatch))
+
+
+def _opened(cursor: str, fits: Callable[[str], object]) -> str:
     try:
         text = base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
     except ValueError:
         text = ""
-    if not is_id(text, prefix):
+    if not fits(text):
         raise Invalid("cursor is not one that this list answered: start again without it", member="cursor")
     return text
 

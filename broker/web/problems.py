@@ -77,6 +77,9 @@ def problem_response(problem: BrokerError, issuer: str, trace_id: str | None) ->
     more: dict[str, Any] = {}
     if problem.member is not None:
         more["member"] = problem.member
+    if isinstance(problem, Forbidden):
+        # Null where somebody else than policy said no, so that nobody has to ask whether it is there.
+        more["decision"] = None
     if isinstance(problem, PolicyDenied):
         more |= {"decision": problem.decision, "grant_id": problem.grant_id}
     return document(status, problem.code, problem.detail, issuer, trace_id, headers=_headers(problem, issuer), **more)
@@ -140,12 +143,13 @@ class OAuthError(Exception):
         self.status = status
 
 
-def oauth_response(problem: BrokerError | OAuthError, issuer: str) -> Response:
-    """A refusal as RFC 6749 section 5.2 wants it."""
+def oauth_response(problem: BrokerError | OAuthError, issuer: str, authorization: str = "") -> Response:
+    """A refusal as RFC 6749 section 5.2 wants it: with the scheme of the `Authorization` header that was tried."""
     if isinstance(problem, OAuthError):
         return _oauth(problem.error, problem.description, problem.status, {})
     if isinstance(problem, Unauthenticated):
-        return _oauth("invalid_client", problem.detail, 401, {"WWW-Authenticate": f'Bearer realm="{issuer}"'})
+        scheme = "Basic" if authorization[:6].lower() == "basic " else "Bearer"
+        return _oauth("invalid_client", problem.detail, 401, {"WWW-Authenticate": f'{scheme} realm="{issuer}"'})
     code = next((code for kind, code in _OAUTH_CODES if isinstance(problem, kind)), problem.code)
     overloaded = isinstance(problem, LimitExceeded | Unavailable)
     return _oauth(code, problem.detail, status_of(problem) if overloaded else 400, _headers(problem, issuer))
@@ -164,7 +168,7 @@ REMEDIES: Mapping[str, str] = {
     "invalid_scope": "Ask for scopes the resource offers and the task includes.",
     "invalid_authorization_details": "Send one element of type urn:broker:task with a task_id.",
     "unauthenticated": "Send a fresh workload token of a trusted issuer with this broker as its only audience. "
-    "Why a token was refused stands in the broker's log, under the trace id.",
+    "Why a token was refused stands in the broker's log, under the trace id of the answer's X-Trace-Id header.",
     "invalid_dpop_proof": "Make a new proof for each request: method, URL, a fresh jti, the time now.",
     "use_dpop_nonce": "Repeat the request with the nonce of the DPoP-Nonce header in the proof.",
     "forbidden": "The detail says what is missing.",

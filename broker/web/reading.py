@@ -18,12 +18,18 @@ from pydantic import BaseModel, ValidationError
 from broker.domain import strict_json
 from broker.domain.errors import Invalid
 from broker.domain.grant import IdempotencyClaim
+from broker.domain.identity import Caller
+from broker.web.context import bodies
+from broker.web.plain import NOT_PLAIN
 
 MAX_BODY_BYTES = 65_536
 _MAX_PARAMETERS = 64
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Version 00 has four fields and no more; of a later version we read the four it has in common with that.
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}((?<!^00.{53})-.*)?"
+)
+_NOT_PLAIN = re.compile(f"[{NOT_PLAIN}]")
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -40,21 +46,31 @@ class TooLarge(Exception):
     """The body is longer than `MAX_BODY_BYTES`."""
 
 
-def raw_body(request: Request) -> bytes:
-    """The whole body; refused before it can fill memory, and never cut off: half a request is another request."""
-    if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
+def raw_body(request: Request, caller: Caller | None, *, ends: bool = False) -> bytes:
+    """The whole body; refused before it can fill memory, and never cut off: half a request is another request.
+
+    `caller` and `ends` say in which lane it is waited for (`broker.web.bodies`).
+    """
+    length = request.content_length
+    if length is not None and length > MAX_BODY_BYTES:
         raise TooLarge
-    raw = bytearray()
-    # One read may give less than there is, where a body comes in chunks and says no length.
-    while len(raw) <= MAX_BODY_BYTES and (part := request.stream.read(MAX_BODY_BYTES + 1 - len(raw))):
-        raw += part
+    if not length and "Transfer-Encoding" not in request.headers:
+        return b""
+    stream = request.stream
+
+    def read() -> bytes:
+        raw = bytearray()
+        # One read may give less than there is, where a body comes in chunks and says no length.
+        while len(raw) <= MAX_BODY_BYTES and (part := stream.read(MAX_BODY_BYTES + 1 - len(raw))):
+            raw += part
+        return bytes(raw)
+
+    raw = bodies().read(read, caller, ends=ends)
     if len(raw) > MAX_BODY_BYTES:
         raise TooLarge
-    if request.content_length is not None and len(raw) != request.content_length:
-        raise Invalid(
-            f"the body ended after {len(raw)} of {request.content_length} bytes: send all that Content-Length says"
-        )
-    return bytes(raw)
+    if length is not None and len(raw) != length:
+        raise Invalid(f"the body ended after {len(raw)} of {length} bytes: send all that Content-Length says")
+    return raw
 
 
 def json_body(model: type[Body], raw: bytes, *, optional: bool) -> Body:
@@ -89,8 +105,8 @@ def form(raw: bytes) -> dict[str, str]:
         raise Invalid("send the parameters as application/x-www-form-urlencoded")
     values = _once(_pairs(raw, "the body is not well-formed application/x-www-form-urlencoded text in UTF-8"))
     for name, value in values.items():
-        if _CONTROL.search(value):
-            raise Invalid(f"{printable(name)} holds a control character", member=printable(name))
+        if _NOT_PLAIN.search(value):
+            raise Invalid(f"{printable(name)} holds a control or format character", member=printable(name))
     # RFC 6749 section 3.1: a parameter without a value counts as absent.
     return {name: value for name, value in values.items() if value}
 
@@ -118,8 +134,11 @@ def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return values
 
 
-def idempotency(raw: bytes) -> IdempotencyClaim | None:
-    """The Idempotency-Key with what it stands for: this path and this body."""
+def idempotency(raw: bytes, jkt: str | None = None) -> IdempotencyClaim | None:
+    """The Idempotency-Key with what it stands for: this path, this body, and the key the answer is bound to.
+
+    A request with a proof and the same one without are two: the second must not be answered with a bearer's token.
+    """
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return None
@@ -127,7 +146,7 @@ def idempotency(raw: bytes) -> IdempotencyClaim | None:
         raise Invalid(
             "Idempotency-Key is one to 255 printable ASCII characters without a blank", member="Idempotency-Key"
         )
-    whole = f"{request.path}\n".encode() + raw
+    whole = f"{request.path}\n{jkt or ''}\n".encode() + raw
     return IdempotencyClaim(
         key_sha256=hashlib.sha256(key.encode()).hexdigest(), request_sha256=hashlib.sha256(whole).hexdigest()
     )
@@ -160,7 +179,7 @@ def invalid(problems: ValidationError) -> Invalid:
 
 def printable(text: str) -> str:
     """Somebody else's text as it may stand in an answer or a log line (INV-31)."""
-    return _CONTROL.sub("?", text.encode(errors="replace").decode())[:200]
+    return _NOT_PLAIN.sub("?", text.encode(errors="replace").decode())[:200]
 
 
 def _json_type(value: Any) -> str:

@@ -18,8 +18,8 @@ from broker.domain.grant import Grant, Issued
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
-from broker.services.revocation import BulkOutcome, Lockdown
 from broker.services.receipts import SignedReceipt
+from broker.services.revocation import BulkOutcome, Lockdown
 from broker.web.plain import PLAIN_PATTERN
 
 Sentence = Annotated[str, Field(min_length=1, max_length=1000, pattern=PLAIN_PATTERN)]
@@ -342,7 +342,9 @@ class ProblemAnswer(Answer):
     member: Annotated[str, Field(description="What is wrong: a member, parameter or header. Absent where none is.")] = (
         ""
     )
-    decision: Annotated[dict[str, Any], Field(description="With policy_denied: the whole decision.")] = {}
+    decision: Annotated[DecisionAnswer | None, Field(description="With 403: the decision, where policy made one.")] = (
+        None
+    )
     grant_id: Annotated[str | None, Field(description="With policy_denied: the denied grant.")] = None
 
 

@@ -30,6 +30,7 @@ grants = Operations("grants")
     looks_again=True,
 )
 def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
+    jkt = proven_key()
     request = GrantRequest(
         caller=caller,
         resource=body.resource,
@@ -38,8 +39,8 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
         ttl=None if body.ttl_s is None else timedelta(seconds=body.ttl_s),
         intent=body.intent,
         claimed=body.context,
-        idempotency=idempotency(g.raw_body),
-        jkt=proven_key(),
+        idempotency=idempotency(g.raw_body, jkt),
+        jkt=jkt,
     )
     return 201, shapes.of_issued(broker().issuance.issue(request))
 
@@ -83,6 +84,7 @@ def show_grant(caller: Caller, grant_id: str) -> tuple[int, Any]:
     "End one grant",
     body=shapes.WithReason,
     answers={200: shapes.ReceiptAnswer},
+    ends=True,
 )
 def revoke_grant(caller: Caller, grant_id: str, body: shapes.WithReason) -> tuple[int, Any]:
     return 200, shapes.of_receipt(broker().revocation.revoke_grant(caller, grant_id, reason=body.reason))

@@ -9,15 +9,17 @@ from broker.domain.scope import scope_set
 from broker.services.administration import WhatIf
 from broker.web import shapes
 from broker.web.context import broker
-from broker.web.operations import Operations
+from broker.web.operations import Operations, before_version, page
 
 policies = Operations("policies")
 
 
-@policies("GET", "/v1/policies", "Configuration versions, newest first", answers={200: shapes.VersionPage})
-def list_versions(caller: Caller) -> tuple[int, Any]:
-    found = broker().administration.versions(caller)
-    return 200, {"items": [shapes.of_version(version) for version in found], "next_cursor": None}
+@policies(
+    "GET", "/v1/policies", "Configuration versions, newest first", query_=shapes.Page, answers={200: shapes.VersionPage}
+)
+def list_versions(caller: Caller, query: shapes.Page) -> tuple[int, Any]:
+    found = broker().administration.versions(caller, before=before_version(query.cursor), limit=query.limit)
+    return 200, page(found, [shapes.of_version(version) for version in found], query.limit, by="version")
 
 
 @policies(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from flask import g
+
 from broker.domain.identity import Caller
 from broker.domain.refusal import selector
 from broker.web import shapes
 from broker.web.context import broker
-from broker.web.operations import Operations
+from broker.web.operations import Operations, before, page
+from broker.web.reading import idempotency
 
 revocations = Operations("revocations")
 
@@ -19,11 +22,19 @@ revocations = Operations("revocations")
     "Revoke along one axis; a dry run shows what it would end",
     body=shapes.Revoke,
     answers={200: shapes.RevocationAnswer},
+    creates=True,
+    ends=True,
 )
 def revoke_along(caller: Caller, body: shapes.Revoke) -> tuple[int, Any]:
     axis, value = selector(body.members())
     outcome = broker().revocation.revoke_along(
-        caller, axis, value, reason=body.reason, dry_run=body.dry_run, lockdown=body.lockdown
+        caller,
+        axis,
+        value,
+        reason=body.reason,
+        dry_run=body.dry_run,
+        lockdown=body.lockdown,
+        idempotency=idempotency(g.raw_body),
     )
     live = {grant.id: outcome.dry_run for grant in outcome.samples}
     return 200, shapes.of_revocation(outcome, live)
@@ -33,8 +44,10 @@ def revoke_along(caller: Caller, body: shapes.Revoke) -> tuple[int, Any]:
     "GET", "/v1/lockdowns", "Lockdowns that stand", query_=shapes.LockdownQuery, answers={200: shapes.LockdownPage}
 )
 def list_lockdowns(caller: Caller, query: shapes.LockdownQuery) -> tuple[int, Any]:
-    found = broker().revocation.lockdowns(caller, standing_only=query.lifted == "false")
-    return 200, {"items": [shapes.of_lockdown(lockdown) for lockdown in found], "next_cursor": None}
+    standing_only = query.lifted == "false"
+    cursor = before(query.cursor, "lck")
+    found = broker().revocation.lockdowns(caller, standing_only=standing_only, before=cursor, limit=query.limit)
+    return 200, page(found, [shapes.of_lockdown(lockdown) for lockdown in found], query.limit)
 
 
 @revocations(
@@ -43,10 +56,15 @@ def list_lockdowns(caller: Caller, query: shapes.LockdownQuery) -> tuple[int, An
     "Refuse what comes next along one axis, and revoke what is out",
     body=shapes.SetLockdown,
     answers={201: shapes.LockdownAnswer},
+    creates=True,
+    ends=True,
 )
 def set_lockdown(caller: Caller, body: shapes.SetLockdown) -> tuple[int, Any]:
     axis, value = selector(body.members())
-    return 201, shapes.of_lockdown(broker().revocation.set_lockdown(caller, axis, value, reason=body.reason))
+    lockdown = broker().revocation.set_lockdown(
+        caller, axis, value, reason=body.reason, idempotency=idempotency(g.raw_body)
+    )
+    return 201, shapes.of_lockdown(lockdown)
 
 
 @revocations("DELETE", "/v1/lockdowns/{id}", "Lift a lockdown", answers={200: shapes.LockdownAnswer})

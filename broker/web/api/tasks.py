@@ -55,6 +55,7 @@ def list_tasks(caller: Caller, query: shapes.TaskQuery) -> tuple[int, Any]:
         state=query.state,
         agent=query.agent,
         user=query.user,
+        resource=query.resource,
         before=before(query.cursor, "task"),
         limit=query.limit,
     )
@@ -81,6 +82,7 @@ def _end(caller: Caller, task_id: str, state: TaskState, body: shapes.WithReason
     "End a task as completed, with everything issued for it",
     body=shapes.WithReason,
     answers={200: shapes.ReceiptAnswer},
+    ends=True,
 )
 def complete_task(caller: Caller, task_id: str, body: shapes.WithReason) -> tuple[int, Any]:
     return _end(caller, task_id, TaskState.COMPLETED, body)
@@ -92,6 +94,7 @@ def complete_task(caller: Caller, task_id: str, body: shapes.WithReason) -> tupl
     "End a task as failed, with everything issued for it",
     body=shapes.WithReason,
     answers={200: shapes.ReceiptAnswer},
+    ends=True,
 )
 def fail_task(caller: Caller, task_id: str, body: shapes.WithReason) -> tuple[int, Any]:
     return _end(caller, task_id, TaskState.FAILED, body)
@@ -103,6 +106,7 @@ def fail_task(caller: Caller, task_id: str, body: shapes.WithReason) -> tuple[in
     "End a task as cancelled, with everything issued for it",
     body=shapes.WithReason,
     answers={200: shapes.ReceiptAnswer},
+    ends=True,
 )
 def cancel_task(caller: Caller, task_id: str, body: shapes.WithReason) -> tuple[int, Any]:
     return _end(caller, task_id, TaskState.CANCELLED, body)

@@ -102,7 +102,7 @@ def paths() -> dict[str, Any]:
         "/readyz": {"get": _document("Whether it can do its work", kept=False)},
         "/metrics": {"get": _metrics()},
         "/problems/{code}": {"get": _page("What a problem means, for people", 200)},
-        "/openapi.json": {"get": _document("This document", kept=False, asks_the_store=False)},
+        "/openapi.json": {"get": _document("This document", asks_the_store=False)},
     }
 
 

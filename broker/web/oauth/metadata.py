@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 
+from broker.domain.catalogue import Catalogue
 from broker.domain.errors import NotFound
+from broker.domain.receipt import OFFLINE_BOUND
+from broker.services.proofs import DPOP_ALGORITHMS
 from broker.web.context import broker
-from broker.web.operations import json_response
+from broker.web.operations import json_response, kept_response
 
 metadata = Blueprint("metadata", __name__)
 
@@ -17,7 +22,7 @@ GRANT_TYPES = (
     "urn:ietf:params:oauth:grant-type:jwt-bearer",
     "urn:ietf:params:oauth:grant-type:token-exchange",
 )
-_ASSERTION_ALGORITHMS = ["ES256", "ES384", "RS256", "PS256", "EdDSA"]
+_KEPT_FOR_S = 60
 
 
 @metadata.get("/.well-known/oauth-authorization-server")
@@ -26,7 +31,8 @@ def server_metadata() -> Response:
     issuer = broker().settings.issuer
     catalogue = broker().standing.last_known().catalogue
     scopes = sorted({scope for resource in catalogue.resources for scope in resource.scopes})
-    return _cached(
+    algorithms = _assertion_algorithms(catalogue)
+    return _kept(
         {
             "issuer": issuer,
             # MCP clients demand the member, though nothing interactive is here yet.
@@ -40,13 +46,13 @@ def server_metadata() -> Response:
             "response_types_supported": ["none"],
             "grant_types_supported": list(GRANT_TYPES),
             "token_endpoint_auth_methods_supported": ["private_key_jwt"],
-            "token_endpoint_auth_signing_alg_values_supported": _ASSERTION_ALGORITHMS,
+            "token_endpoint_auth_signing_alg_values_supported": algorithms,
             "introspection_endpoint_auth_methods_supported": ["private_key_jwt"],
-            "introspection_endpoint_auth_signing_alg_values_supported": _ASSERTION_ALGORITHMS,
+            "introspection_endpoint_auth_signing_alg_values_supported": algorithms,
             "revocation_endpoint_auth_methods_supported": ["private_key_jwt"],
-            "revocation_endpoint_auth_signing_alg_values_supported": _ASSERTION_ALGORITHMS,
+            "revocation_endpoint_auth_signing_alg_values_supported": algorithms,
             "authorization_details_types_supported": ["urn:broker:task"],
-            "dpop_signing_alg_values_supported": ["ES256", "EdDSA", "RS256", "PS256"],
+            "dpop_signing_alg_values_supported": list(DPOP_ALGORITHMS),
             "subject_types_supported": ["public"],
             "id_token_signing_alg_values_supported": ["RS256", "ES256"],
             "service_documentation": f"{issuer}/openapi.json",
@@ -57,21 +63,28 @@ def server_metadata() -> Response:
 @metadata.get("/.well-known/oauth-protected-resource/v1")
 def resource_metadata() -> Response:
     issuer = broker().settings.issuer
-    return _cached(
-        {
-            "resource": f"{issuer}/v1",
-            "authorization_servers": sorted(
-                entry.issuer for entry in broker().standing.last_known().catalogue.issuers if not entry.users
-            ),
-            "bearer_methods_supported": ["header"],
-            "resource_documentation": f"{issuer}/openapi.json",
-        }
+    document: dict[str, Any] = {
+        "resource": f"{issuer}/v1",
+        "bearer_methods_supported": ["header"],
+        "resource_documentation": f"{issuer}/openapi.json",
+    }
+    # A SPIFFE trust domain is no authorization server that anybody could ask; an empty list is left out (RFC 9728).
+    servers = sorted(
+        entry.issuer
+        for entry in broker().standing.last_known().catalogue.issuers
+        if not entry.users and entry.issuer.startswith(("https://", "http://"))
     )
+    if servers:
+        document["authorization_servers"] = servers
+    return _kept(document)
 
 
 @metadata.get("/oauth2/jwks")
 def jwks() -> Response:
-    return _cached(dict(broker().verification.jwks()), media_type="application/jwk-set+json")
+    # No longer than a status list: a key that is no longer trusted must not live on in a cache (INV-25).
+    document = json.dumps(dict(broker().verification.jwks())).encode()
+    kept_for_s = int(OFFLINE_BOUND.total_seconds())
+    return kept_response(document, kept_for_s=kept_for_s, media_type="application/jwk-set+json")
 
 
 @metadata.get("/status-lists")
@@ -101,10 +114,10 @@ def authorize() -> Response:
     return Response(page, 400, mimetype="text/html")
 
 
-def _cached(document: dict[str, object], *, media_type: str = "application/json") -> Response:
-    response = json_response(document)
-    response.mimetype = media_type
-    response.headers["Cache-Control"] = "public, max-age=60"
-    response.set_etag(hashlib.sha256(response.get_data()).hexdigest()[:32])
-    response.make_conditional(request)
-    return response
+def _assertion_algorithms(catalogue: Catalogue) -> list[str]:
+    """Those in which at least one trusted issuer may sign; which one it is for whom is not for everybody."""
+    return sorted({name for issuer in catalogue.issuers if not issuer.users for name in issuer.algorithms})
+
+
+def _kept(document: Mapping[str, Any]) -> Response:
+    return kept_response(json.dumps(document).encode(), kept_for_s=_KEPT_FOR_S)

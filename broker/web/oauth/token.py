@@ -6,32 +6,33 @@ the same request, and ends in the same verb.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response, g, request
 
 from broker.domain import strict_json
 from broker.domain.clock import epoch
-from broker.domain.errors import BrokerError, Invalid, InvalidTarget, InvalidTaskDetails, Unauthenticated
-from broker.domain.grant import GrantRequest, Issued
+from broker.domain.errors import Invalid, InvalidTarget, InvalidTaskDetails, Unauthenticated
+from broker.domain.grant import Grant, GrantRequest, Issued
 from broker.domain.identity import Caller, Role
 from broker.domain.scope import parse_scope
 from broker.web.auth import authenticate, known_now, proven_key
 from broker.web.context import broker
 from broker.web.operations import json_response
-from broker.web.problems import OAuthError, oauth_response
-from broker.web.reading import TooLarge, form, raw_body, single_header
+from broker.web.problems import OAuthError
+from broker.web.reading import form, raw_body, single_header
 
 token = Blueprint("token", __name__)
 
 CLIENT_CREDENTIALS = "client_credentials"
 JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # noqa: S105 - a grant type
-_ASSERTION_TYPES = (
-    "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
-    "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe",
-)
+_SPIFFE_ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"
+_ASSERTION_TYPES = ("urn:ietf:params:oauth:client-assertion-type:jwt-bearer", _SPIFFE_ASSERTION)
+# What is wrong where a workload token that came in this parameter is not accepted; any other is the client's own.
+_ERROR_OF = {"assertion": "invalid_grant", "subject_token": "invalid_request"}
 _JWT = "urn:ietf:params:oauth:token-type:jwt"
 _ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a token type
 _DETAILS_TYPE = "urn:broker:task"
@@ -39,27 +40,17 @@ _MAX_IDENTIFIER = 1000
 _DETAILS_MEMBERS = {"type", "task_id", "purpose"}
 
 
-@token.errorhandler(BrokerError)
-@token.errorhandler(OAuthError)
-def refused(problem: BrokerError | OAuthError) -> Response:
-    return oauth_response(problem, broker().settings.issuer)
-
-
-@token.errorhandler(TooLarge)
-def too_large(_problem: TooLarge) -> Response:
-    return oauth_response(OAuthError("invalid_request", "the body is longer than 64 KiB", status=413), "")
-
-
 @token.post("/oauth2/token")
 def issue_token() -> Response:
-    given = form(raw_body(request))
+    given = form(raw_body(request, None))
     grant_type = given.get("grant_type")
     if grant_type is None:
         raise Invalid("grant_type is missing", member="grant_type")
     if grant_type == CLIENT_CREDENTIALS:
         return _issue(_client(given), given)
     if grant_type == JWT_BEARER:
-        return _issue(_bearer(given, "assertion", "invalid_grant"), given)
+        client = _client(given) if "client_assertion" in given else None
+        return _issue(_bearer(given, "assertion", client), given, sent_as="assertion")
     if grant_type == TOKEN_EXCHANGE:
         return _exchange(given)
     raise OAuthError("unsupported_grant_type", f"grant_type {grant_type[:100]} is not one this broker knows")
@@ -67,8 +58,7 @@ def issue_token() -> Response:
 
 @token.post("/oauth2/introspect")
 def introspect() -> Response:
-    given = form(raw_body(request))
-    caller = _client_or_bearer(given)
+    caller, given = _proven_form(ends=False)
     if not caller.has(Role.VERIFIER):
         return json_response({"active": False})
     return json_response(dict(broker().verification.introspect(caller, _required(given, "token"))))
@@ -76,16 +66,13 @@ def introspect() -> Response:
 
 @token.post("/oauth2/revoke")
 def revoke() -> Response:
-    given = form(raw_body(request))
-    caller = known_now(_client_or_bearer(given))
-    found = broker().verification.live_token(_required(given, "token"))
-    if found is None:
-        # RFC 7009 section 2.2: a token that opens nothing is already what the client wants it to be.
-        return Response(status=200)
-    grant = found.grant
-    if caller.name not in (grant.agent, grant.orchestrator):
-        raise OAuthError("unauthorized_client", "this token is neither yours nor of a task you opened")
-    broker().revocation.revoke_grant(caller, grant.id)
+    caller, given = _proven_form(ends=True)
+    caller = known_now(caller)
+    live = broker().verification.live_token(_required(given, "token"))
+    # RFC 7009 section 2.2: a token that opens nothing is already what the client wants it to be. One that is not the
+    # caller's gets the same answer, or this were where to try whether a found token still lives.
+    if live is not None and (live.grant.is_held_by(caller.principal) or caller.name == live.grant.orchestrator):
+        broker().revocation.revoke_grant(caller, live.grant.id)
     return Response(status=200)
 
 
@@ -101,42 +88,51 @@ def _exchange(given: Mapping[str, str]) -> Response:
         raise Invalid(f"requested_token_type is not supported: ask for {_ACCESS_TOKEN}", member="requested_token_type")
     if "actor_token" in given:
         raise Invalid("actor_token: acting on behalf of a user is not configured here", member="actor_token")
-    if "client_assertion" not in given:
-        return _issue(_bearer(given, "subject_token", "invalid_request"), given, exchanged=True)
-    caller = _client(given)
-    held = broker().verification.live_token(subject)
-    if held is None:
-        own = _bearer(given, "subject_token", "invalid_request")
-        if own.name != caller.name:
-            raise Invalid("subject_token: it is another workload's token; exchange your own", member="subject_token")
-        return _issue(caller, given, exchanged=True)
-    grant = held.grant
-    if not grant.is_held_by(caller.principal):
-        raise Invalid("subject_token: it is another agent's credential; renew your own", member="subject_token")
+    client = _client(given) if "client_assertion" in given else None
+    if client is not None:
+        live = broker().verification.live_token(subject)
+        if live is not None and live.grant.is_held_by(client.principal):
+            return _renew(client, live.grant, given)
+    # Somebody else's live credential is read as a workload token, like a dead one, and refused like it.
+    return _issue(_bearer(given, "subject_token", client), given, sent_as="subject_token", exchanged=True)
+
+
+def _renew(caller: Caller, grant: Grant, given: Mapping[str, str]) -> Response:
     if _target(given, default=grant.resource) != grant.resource:
         raise InvalidTarget("a renewal keeps its resource: ask for a new grant instead", member="resource")
     if "scope" in given and parse_scope(given["scope"]) != frozenset(grant.scopes):
         raise OAuthError("invalid_scope", "a renewal keeps its scope: ask for a new grant instead")
-    if given.get("task_id", grant.task_id) != grant.task_id:
+    details = _task_details(given.get("authorization_details"))
+    if (_task_of(given, details) or grant.task_id) != grant.task_id:
         raise OAuthError("invalid_grant", "a renewal keeps its task: ask for a new grant instead")
     issued = broker().issuance.renew(caller, grant.id, ttl=None, jkt=proven_key())
     return _answer(issued, exchanged=True)
 
 
-def _issue(caller: Caller, given: Mapping[str, str], *, exchanged: bool = False) -> Response:
+def _issue(
+    caller: Caller, given: Mapping[str, str], *, sent_as: str = "client_assertion", exchanged: bool = False
+) -> Response:
+    """`sent_as` is the parameter that held the caller's workload token."""
     details = _task_details(given.get("authorization_details"))
-    task_id = given.get("task_id", details.get("task_id"))
-    if details.get("task_id", task_id) != task_id:
-        raise InvalidTaskDetails("task_id and authorization_details name two tasks", member="authorization_details")
     grant_request = GrantRequest(
         caller=caller,
         resource=_target(given),
         scopes=parse_scope(given.get("scope", "")),
-        task_id=task_id,
+        task_id=_task_of(given, details),
         intent=details.get("purpose"),
         jkt=proven_key(),
     )
-    return _answer(broker().issuance.issue(grant_request), exchanged=exchanged)
+    # Looked at again in there, at the time of the commit: it may have ended meanwhile.
+    with _judged(sent_as):
+        issued = broker().issuance.issue(grant_request)
+    return _answer(issued, exchanged=exchanged)
+
+
+def _task_of(given: Mapping[str, str], details: Mapping[str, str]) -> str | None:
+    task_id = given.get("task_id", details.get("task_id"))
+    if details.get("task_id", task_id) != task_id:
+        raise InvalidTaskDetails("task_id and authorization_details name two tasks", member="authorization_details")
+    return task_id
 
 
 def _answer(issued: Issued, *, exchanged: bool) -> Response:
@@ -167,9 +163,20 @@ def _client(given: Mapping[str, str]) -> Caller:
     if "client_assertion" not in given:
         raise Unauthenticated("no client assertion")
     caller = authenticate(given["client_assertion"])
-    if given.get("client_id", caller.name) not in (caller.name, caller.principal.subject):
-        raise Unauthenticated("client_id is not the subject of the assertion")
+    if given["client_assertion_type"] == _SPIFFE_ASSERTION and not _is_of_a_trust_domain(caller):
+        raise Unauthenticated("client_assertion_type is jwt-spiffe, and the token's issuer is no SPIFFE trust domain")
+    _require_subject(given, caller)
     return caller
+
+
+def _is_of_a_trust_domain(caller: Caller) -> bool:
+    issuers = broker().standing.last_known().catalogue.issuers
+    return any(issuer.name == caller.principal.issuer and issuer.trust_domain is not None for issuer in issuers)
+
+
+def _require_subject(given: Mapping[str, str], caller: Caller) -> None:
+    if given.get("client_id", caller.name) not in (caller.name, caller.principal.subject):
+        raise Unauthenticated("client_id is not the subject of the token")
 
 
 def _sends_a_secret(given: Mapping[str, str]) -> bool:
@@ -178,30 +185,49 @@ def _sends_a_secret(given: Mapping[str, str]) -> bool:
     return single_header("Authorization") is not None or "client_secret" in given
 
 
-def _client_or_bearer(given: Mapping[str, str]) -> Caller:
-    """Verifiers authenticate either way (RFC 7662 section 2.1)."""
+def _proven_form(*, ends: bool) -> tuple[Caller, Mapping[str, str]]:
+    """The caller and its parameters. Verifiers authenticate either way (RFC 7662 section 2.1).
+
+    Who sends its token as a header is known before its body is waited for, and waits with no stranger.
+    """
     header = single_header("Authorization")
-    if header is not None and header[:7].lower() == "bearer ":
-        if "client_assertion" in given:
-            raise Invalid("authenticate once: with client_assertion or with the Authorization header")
-        return authenticate(header[7:])
-    return _client(given)
+    if header is None or header[:7].lower() != "bearer ":
+        given = form(raw_body(request, None, ends=ends))
+        return _client(given), given
+    caller = authenticate(header[7:])
+    given = form(raw_body(request, caller, ends=ends))
+    if "client_assertion" in given:
+        raise Invalid("authenticate once: with client_assertion or with the Authorization header")
+    return caller, given
 
 
-def _bearer(given: Mapping[str, str], member: str, error: str) -> Caller:
-    """A caller that could not authenticate as a client and sent its workload token as the grant itself."""
+def _bearer(given: Mapping[str, str], member: str, client: Caller | None) -> Caller:
+    """The workload whose own token is the grant itself: a caller that could not authenticate as a client, or did."""
     workload_token = _required(given, member)
     if _sends_a_secret(given):
         raise Unauthenticated("a client secret was sent")
-    try:
+    if client is not None and workload_token == given["client_assertion"]:
+        # It is proven, and where its issuer's tokens are for one use, used.
+        return client
+    with _judged(member):
         caller = authenticate(workload_token)
-    except Unauthenticated as refusal:
-        raise OAuthError(error, f"{member}: {refusal.detail}") from refusal
-    if "client_assertion" in given and _client(given).name != caller.name:
-        raise OAuthError(error, f"{member}: it is not the client's own")
-    if given.get("client_id", caller.name) not in (caller.name, caller.principal.subject):
-        raise OAuthError("invalid_client", "client_id is not the subject of the token", status=401)
+        if client is not None and client.name != caller.name:
+            g.caller = client.name
+            raise Unauthenticated(f"{member} is not the client's own")
+    _require_subject(given, caller)
     return caller
+
+
+@contextmanager
+def _judged(member: str) -> Iterator[None]:
+    """A workload token that is not accepted, in the words for where it was sent. Why not, nobody outside is told."""
+    try:
+        yield
+    except Unauthenticated as refusal:
+        error = _ERROR_OF.get(member)
+        if error is None:
+            raise
+        raise OAuthError(error, f"{member}: {refusal.detail}") from refusal
 
 
 def _target(given: Mapping[str, str], *, default: str | None = None) -> str:
