@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from broker import config
-from broker.config import WORKLOAD_ALGORITHMS, config_reference, load, read_master_key
+from broker.config import WORKLOAD_ALGORITHMS, config_reference, keys, load, read_master_key
+from broker.config.reading import from_text
 from broker.domain.catalogue import Catalogue, Limits, TrustedIssuer
 from broker.domain.errors import ConfigurationError
 from broker.domain.policy import PolicySet
@@ -261,9 +261,9 @@ def test_the_production_example_loads_as_it_stands(place):
 
 def test_the_production_example_shows_every_section():
     text = (ROOT / "config" / "broker.toml").read_text()
-    for section in config._SECTIONS:
+    for section in keys.SECTIONS:
         assert re.search(rf"^(# )?\[{section}\]$", text, re.MULTILINE), section
-    for section in config._ARRAYS:
+    for section in keys.ARRAYS:
         assert f"[[{section}]]" in text
 
 
@@ -274,8 +274,8 @@ def test_the_reference_is_what_the_code_says():
 
 def test_the_reference_has_every_key_once():
     rows = re.findall(r"^\| `(\w+)` \|", config_reference(), re.MULTILINE)
-    keys = [key.name for keys in ((config._TOP), *config._SECTIONS.values(), *config._ARRAYS.values()) for key in keys]
-    assert rows == keys
+    tables = (keys.TOP, *keys.SECTIONS.values(), *keys.ARRAYS.values())
+    assert rows == [key.name for table in tables for key in table]
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------
@@ -808,8 +808,8 @@ def test_a_variable_that_is_wrong_is_refused_by_its_name(place, variable, value,
 
 
 def test_a_boolean_in_the_environment_is_true_or_false():
-    key = config._boolean("x", "", default=False)
-    assert [config._from_text(key, text) for text in ("true", "false", "1", "True")] == [True, False, "1", "True"]
+    key = keys._boolean("x", "", default=False)
+    assert [from_text(key, text) for text in ("true", "false", "1", "True")] == [True, False, "1", "True"]
 
 
 # --- Secrets --------------------------------------------------------------------------------------------------------

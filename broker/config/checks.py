@@ -1,0 +1,288 @@
+"""What values must be together, and with the files they name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from broker.config.files import MAX_POLICY_BYTES, SCHEMA_FILE, master_key, read_file, require_key_set
+from broker.config.reading import Reader, Row
+from broker.config.values import WORKLOAD_ALGORITHMS, address, is_loopback, web_url
+from broker.config.wording import Wrong, bare, nearest, quoted, shown
+from broker.domain.catalogue import KEY_SOURCES
+from broker.domain.identity import Role
+
+
+def check_server(reader: Reader, server: Mapping[str, Any], issuer: str | None) -> None:
+    listen = server.get("listen")
+    if listen is None:
+        return
+    if listen.startswith("unix:"):
+        path = reader.path(listen.removeprefix("unix:"))
+        if len(os.fsencode(path)) > 107:
+            reader.refuse(
+                "server.listen", f"{path} is longer than the 107 bytes of a socket's path; shorten it", listen
+            )
+        return
+    host, port = address(listen)
+    if issuer is not None and issuer.startswith("http:") and not is_loopback(host):
+        reader.refuse(
+            "server.listen",
+            f"is reachable from outside while issuer is {shown(issuer)}, and credentials would travel in the clear; "
+            f"listen on 127.0.0.1:{port}, or make the issuer https",
+            listen,
+        )
+    metrics = server.get("metrics_listen")
+    if metrics is None:
+        return
+    metrics_host, first = address(metrics)
+    workers = server.get("workers") or 1
+    if first + workers - 1 > 65535:
+        reader.refuse(
+            "server.metrics_listen", f"leaves no {workers} ports, one for each worker; use a smaller one", metrics
+        )
+    elif metrics_host == host and first <= port < first + workers:
+        what = "is server.listen too" if workers == 1 else f"and the {workers - 1} after it hold that of server.listen"
+        reader.refuse("server.metrics_listen", f"{what}; give the metrics a port of their own", metrics)
+
+
+def check_store(reader: Reader, url: str | None, workers: int | None) -> None:
+    if url is None or not url.startswith("sqlite:"):
+        return
+    path = reader.path(url.removeprefix("sqlite:///"))
+    if {"?", "%"} & set(str(path)):
+        reader.refuse("store.url", f'{path} has a "?" or a "%", which mean something else in a URL; rename it', url)
+    elif not os.path.isdir(path.parent):  # Path.is_dir raises for a name that is too long
+        reader.refuse("store.url", f"there is no directory {path.parent}; make it, or correct the path", url)
+    if workers is not None and workers > 1:
+        reader.refuse(
+            "server.workers",
+            "is more than SQLite allows: two writing processes wait for each other; write 1, or use PostgreSQL",
+            workers,
+        )
+
+
+def check_master_key(reader: Reader, value: str | None) -> None:
+    if value is None:
+        return
+    if re.fullmatch(r"[0-9A-Fa-f]{64}|[A-Za-z0-9+/_-]{43}=?", value):
+        why = "looks like the key itself and is not shown; put its 32 bytes into a file, and write the file's path"
+        reader.refuse("keys.master_key_file", why)
+        return
+    try:
+        master_key(reader.path(value))
+    except Wrong as wrong:
+        reader.refuse("keys.master_key_file", str(wrong), value)
+
+
+def check_limits(reader: Reader, grants: dict[str, Any], resources: Sequence[Row]) -> None:
+    longest = grants.get("max_ttl_s")
+    if longest is None:
+        return
+    default = grants.get("default_ttl_s", 0)
+    if default > longest:
+        reader.refuse("grants.default_ttl_s", f"is above grants.max_ttl_s, which is {longest}; lower it", default)
+    for at, raw, values in resources:
+        if "max_ttl_s" not in raw:
+            values["max_ttl_s"] = min(values["max_ttl_s"], longest)
+        elif values.get("max_ttl_s", 0) > longest:
+            reader.refuse(
+                f"{at}.max_ttl_s", f"is above grants.max_ttl_s, which is {longest}; lower it", values["max_ttl_s"]
+            )
+
+
+def _unique(reader: Reader, rows: Sequence[Row], key: str) -> None:
+    first: dict[str, str] = {}
+    for at, _, values in rows:
+        value = values.get(key)
+        if value is not None and first.setdefault(value, at) != at:
+            reader.refuse(f"{at}.{key}", f"is already the {key} of {first[value]}; give each its own", value)
+
+
+def _written(rows: Sequence[Row], key: str) -> list[str]:
+    """What other sections may refer to; a row refused for another reason counts, or one mistake would be two."""
+    return [raw[key] for _, raw, _ in rows if isinstance(raw.get(key), str)]
+
+
+def check_issuers(reader: Reader, rows: Sequence[Row], principals: Sequence[Row], own: str | None) -> None:
+    _unique(reader, rows, "name")
+    _unique(reader, rows, "issuer")
+    used = _written(principals, "issuer")
+    for at, raw, values in rows:
+        name, issuer = values.get("name"), values.get("issuer")
+        if issuer is not None and issuer == own:
+            reader.refuse(
+                f"{at}.issuer",
+                "is the broker itself, whose credentials would then open it; trust another issuer",
+                issuer,
+            )
+        if values.get("algorithms") == []:
+            reader.refuse(f"{at}.algorithms", f"believes no signature; name one of {quoted(WORKLOAD_ALGORITHMS)}", [])
+        unused = values.get("users") is False and name not in used and "principals" not in reader.unreadable
+        if name is not None and unused:
+            reader.refuse(
+                f"{at}.name",
+                "is used by no principal, so that nobody it attests is anybody; add [[principals]] with this issuer "
+                "and a subject, or users = true, or take the issuer out",
+                name,
+            )
+        sources = [source for source in KEY_SOURCES if source in raw and raw[source] is not False]
+        if len(sources) != 1:
+            found = f"has {len(sources)} key sources ({', '.join(sources)})" if sources else "has no key source"
+            reader.refuse(at, f"{found}; write exactly one of {', '.join(KEY_SOURCES)}")
+        elif issuer is not None:
+            _check_key_source(reader, at, values, issuer, sources[0])
+        for source in ("jwks_file", "spiffe_bundle_file"):
+            if values.get(source) is not None:
+                try:
+                    require_key_set(reader.path(values[source]), source, values)
+                except Wrong as wrong:
+                    reader.refuse(f"{at}.{source}", str(wrong), values[source])
+
+
+def _check_key_source(reader: Reader, at: str, values: Mapping[str, Any], issuer: str, source: str) -> None:
+    if source.startswith("spiffe_bundle"):
+        if not issuer.startswith("spiffe://"):
+            reader.refuse(
+                f"{at}.issuer",
+                f"is not what {source} vouches for, a trust domain; write spiffe://<trust domain>",
+                issuer,
+            )
+    elif issuer.startswith("spiffe://"):
+        reader.refuse(
+            f"{at}.issuer",
+            f"is a trust domain, whose keys come as a bundle and not by {source}; write spiffe_bundle_file or "
+            "spiffe_bundle_url",
+            issuer,
+        )
+    elif source == "discovery":
+        try:
+            web_url(issuer)
+        except Wrong as wrong:
+            reader.refuse(f"{at}.issuer", f"{wrong} (its keys come from there by discovery)", issuer)
+
+
+def check_principals(reader: Reader, rows: Sequence[Row], issuers: Sequence[Row]) -> None:
+    _unique(reader, rows, "name")
+    declared = {values["name"]: values for _, _, values in issuers if "name" in values}
+    names = _written(issuers, "name")
+    same: dict[str, str] = {}
+    for at, raw, values in rows:
+        issuer = values.get("issuer")
+        if issuer is not None and issuer not in names and "issuers" not in reader.unreadable:
+            reader.refuse(f"{at}.issuer", _unknown("issuer", issuer, names, "issuers"), issuer)
+        if issuer is not None and declared.get(issuer, {}).get("users"):
+            reader.refuse(
+                f"{at}.issuer",
+                "is an issuer of people on whose behalf others act, whose tokens open nothing themselves; give its "
+                "callers an issuer without users = true, or take this principal out",
+                issuer,
+            )
+        for index, role in enumerate(values.get("roles", ())):
+            if role not in set(Role):
+                reader.refuse(f"{at}.roles[{index}]", f"is not a role; the roles are {', '.join(Role)}", role)
+        subjects = [key for key in ("subject", "subject_prefix") if key in raw]
+        if len(subjects) != 1:
+            found = "has both subject and subject_prefix" if subjects else "has no subject, which would be everybody"
+            reader.refuse(at, f"{found}; write exactly one of subject and subject_prefix")
+            continue
+        subject = values.get(subjects[0])
+        if issuer is None or subject is None:
+            continue
+        domain = declared.get(issuer, {}).get("issuer", "")
+        if domain.startswith("spiffe://") and not subject.startswith(f"{domain}/"):
+            reader.refuse(
+                f"{at}.{subjects[0]}", f"is outside the trust domain of its issuer; write {domain}/<path>", subject
+            )
+        if "claims" in values:
+            # A broker that could not tell two of them apart would refuse both, at their first call.
+            rule = json.dumps([issuer, subjects[0], subject, values["claims"]], sort_keys=True)
+            if same.setdefault(rule, at) != at:
+                reader.refuse(
+                    f"{at}.{subjects[0]}",
+                    f"is already {same[rule]}, with the same claims; keep one of the two",
+                    subject,
+                )
+
+
+def check_resources(
+    reader: Reader, rows: Sequence[Row], principals: Sequence[Row], own: str | None, providers: Sequence[str]
+) -> None:
+    _unique(reader, rows, "identifier")
+    roles = {values["name"]: values.get("roles") for _, _, values in principals if "name" in values}
+    names = _written(principals, "name")
+    for at, _, values in rows:
+        identifier = values.get("identifier")
+        if identifier is not None and own is not None and identifier.rstrip("/") in (own, f"{own}/v1"):
+            reader.refuse(
+                f"{at}.identifier",
+                "is the broker itself, which its credentials may not open; write another",
+                identifier,
+            )
+        provider = values.get("provider")
+        if provider is not None and provider not in providers:
+            reader.refuse(
+                f"{at}.provider",
+                f"is not a provider of this version; the providers are: {', '.join(providers)}",
+                provider,
+            )
+        if values.get("scopes") == []:
+            reader.refuse(f"{at}.scopes", "offers nothing that could be asked for; name at least one scope", [])
+        for index, verifier in enumerate(values.get("verifiers", ())):
+            if verifier not in names:
+                if "principals" in reader.unreadable:
+                    continue  # it may be the one whose name cannot be read: one mistake, one problem
+                reader.refuse(
+                    f"{at}.verifiers[{index}]", _unknown("principal", verifier, names, "principals"), verifier
+                )
+            elif (held := roles.get(verifier)) is not None and Role.VERIFIER not in held:
+                reader.refuse(
+                    f"{at}.verifiers[{index}]",
+                    'is a principal without role verifier; add "verifier" to its roles',
+                    verifier,
+                )
+
+
+def _unknown(noun: str, name: str, known: Sequence[str], section: str) -> str:
+    near = nearest(name, known) or (
+        f"there are {', '.join(map(bare, sorted(known)[:20]))}" if known else "there are none"
+    )
+    return f"is the name of no {noun}; {near}; add it to [[{section}]], or correct the name"
+
+
+def read_policies(reader: Reader, value: str | None) -> tuple[dict[str, str], str | None]:
+    """File name to text of every `*.cedar`, and the text of the schema. A policy left out could be a forbid."""
+    if value is None:
+        return {}, None
+    directory = reader.path(value)
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.endswith(".cedar") or name == SCHEMA_FILE)
+    except OSError as error:
+        why = f"the directory {directory} cannot be read ({error.strerror}); make it, or correct the path"
+        reader.refuse("policies.directory", why, value)
+        return {}, None
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = _policy(directory / name)
+        except Wrong as wrong:
+            reader.refuse("policies.directory", str(wrong), value)
+    schema = found.pop(SCHEMA_FILE, None)
+    return found, schema
+
+
+def _policy(path: Path) -> str:
+    if not path.name.isprintable():
+        raise Wrong(f"{shown(str(path))} has a character in its name that cannot be seen; rename it")
+    content = read_file(path, MAX_POLICY_BYTES)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise Wrong(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    if "\0" in text:  # PostgreSQL keeps no NUL in a document
+        raise Wrong(f"{path} has a NUL; take it out")
+    return text

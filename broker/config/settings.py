@@ -1,0 +1,42 @@
+"""What a checked configuration is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from broker.domain.catalogue import (
+    Catalogue,
+    Limits,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Where the broker listens: `host` and `port`, or `unix_path`. `listen` is the same as text."""
+
+    listen: str
+    host: str | None = None
+    port: int | None = None
+    unix_path: Path | None = None
+    workers: int = 1
+    metrics_listen: str | None = None
+    metrics_host: str | None = None
+    metrics_port: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A checked configuration; every path in it is absolute, and its catalogue has no version yet."""
+
+    issuer: str
+    server: ServerSettings
+    store_url: str = field(repr=False)  # may hold a password (INV-30)
+    redis_url: str | None = field(default=None, repr=False)
+    master_key_file: Path
+    rotate_every: timedelta
+    limits: Limits
+    catalogue: Catalogue
+    source: Path
+    policies_directory: Path | None = None
