@@ -1,7 +1,9 @@
 """A broker that is killed, or whose database connections are, in the middle of what many clients ask of it."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import sqlalchemy as sa
 
@@ -43,6 +45,35 @@ def test_killed_in_the_middle_it_forgets_nothing_it_answered_and_half_does_nothi
         assert remembered.completed
         assert remembered.revoked
         assert broker.stop() == 0
+
+
+def test_killed_between_two_writes_of_one_change_it_has_made_none_of_them(postgres, migrated_template, tmp_path):
+    """INV-12, INV-32: the task was written as ended, its grants were not yet; after the kill it is as it was before."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    with postgres_database(postgres, template=migrated_template) as url:
+        looking = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+        holding = sa.create_engine(url)
+        with Deployment.create(tmp_path / "between", url).broker() as broker, looking.connect() as db:
+            task_id = broker.open_task()
+            grant = broker.grant(task_id)
+            with ThreadPoolExecutor(1) as pool, holding.connect() as held:
+                held.execute(sa.text("SELECT id FROM grants FOR UPDATE"))
+                completing = pool.submit(broker.complete, task_id)
+                until(lambda: db.execute(sa.text(waiting)).first(), what="an end that waits for its grants")
+                broker.kill()
+                assert isinstance(completing.exception(), httpx.TransportError)
+                held.rollback()
+            broker.start()
+            broker.until_ready()
+            until(lambda: not db.execute(sa.text(waiting)).first(), what="the end of the killed one's transaction")
+            assert broker.get(f"/v1/tasks/{task_id}", "pipeline").json()["state"] == "active"
+            assert broker.is_active(grant.token)
+            events = broker.get(f"/v1/audit?task={task_id}", "audrey").json()["items"]
+            assert [event["type"] for event in events] == ["grant.issued", "task.opened"]
+            assert broker.complete(task_id)["totals"]["ended"] == 1
+            assert not broker.is_active(grant.token)
+        looking.dispose()
+        holding.dispose()
 
 
 def test_with_its_connections_cut_it_says_unavailable_and_half_does_nothing(postgres, migrated_template, tmp_path):
