@@ -10,6 +10,8 @@ import errno
 import json
 import logging
 import sys
+from collections import Counter as Tally
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest, start_http_server
@@ -24,6 +26,7 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SECONDS = Histogram("broker_http_request_seconds", "Time to answer", ["method", "route"], buckets=_BUCKETS)
 _REQUESTS = Counter("broker_http_requests", "Requests answered", ["method", "route", "status"])
 _UNAUTHENTICATED = Counter("broker_unauthenticated", "Workload tokens refused")
+_EVENTS = Counter("broker_events", "Audit events, counted when they are durable", ["type", "outcome"])
 _SWEPT = Counter("broker_swept_rows", "Rows the sweeper moved", ["what"])
 _SWEEP_SECONDS = Histogram("broker_sweep_seconds", "Time of one sweep", buckets=_BUCKETS)
 _LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep finished")
@@ -48,6 +51,12 @@ def unauthenticated(reason: str, trace_id: str) -> None:
 def broke(problem: Exception, trace_id: str) -> None:
     """An error nobody expected."""
     _log.error("internal error", exc_info=problem, extra={"fields": {"trace_id": trace_id}})
+
+
+def committed(events: Sequence[tuple[str, str]]) -> None:
+    """Audit events became durable: each (type, outcome) has the name it has in the trail."""
+    for (type_, outcome), count in Tally(events).items():
+        _EVENTS.labels(type_, outcome).inc(count)
 
 
 def swept(counts: dict[str, int], seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from broker import telemetry
 from broker.config import Settings, read_master_key
 from broker.domain.clock import Clock, system_clock
 from broker.providers.dev_issuer import DevIssuer
@@ -71,7 +72,7 @@ class Broker:
 
 def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
     """A broker of these settings. Opens files and connections as they are needed; starts nothing."""
-    database = Database(settings.store_url)
+    database = Database(settings.store_url, committed=telemetry.committed)
     if clock is None:
         # One clock decides (INV-09): on SQLite there is one process and its own will do.
         clock = system_clock if database.is_sqlite else DatabaseClock(database)

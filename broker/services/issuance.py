@@ -185,7 +185,9 @@ class Issuance:
             limits=self._limits,
             now=now,
         )
-        grant = self._granted(request, grant_id, principal, task, found, standing, now)
+        # Taken before it is sure to be used: a place in a status list may be lost, never shared.
+        place = self._indexes.take(task.id, now) if found.allowed else (None, None)
+        grant = self._granted(request, grant_id, principal, task, found, standing, place, now)
         refusal = standing.refusals.over(grant)
         if refusal is not None:
             raise LockedDown(
@@ -197,8 +199,6 @@ class Issuance:
             task = replace(task, deadline_at=grant.expires_at)
             batch.tasks.append(task)
             batch.events.append(_task_opened(task, request.caller, now))
-        status_list, status_index = self._indexes.take(task.id, now)
-        grant = replace(grant, status_list=status_list, status_index=status_index)
         issued = signed(grant, standing, issuer=self._issuer, issued_at=now, expires_at=grant.expires_at)
         batch.grants.append(issued.grant)
         batch.events.append(_event_of(issued.grant, request.caller, now, "grant.issued"))
@@ -214,9 +214,10 @@ class Issuance:
         task: Task,
         found: Terms,
         standing: Standing,
+        place: tuple[int | None, int | None],
         now: datetime,
     ) -> Grant:
-        """The row these terms make, before it has a place in a status list and a token."""
+        """The row these terms make, before it has a token; `place` is (status list, index)."""
         allowed = found.allowed
         return Grant(
             id=grant_id,
@@ -236,8 +237,8 @@ class Issuance:
             kids=(standing.keys.current(found.asked.resource.signing_algorithm).kid,) if allowed else (),
             jkt=request.jkt,
             credential_sha256=None,
-            status_list=None,
-            status_index=None,
+            status_list=place[0],
+            status_index=place[1],
             created_at=now,
             issued_at=now if allowed else None,
             expires_at=now + found.ttl,

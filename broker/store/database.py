@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -36,19 +36,37 @@ _POSTGRESQL_BOUNDS = " ".join(
 
 _log = logging.getLogger(__name__)
 
-_open: ContextVar[bool] = ContextVar("transaction_open", default=False)
+# The (type, outcome) of each audit event of the transaction that is open here.
+_open: ContextVar[list[tuple[str, str]] | None] = ContextVar("transaction", default=None)
 
 
 def in_transaction() -> bool:
     """Whether this context holds a transaction open."""
-    return _open.get()
+    return _open.get() is not None
+
+
+def recorded(events: Iterable[tuple[str, str]]) -> None:
+    """Note audit events of the transaction that is open here, to be told of when it has committed."""
+    noted = _open.get()
+    if noted is not None:
+        noted.extend(events)
 
 
 class Database:
-    """One engine; `url` is `sqlite:///path` or `postgresql+psycopg://…`."""
+    """One engine; `url` is `sqlite:///path` or `postgresql+psycopg://…`.
 
-    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+    `committed` is told (type, outcome) of each audit event, when and only when it has become durable.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int = 10,
+        committed: Callable[[Sequence[tuple[str, str]]], None] | None = None,
+    ) -> None:
         self.engine = _engine(url, pool_size)
+        self._committed = committed
         self._issuing = threading.BoundedSemaphore(max(1, pool_size // 3))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         reading: dict[str, Any] = {_READS_ONLY: True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
@@ -56,7 +74,7 @@ class Database:
 
     def begin(self) -> AbstractContextManager[Connection]:
         """A read-write transaction: committed at the end of the block, rolled back on any exception."""
-        return _transaction(self.engine)
+        return _transaction(self.engine, self._committed)
 
     @contextmanager
     def begin_issuing(self) -> Iterator[Connection]:
@@ -81,10 +99,13 @@ class Database:
 
 
 @contextmanager
-def _transaction(engine: Engine) -> Iterator[Connection]:
-    if _open.get():
+def _transaction(
+    engine: Engine, committed: Callable[[Sequence[tuple[str, str]]], None] | None = None
+) -> Iterator[Connection]:
+    if in_transaction():
         raise RuntimeError("a transaction is already open here; a verb opens one at a time")
-    token = _open.set(True)
+    events: list[tuple[str, str]] = []
+    token = _open.set(events)
     try:
         with engine.begin() as connection:
             yield connection
@@ -96,6 +117,8 @@ def _transaction(engine: Engine) -> Iterator[Connection]:
         raise Unavailable("the broker's store did not answer, so nothing was handed out: try again") from problem
     finally:
         _open.reset(token)
+    if committed is not None and events:
+        committed(events)
 
 
 def _engine(url: str, pool_size: int) -> Engine:

@@ -17,6 +17,7 @@ from sqlalchemy import ColumnElement, Connection, Row, update
 from broker.domain.audit import Event
 from broker.domain.identity import new_id
 from broker.domain.lifecycle import sources
+from broker.store.database import recorded
 from broker.store.models import AuditEvent, Base, table_of
 from broker.store.rows import insert_rows
 
@@ -53,7 +54,9 @@ def move(
 
 def record(db: Connection, events: Iterable[Event]) -> None:
     """Write audit events; the caller's transaction is that of the change they speak of."""
-    insert_rows(db, AuditEvent, [dict(zip(_EVENT, _values_of(event), strict=True)) for event in events])
+    made = list(events)
+    insert_rows(db, AuditEvent, [dict(zip(_EVENT, _values_of(event), strict=True)) for event in made])
+    recorded((event.type, event.outcome) for event in made)
 
 
 def change_of(at: datetime, actor: str, type_: str, **more: Any) -> Callable[[Row[Any]], Event]:
