@@ -1,0 +1,175 @@
+"""`make bench`: every figure of docs/performance.md, in one run.
+
+python -m benchmarks                    # all, on both stores
+python -m benchmarks --only sqlite      # one store
+python -m benchmarks --quick            # only the hot paths
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from benchmarks import load, rows
+from benchmarks.servers import (
+    AGENTS,
+    RESOURCE,
+    Bench,
+    bench_settings,
+    broker_on,
+    no_op_server,
+    postgres,
+    prepare,
+    resident_mib,
+)
+
+_FORM = "application/x-www-form-urlencoded"
+_AGENTS_A_TASK = 100
+_LIFE_S = 20  # so that no agent holds more live grants than its limit, however long this runs
+_GRANTS_IN_MEMORY = 100_000
+
+
+class Report:
+    """Figures as they come, and their ratios to the no-op of the same run."""
+
+    def __init__(self) -> None:
+        self.no_op = 0.0
+
+    def title(self, text: str) -> None:
+        print(f"\n{text}", flush=True)
+
+    def rate(self, name: str, figures: load.Figures) -> None:
+        ratio = f"   {figures.per_second / self.no_op:4.2f} × no-op" if self.no_op else ""
+        failed = f"   {figures.failed} FAILED" if figures.failed else ""
+        print(
+            f"  {name:<42} {figures.per_second:8,.0f}/s   p50 {figures.p50:6.1f} ms   p99 {figures.p99:6.1f} ms"
+            f"{ratio}{failed}",
+            flush=True,
+        )
+
+    def value(self, name: str, value: str) -> None:
+        print(f"  {name:<42} {value}", flush=True)
+
+
+def open_task(bench: Bench, agents: list[str]) -> str:
+    body = {"purpose": "summarise the leads of May", "agents": agents, "deadline_s": 86_400}
+    headers = {"Authorization": f"Bearer {bench.token('pipeline')}"}
+    answer = httpx.post(f"{bench.settings.issuer}/v1/tasks", json=body, headers=headers, timeout=30)
+    answer.raise_for_status()
+    return str(answer.json()["id"])
+
+
+def grant_request(bench: Bench, agent: str, task: str, ttl_s: int) -> bytes:
+    body = {"task_id": task, "resource": RESOURCE, "scopes": ["contacts:read"], "ttl_s": ttl_s}
+    return load.post(f"127.0.0.1:{bench.port}", "/v1/grants", json.dumps(body).encode(), token=bench.token(agent))
+
+
+def fleet_requests(bench: Bench) -> list[bytes]:
+    """One request of every agent, a hundred agents a task."""
+    requests = []
+    for first in range(0, AGENTS, _AGENTS_A_TASK):
+        agents = [f"agent-{number}" for number in range(first, first + _AGENTS_A_TASK)]
+        task = open_task(bench, agents)
+        requests += [grant_request(bench, agent, task, _LIFE_S) for agent in agents]
+    return requests
+
+
+def credential(request: bytes, port: int) -> str:
+    answer = load.once(port, request)
+    return str(json.loads(answer)["credential"]["token"])
+
+
+def measure_http(report: Report, bench: Bench, seconds: float, *, quick: bool) -> None:
+    with broker_on(bench) as pid:
+        requests = fleet_requests(bench)
+        # Every token verified once and every slice parsed: the first second of a broker's life is not its speed.
+        load.run(bench.port, requests, count=AGENTS, expect=b"201")
+        figures = load.run(bench.port, requests, seconds=seconds, expect=b"201")
+        report.rate("grants, 32 connections", figures)
+        report.rate("grants, 1 connection", load.run(bench.port, requests, seconds=2, connections=1, expect=b"201"))
+        host, verifier = f"127.0.0.1:{bench.port}", bench.token("crm-api")
+        looks = [
+            load.post(host, "/oauth2/introspect", f"token={token}".encode(), token=verifier, media_type=_FORM)
+            for token in (credential(request, bench.port) for request in requests[:200])
+        ]
+        load.run(bench.port, looks, count=1000)
+        report.rate("introspection, 32 connections", load.run(bench.port, looks, seconds=seconds))
+        if not quick:
+            made = figures.requests
+            while made < _GRANTS_IN_MEMORY:
+                made += load.run(bench.port, requests, count=20_000, expect=b"201").requests
+            report.value("memory of the worker", f"{resident_mib(pid):.0f} MiB after {made:,} grants")
+
+
+def measure_end(report: Report, bench: Bench) -> None:
+    """Completing a task of ten thousand live grants, as its orchestrator sees it, and a verifier."""
+    with broker_on(bench):
+        agents = [f"agent-{number}" for number in range(_AGENTS_A_TASK)]
+        # Those of the runs before have to be over, or their agents are at their limit.
+        time.sleep(_LIFE_S)
+        task = open_task(bench, agents)
+        requests = [grant_request(bench, agent, task, 600) for agent in agents]
+        load.run(bench.port, requests, count=9_900, expect=b"201")
+        token = credential(requests[0], bench.port)
+        headers = {"Authorization": f"Bearer {bench.token('pipeline')}"}
+        started = time.perf_counter()
+        answer = httpx.post(f"{bench.settings.issuer}/v1/tasks/{task}/complete", headers=headers, timeout=60)
+        took = time.perf_counter() - started
+        answer.raise_for_status()
+        verifier = {"Authorization": f"Bearer {bench.token('crm-api')}"}
+        look = httpx.post(f"{bench.settings.issuer}/oauth2/introspect", data={"token": token}, headers=verifier)
+        if look.json() != {"active": False}:
+            raise SystemExit(f"a token of a completed task is still active: {look.json()}")
+        ended = answer.json()["totals"]["ended"]
+        report.value("completing a task", f"{took:.2f} s for {ended:,} live grants")
+
+
+def measure_sweep(report: Report, bench: Bench) -> None:
+    swept, seconds = rows.sweep_of_due_grants(bench, 100_000)
+    report.value("sweep of due grants", f"{swept / seconds:,.0f} rows/s")
+    report.value("empty sweep over a million live grants", f"{rows.empty_sweep(bench, 1_000_000) * 1000:.1f} ms")
+
+
+def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> None:
+    prepare(bench)
+    measure_http(report, bench, options.seconds, quick=options.quick)
+    if not options.quick:
+        measure_end(report, bench)
+        measure_sweep(report, bench)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description="Measure the broker beside a no-op.")
+    parser.add_argument("--only", choices=["sqlite", "postgresql"], help="one store instead of both")
+    parser.add_argument("--seconds", type=float, default=5, help="how long each rate is measured (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="only grants and introspection")
+    options = parser.parse_args()
+    # So that the servers end with us, and not only when they are asked to.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    report = Report()
+    with tempfile.TemporaryDirectory(prefix="broker-bench-") as directory:
+        root = Path(directory)
+        with no_op_server() as port:
+            request = load.post(f"127.0.0.1:{port}", "/no-op", b"{}")
+            load.run(port, [request], count=1000)
+            figures = load.run(port, [request], seconds=options.seconds)
+            report.rate("no-op Flask POST on the same server", figures)
+            report.no_op = figures.per_second
+        if options.only != "postgresql":
+            report.title("SQLite (synchronous=FULL)")
+            measure_store(report, bench_settings(root / "sqlite", f"sqlite:///{root}/sqlite/broker.db"), options)
+        if options.only != "sqlite":
+            report.title("PostgreSQL (fsync and synchronous_commit on)")
+            with postgres(root / "postgres") as url:
+                measure_store(report, bench_settings(root / "pg", url), options)
+
+
+if __name__ == "__main__":
+    main()
