@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from datetime import UTC, datetime
 
 import cedarpy
@@ -279,6 +280,41 @@ def test_leaving_out_what_no_policy_reads_changes_no_answer(condition, unless, e
         7, [dataclasses.replace(policy, reads=frozenset({()})) for policy in told_what_it_reads._by_id.values()]
     )
     assert told_what_it_reads.decide(asked(**facts)) == told_everything.decide(asked(**facts))
+
+
+@given(text=st.text(), ttl_s=st.integers(1, 86_400), claimed=st.dictionaries(st.text(), st.text(), max_size=2))
+def test_whatever_is_asked_reaches_the_engine_as_the_values_it_is(text, ttl_s, claimed):
+    """INV-31."""
+    told = []
+    policies = compiled('@id("it") permit (principal, action, resource) when { {x: context}.x.ttl_s > 0 };')
+    request = asked(intent=text, user=text, ttl_s=ttl_s, claimed=claimed)
+    request = dataclasses.replace(request, task=dataclasses.replace(request.task, purpose=text, orchestrator=text))
+    really = cedarpy.is_authorized
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cedarpy, "is_authorized", lambda asked, *more: (told.append(asked), really(asked, *more))[1])
+        decision = policies.decide(request)
+    # A lone surrogate is text to Python and no text to the engine: what it cannot read is refused (INV-13).
+    assert decision.outcome == (ALLOW if decision.failure is None else DENY)
+    context = json.loads(told[0]["context"])
+    labels, claims = ("task", "caller") if claimed else ("none", "none")
+    assert context == {
+        "task": {
+            "id": "task_1",
+            "purpose": text,
+            "age_s": 60,
+            "orchestrator": text,
+            "labels": {"__entity": {"type": "Labels", "id": labels}},
+        },
+        "intent": text,
+        "ttl_s": ttl_s,
+        "scopes": [SCOPES[0]],
+        "sender_bound": False,
+        "delegation_depth": 0,
+        "user": text,
+        "risk": "low",
+        "time": {"hour": 12, "weekday": 1},
+        "claimed": {"__entity": {"type": "Claimed", "id": claims}},
+    }
 
 
 def test_only_what_is_read_is_told(evaluations):

@@ -7,8 +7,8 @@ Searching for a request that would be allowed is another question, for after the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cedarpy
@@ -21,7 +21,10 @@ from broker.domain.policy.schema import agent_facts, one_line, resource_facts
 
 _SLICES_KEPT = 4096
 _NO_TAGS = "none"
-_json = json.JSONEncoder(check_circular=False).encode
+_text = json.encoder.encode_basestring_ascii
+
+# What of a request one member of the context tells, as JSON.
+_Telling = Callable[[AccessRequest], str | None]
 _MOST_REASONS = 20
 _SCOPES_EXPLAINED = 3
 _MOST_EVALUATIONS = 32
@@ -36,10 +39,12 @@ class _Slice:
     plain: Any  # permits without @approval, and forbids
     asking: Any | None  # permits with @approval, and forbids
     reads: frozenset[Path]
+    told: tuple[tuple[str, _Telling], ...]  # members of the context, and what of a request each tells
+    tagged: bool  # labels or claims are among them
 
     def may_read(self, *path: str) -> bool:
-        """Whether what is at this path, or anything below or around it, can change the answer."""
-        return any(read[: len(path)] == path[: len(read)] for read in self.reads)
+        """Whether what is at this path can change the answer."""
+        return _touches(self.reads, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +104,9 @@ class PolicySet:
             return ()
         sentences: list[str] = []
         left = _MOST_EVALUATIONS
-        facts = _Facts(request, self._known_entities(request))
+        entities = _Entities(request, self._known_entities(request))
         for scope in decision.refused_scopes[:_SCOPES_EXPLAINED]:
-            search = _Search(self, request, scope, facts, left)
+            search = _Search(self, request, scope, entities, left)
             sentence = search.what_would_do()
             left = search.left
             if sentence is not None:
@@ -110,7 +115,7 @@ class PolicySet:
         return tuple(sentences)
 
     def _decide(self, request: AccessRequest) -> Decision:
-        facts = _Facts(request, self._known_entities(request))
+        entities = _Entities(request, self._known_entities(request))
         decided: dict[str, None] = {}
         reasons: dict[str, None] = {}
         failures: dict[str, None] = {}
@@ -119,7 +124,7 @@ class PolicySet:
         refused: list[str] = []
         for scope in sorted(request.scopes):
             found = self._slice(request, scope)
-            verdict = self._ask(found, facts)
+            verdict = self._ask(found, request, entities)
             policies = [self._by_id[id_] for id_ in verdict.policies]
             decided |= dict.fromkeys(verdict.policies)
             failures |= dict.fromkeys(verdict.failures)
@@ -152,14 +157,15 @@ class PolicySet:
             failure=one_line("; ".join(failures)) if failures else None,
         )
 
-    def _ask(self, found: _Slice, facts: _Facts, **changed: Any) -> _Verdict:
-        """What the policies of this slice say, with some members of the context changed."""
-        asked = {**found.heads, "context": facts.context(found, changed)}
+    def _ask(self, found: _Slice, request: AccessRequest, entities: _Entities) -> _Verdict:
+        """What the policies of this slice say."""
+        asked = {**found.heads, "context": _context(found, request)}
+        known = entities.for_slice(found)
         failures: list[str] = []
         for outcome, policies in ((ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)):
             if policies is None:
                 continue
-            answer = cedarpy.is_authorized(asked, policies, facts.entities(found))
+            answer = cedarpy.is_authorized(asked, policies, known)
             errors, reasons = answer.diagnostics.errors, answer.diagnostics.reasons
             if errors:
                 # Cedar skips a policy it cannot evaluate. A forbid that was skipped might have forbidden (INV-13).
@@ -187,6 +193,7 @@ class PolicySet:
         candidates = [*self._by_resource.get(resource, ()), *self._by_resource.get(None, ())]
         policies = tuple(policy for policy in candidates if policy.concerns(agent, scope, resource))
         asking = [policy for policy in policies if not policy.permits or policy.approval is not None]
+        reads = frozenset(path for policy in policies for path in policy.reads)
         return _Slice(
             policies=policies,
             heads={
@@ -196,7 +203,9 @@ class PolicySet:
             },
             plain=_parsed(policy for policy in policies if policy.approval is None),
             asking=_parsed(asking) if any(policy.permits for policy in asking) else None,
-            reads=frozenset(path for policy in policies for path in policy.reads),
+            reads=reads,
+            told=_told(reads),
+            tagged=_touches(reads, ("claimed",)) or _touches(reads, ("task", "labels")),
         )
 
     def _known_entities(self, request: AccessRequest) -> Any:
@@ -215,55 +224,31 @@ class PolicySet:
         return known
 
 
-class _Facts:
-    """What the engine is told of one request. Of the context only what a slice reads: parsing it is what costs."""
+class _Entities:
+    """What is known of one request's agent and resource; its labels and claims only where a policy looks at them."""
 
-    def __init__(self, request: AccessRequest, entities: Any) -> None:
+    def __init__(self, request: AccessRequest, known: Any) -> None:
         self._request = request
-        self._tagged = bool(request.task.labels or request.claimed)
-        self._entities = entities
+        self._known = known
         self._with_tags: Any = None
-        self._context: dict[str, Any] = {
-            "task": {
-                "id": request.task.id,
-                "purpose": request.task.purpose,
-                "age_s": request.task.age_s,
-                "orchestrator": request.task.orchestrator,
-                "labels": _reference("Labels", "task" if self._tagged else _NO_TAGS),
-            },
-            "intent": request.intent or "",
-            "ttl_s": request.ttl_s,
-            "scopes": sorted(request.scopes),
-            "sender_bound": request.sender_bound,
-            "delegation_depth": request.delegation_depth,
-            "risk": request.risk,
-            "time": {"hour": request.now.hour, "weekday": request.now.isoweekday()},
-            "claimed": _reference("Claimed", "caller" if self._tagged else _NO_TAGS),
-        }
-        if request.user is not None:
-            self._context["user"] = request.user
 
-    def context(self, found: _Slice, changed: Mapping[str, Any]) -> str:
-        return _json(_at({**self._context, **changed} if changed else self._context, found.reads))
-
-    def entities(self, found: _Slice) -> Any:
-        if not self._tagged or not (found.may_read("claimed") or found.may_read("task", "labels")):
-            return self._entities
+    def for_slice(self, found: _Slice) -> Any:
+        if not found.tagged or not _has_tags(self._request):
+            return self._known
         if self._with_tags is None:
             labels, claimed = self._request.task.labels, self._request.claimed_text()
             tags = [_tags("Labels", "task", labels), _tags("Claimed", "caller", claimed)]
-            self._with_tags = self._entities.with_added_json_str(json.dumps(tags))
+            self._with_tags = self._known.with_added_json_str(json.dumps(tags))
         return self._with_tags
 
 
 class _Search:
     """For one refused scope, the smallest change to the request that would be allowed."""
 
-    def __init__(self, policies: PolicySet, request: AccessRequest, scope: str, facts: _Facts, left: int) -> None:
+    def __init__(self, policies: PolicySet, request: AccessRequest, scope: str, entities: _Entities, left: int) -> None:
         self._policies = policies
         self._request = request
-        self._scope = scope
-        self._facts = facts
+        self._entities = entities
         self._slice = policies._slice(request, scope)
         self.left = left
 
@@ -293,7 +278,7 @@ class _Search:
             return False
         # An approval asks a second time, so each question counts for two where there is one.
         self.left = max(0, self.left - (1 if self._slice.asking is None else 2))
-        return self._policies._ask(self._slice, self._facts, **changed).outcome != DENY
+        return self._policies._ask(self._slice, replace(self._request, **changed), self._entities).outcome != DENY
 
 
 def _why_not(
@@ -323,24 +308,65 @@ def _first(reasons: Iterable[str]) -> tuple[str, ...]:
     return (*every[:_MOST_REASONS], f"and {len(every) - _MOST_REASONS} reasons more: ask for fewer scopes at once")
 
 
-def _at(context: Mapping[str, Any], paths: frozenset[Path]) -> Mapping[str, Any]:
-    """Only what is at these paths. One that leads nowhere adds nothing: `context has user` is then false."""
-    if () in paths:
-        return context
-    found: dict[str, Any] = {}
-    for path in paths:
-        source, target = context, found
-        for number, name in enumerate(path):
-            value = source.get(name)
-            if value is None:
-                break
-            if number == len(path) - 1 or not isinstance(value, dict) or "__entity" in value:
-                target[name] = value
-                break
-            if target.get(name) is value:
-                break  # a shorter path has put the whole of it there
-            source, target = value, target.setdefault(name, {})
-    return found
+# --- What the engine is told of a request ---
+
+# By hand, and only what the policies of a slice read: making and parsing a context is most of what a decision costs.
+# Every text goes through the encoder, so that it stays a value (INV-31). None is a fact that is not there.
+_LEAVES: Mapping[Path, _Telling] = {
+    ("task", "id"): lambda asked: _text(asked.task.id),
+    ("task", "purpose"): lambda asked: _text(asked.task.purpose),
+    ("task", "age_s"): lambda asked: str(asked.task.age_s),
+    ("task", "orchestrator"): lambda asked: _text(asked.task.orchestrator),
+    ("task", "labels"): lambda asked: _reference("Labels", "task" if _has_tags(asked) else _NO_TAGS),
+    ("intent",): lambda asked: _text(asked.intent or ""),
+    ("ttl_s",): lambda asked: str(asked.ttl_s),
+    ("scopes",): lambda asked: json.dumps(sorted(asked.scopes)),
+    ("sender_bound",): lambda asked: "true" if asked.sender_bound else "false",
+    ("delegation_depth",): lambda asked: str(asked.delegation_depth),
+    ("user",): lambda asked: None if asked.user is None else _text(asked.user),
+    ("risk",): lambda asked: _text(asked.risk),
+    ("time", "hour"): lambda asked: str(asked.now.hour),
+    ("time", "weekday"): lambda asked: str(asked.now.isoweekday()),
+    ("claimed",): lambda asked: _reference("Claimed", "caller" if _has_tags(asked) else _NO_TAGS),
+}
+
+
+def _told(reads: frozenset[Path]) -> tuple[tuple[str, _Telling], ...]:
+    """The members of a context that these reads can see, in the order of the schema."""
+    flat: dict[str, _Telling] = {}
+    records: dict[str, list[tuple[str, _Telling]]] = {}
+    for path, tell in _LEAVES.items():
+        if _touches(reads, path):
+            if len(path) == 1:
+                flat[path[0]] = tell
+            else:
+                records.setdefault(path[0], []).append((path[1], tell))
+    return (*((name, _record(members)) for name, members in records.items()), *flat.items())
+
+
+def _record(members: Sequence[tuple[str, _Telling]]) -> _Telling:
+    return lambda asked: _object(members, asked)
+
+
+def _object(members: Iterable[tuple[str, _Telling]], request: AccessRequest) -> str:
+    return "{" + ", ".join([f'"{name}": {text}' for name, tell in members if (text := tell(request)) is not None]) + "}"
+
+
+def _context(found: _Slice, request: AccessRequest) -> str:
+    return _object(found.told, request)
+
+
+def _touches(reads: Iterable[Path], path: Path) -> bool:
+    """Whether somebody reads what is at this path, something within it, or all around it."""
+    return any(read[: len(path)] == path[: len(read)] for read in reads)
+
+
+def _has_tags(request: AccessRequest) -> bool:
+    return bool(request.task.labels or request.claimed)
+
+
+def _reference(kind: str, name: str) -> str:
+    return f'{{"__entity": {{"type": "{kind}", "id": "{name}"}}}}'
 
 
 def _parsed(policies: Iterable[Policy]) -> Any:
@@ -349,10 +375,6 @@ def _parsed(policies: Iterable[Policy]) -> Any:
 
 def _is_named(policy_id: str, errors: Iterable[Any]) -> bool:
     return any(f"`{policy_id}`" in str(error) for error in errors)
-
-
-def _reference(kind: str, name: str) -> dict[str, Any]:
-    return {"__entity": {"type": kind, "id": name}}
 
 
 def _entity(kind: str, name: str, attributes: Mapping[str, Any]) -> dict[str, Any]:
