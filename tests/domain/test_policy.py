@@ -130,6 +130,12 @@ def test_labels_and_claims_are_data_a_policy_may_look_at():
     assert policies.decide(asked(labels={"team": "crm"}, claimed={"drill": True})).policies == ("drill",)
 
 
+def test_a_fact_that_is_not_there_is_not_an_empty_one():
+    policies = compiled('@id("own") permit (principal, action, resource) unless { context has user };')
+    assert policies.decide(asked()).outcome == ALLOW
+    assert policies.decide(asked(user="alice")).outcome == DENY
+
+
 def test_what_stands_in_a_name_is_never_read_as_policy():
     odd = 'urn:x") when { true }; permit(principal, action, resource); //'
     policies = compiled(NIGHT, resource=odd)
