@@ -1,9 +1,29 @@
 """The JSON API as the wire contract writes it: roles, shapes, statuses, idempotency, pages."""
 
+import re
+import shutil
+import sys
+from dataclasses import replace
+from unicodedata import category
+from urllib.parse import urlencode
+
 import jwt
 import pytest
 
-from tests.house import CRM, ISSUER
+from broker.domain.catalogue import Resource
+from tests.house import CRM, ISSUER, LEDGER, build_house, catalogue_for
+from tests.web.conftest import Web
+from tests.workloads import dpop_proof, issuer_key
+
+
+@pytest.fixture(scope="module")
+def web_of_module(migrated_file, tmp_path_factory):
+    """One application for many requests that are all refused."""
+    directory = tmp_path_factory.mktemp("house")
+    shutil.copyfile(migrated_file, directory / "broker.db")
+    built = build_house(f"sqlite:///{directory / 'broker.db'}", directory)
+    yield Web(built)
+    built.broker.close()
 
 
 def test_the_main_job(web_on_both):
@@ -164,7 +184,8 @@ def test_a_dry_run_shows_the_blast_radius_and_changes_nothing(web):
     assert web.grant(web.open_task()).status_code == 201
 
 
-@pytest.mark.parametrize("body", [{}, {"agent": "a", "task": "b"}, {"agents": "a"}, {"all": False}, {"all": "some"}])
+@pytest.mark.parametrize("body", [{}, {"agent": "a", "task": "b"}, {"agents": "a"}, {"all": False}, {"all": "some"},
+                                  {"all": 1}, {"all": 1.0}, {"all": "true"}, {"all": ["all"]}])  # fmt: skip
 def test_a_revocation_names_exactly_one_axis(web, body):
     answer = web.post("/v1/revocations", "ada", json=body | {"reason": "drill"})
     assert answer.status_code == 400
@@ -190,8 +211,13 @@ def test_a_trace_id_is_taken_over_and_a_malformed_one_ignored(web):
     ).json
     event = web.get(f"/v1/audit?task={task['id']}", "audrey").json["items"][0]
     assert event["trace_id"] == trace
-    answer = web.post("/v1/grants", headers={"traceparent": f"00-{trace}-x-01"})
-    assert answer.json["trace_id"] != trace
+    malformed = ["x-01", "00f067aa0ba902b7-01-extra", "00f067aa0ba902b7-01-", "0" * 16 + "-01", "00f067aa0ba902b7"]
+    for rest in malformed:
+        answer = web.post("/v1/grants", headers={"traceparent": f"00-{trace}-{rest}"})
+        assert answer.json["trace_id"] != trace, rest
+    # A version to come may have more fields after the four that we know (W3C Trace Context section 4.3).
+    answer = web.post("/v1/grants", headers={"traceparent": f"01-{trace}-00f067aa0ba902b7-01-extra"})
+    assert answer.json["trace_id"] == trace
 
 
 def test_every_problem_has_a_page_for_people(web):
@@ -214,3 +240,151 @@ def test_metrics_name_routes_and_never_paths(web):
     text = web.get("/metrics", "audrey").get_data(as_text=True)
     assert "broker_http_requests_total" in text
     assert task["id"] not in text
+
+
+def test_a_method_somebody_made_up_is_no_new_time_series(web):
+    def methods():
+        text = web.get("/metrics", "audrey").get_data(as_text=True)
+        return set(re.findall(r'broker_http_requests_total{method="([^"]*)"', text))
+
+    for number in range(3):
+        assert web.client.open("/v1/tasks", method=f"BREW{number}").status_code == 405
+    assert methods() <= {"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "other"}
+    assert "other" in methods()
+
+
+def test_the_description_is_made_once_and_kept_by_its_etag(web, monkeypatch):
+    first = web.get("/openapi.json")
+    monkeypatch.setattr("broker.web.app.openapi", lambda *_: 1 / 0)
+    again = web.get("/openapi.json")
+    assert again.get_data() == first.get_data()
+    tag = {"If-None-Match": first.headers["ETag"]}
+    assert web.client.get("/openapi.json", headers=tag).status_code == 304
+
+
+def test_the_same_idempotency_key_gives_one_order_and_one_lockdown(web_on_both):
+    web = web_on_both
+    headers = {"Idempotency-Key": "stop-1"}
+    token = web.grant(web.open_task()).json["credential"]["token"]
+    order = {"agent": "summarizer", "reason": "incident", "lockdown": True}
+    first, again = (web.post("/v1/revocations", "ada", json=order, headers=headers).json for _ in range(2))
+    assert web.introspect(token) == {"active": False}
+    assert (first["id"], first["lockdown"]) == (again["id"], again["lockdown"])
+    other = web.post("/v1/revocations", "ada", json=order | {"reason": "another"}, headers=headers)
+    assert (other.status_code, other.json["code"]) == (409, "idempotency_conflict")
+    # The same key elsewhere is for something else.
+    wrong = web.post("/v1/lockdowns", "ada", json={"agent": "summarizer", "reason": "incident"}, headers=headers)
+    assert (wrong.status_code, wrong.json["code"]) == (409, "idempotency_conflict")
+    headers = {"Idempotency-Key": "stop-2"}
+    made = [web.post("/v1/lockdowns", "ada", json={"agent": "scribe", "reason": "x"}, headers=headers) for _ in "ab"]
+    assert [answer.status_code for answer in made] == [201, 201]
+    assert made[0].json == made[1].json
+    assert len(web.get("/v1/lockdowns", "ada").json["items"]) == 2
+    ordered = web.get("/v1/audit?type=revocation.ordered", "audrey").json["items"]
+    assert len(ordered) == 2
+
+
+def test_a_key_that_bound_a_credential_gives_no_bearer_token(web):
+    """INV-21: who repeats the request without the proof is answered with no token at all."""
+    task, key, sent = web.open_task(), issuer_key(), {"Idempotency-Key": "bound"}
+
+    def proof(number):
+        now = web.house.clock()
+        return {"DPoP": dpop_proof(key, url=f"{ISSUER}/v1/grants", jti=f"proof-{number}", now=now)}
+
+    ask = {"task_id": task["id"], "resource": CRM, "scopes": ["contacts:read"]}
+    first = web.post("/v1/grants", "summarizer", json=ask, headers=sent | proof(1))
+    again = web.post("/v1/grants", "summarizer", json=ask, headers=sent | proof(2))
+    assert first.json["grant"]["id"] == again.json["grant"]["id"]
+    assert again.json["credential"]["token_type"] == "DPoP"
+    bare = web.post("/v1/grants", "summarizer", json=ask, headers=sent)
+    assert (bare.status_code, bare.json["code"]) == (409, "idempotency_conflict")
+
+
+def test_a_refusal_that_policy_did_not_make_has_no_decision_and_says_so(web):
+    answer = web.post("/v1/tasks", "summarizer", json={"purpose": "x", "agents": ["summarizer"], "deadline_s": 60})
+    assert (answer.status_code, answer.json["decision"]) == (403, None)
+    assert "decision" not in web.get("/v1/nothing").json
+
+
+def all_pages(web, path, by, limit=2):
+    items, cursor = [], None
+    while True:
+        page = web.get(f"{path}limit={limit}{f'&cursor={cursor}' if cursor else ''}", by).json
+        assert len(page["items"]) <= limit
+        items += page["items"]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            return items
+
+
+def test_lockdowns_and_versions_go_page_by_page_too(web):
+    made = [
+        web.post("/v1/lockdowns", "ada", json={"agent": f"agent-{number}", "reason": "drill"}).json["id"]
+        for number in range(5)
+    ]
+    assert [item["id"] for item in all_pages(web, "/v1/lockdowns?", "ada")] == made[::-1]
+    web.client.delete(f"/v1/lockdowns/{made[2]}", headers=web.as_("ada"))
+    assert [item["id"] for item in all_pages(web, "/v1/lockdowns?lifted=true&", "ada")] == made[::-1]
+    assert len(all_pages(web, "/v1/lockdowns?", "ada")) == 4
+    catalogue = catalogue_for(web.house.issuer)
+    for number in range(2, 6):
+        resources = (*catalogue.resources, Resource(identifier=f"urn:test:{number}", scopes=("a",)))
+        web.house.broker.administration.apply(replace(catalogue, resources=resources), by="tests")
+    assert [item["version"] for item in all_pages(web, "/v1/policies?", "audrey")] == [5, 4, 3, 2, 1]
+    for path in ("/v1/lockdowns", "/v1/policies"):
+        for query in ("limit=0", "limit=1001", "limit=1_0", "limit=10.0", "limit=%2010", "cursor=bm9uZQ=="):
+            answer = web.get(f"{path}?{query}", "ada")
+            assert (answer.status_code, answer.json["member"]) == (400, query.split("=")[0])
+
+
+def test_tasks_are_found_by_their_resource(web_on_both):
+    web = web_on_both
+    within = web.open_task(resources=[{"resource": CRM, "scopes": ["contacts:read"]}])
+    elsewhere = web.open_task("scribe", resources=[{"resource": LEDGER, "scopes": ["entries:read"]}])
+    granted, neither = web.open_task("summarizer", "scribe"), web.open_task()
+    assert web.grant(granted).status_code == 201
+    assert web.grant(neither, scopes=["contacts:write"]).status_code == 403
+
+    def found(by, resource):
+        answer = web.get("/v1/tasks?" + urlencode({"resource": resource}), by)
+        assert answer.status_code == 200, answer.json
+        return {task["id"] for task in answer.json["items"]}
+
+    for by in ("ada", "pipeline", "summarizer"):
+        assert found(by, CRM) == {within["id"], granted["id"]}, by
+    assert found("ada", LEDGER) == {elsewhere["id"]}
+    # What another agent holds in the same task is none of its business.
+    assert found("scribe", CRM) == set()
+    for odd in ('"', "x') OR 1=1 --", "$.a", '"]}', "nothing"):
+        assert found("ada", odd) == set()
+
+
+@pytest.mark.parametrize(
+    "character", [chr(point) for point in range(sys.maxunicode) if category(chr(point)) == "Cf"][::5]
+)
+def test_no_character_may_hide_or_reorder_its_neighbours(web_of_module, character):
+    """An approver, and whoever reads a log, must see the sentence that was sent."""
+    web = web_of_module
+    text = f"pay{character}ment"
+    body = {"purpose": "x", "agents": ["summarizer"], "deadline_s": 60}
+    ask = {"resource": CRM, "scopes": ["contacts:read"], "task_id": "task_0000000000000000000000000a"}
+    for path, by, sent in (
+        ("/v1/tasks", "pipeline", body | {"purpose": text}),
+        ("/v1/tasks", "pipeline", body | {"labels": {"team": text}}),
+        ("/v1/tasks", "pipeline", body | {"labels": {text: "crm"}}),
+        ("/v1/grants", "summarizer", ask | {"intent": text}),
+        ("/v1/revocations", "ada", {"agent": "nobody", "reason": text, "dry_run": True}),
+        ("/v1/lockdowns", "ada", {"agent": "nobody", "reason": text}),
+        ("/v1/tasks/task_0000000000000000000000000a/complete", "pipeline", {"reason": text}),
+    ):
+        answer = web.post(path, by, json=sent)
+        assert (answer.status_code, answer.json["code"]) == (400, "invalid_request"), (path, sent)
+        assert character not in answer.get_data(as_text=True)
+    form = {"grant_type": "client_credentials", "scope": text, **web.assertion("summarizer")}
+    assert web.form("/oauth2/token", **form).json["error"] == "invalid_request"
+
+
+def test_other_writing_is_nobodys_business(web):
+    for purpose in ("Mäkelä: lasku № 7", "請求書を要約する", "ملخص العملاء", "résumé 😀"):
+        assert web.open_task(purpose=purpose)["purpose"] == purpose
