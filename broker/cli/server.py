@@ -36,7 +36,7 @@ _SERVER_LOG: dict[str, Any] = {
     "handlers": {},
     "loggers": {"_granian": {"handlers": [], "propagate": True}, "granian.access": {"handlers": [], "propagate": True}},
 }
-_THREADS = 192  # a request waits for its commit or its body; a thread that waits costs little
+_THREADS = 256  # a request waits for its commit or its body; a thread that waits costs little
 
 
 def config_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,9 +58,9 @@ class Bodies:
     """The lanes of one process."""
 
     def __init__(self) -> None:
-        self.unproven = Lane(80)
-        self.unproven_revoking = Lane(32)
-        self.proven = Lane(32)
+        self.unproven = Lane(72)
+        self.unproven_revoking = Lane(24)
+        self.proven = Lane(24)
         self.ending = Lane(16)
 
     @property

@@ -1,5 +1,6 @@
 """Bodies that do not come: whoever holds one back is refused, or left alone, and stops nobody else (INV-27, INV-35)."""
 
+import inspect
 import socket
 import threading
 import time
@@ -10,6 +11,8 @@ import pytest
 
 from broker.cli import server
 from broker.domain.errors import Unavailable
+from broker.services import issuance
+from broker.services.batching import Batching
 from broker.web.bodies import Bodies, Lane
 from tests.house import CRM
 from tests.processes import Deployment
@@ -78,8 +81,9 @@ def test_one_caller_leaves_room_for_the_others(slow):
     assert lane.read(lambda: b"mine", "summarizer") == b"mine"
 
 
-def test_bodies_never_hold_every_thread():
-    assert Bodies().at_once <= server._THREADS - 32
+def test_bodies_and_those_who_wait_for_a_grant_never_hold_every_thread():
+    issuing = issuance._WAITING + inspect.signature(Batching).parameters["at_most"].default
+    assert Bodies().at_once + issuing < server._THREADS
 
 
 def test_who_ends_authority_waits_with_none_of_those_who_ask_for_it(sqlite_house):
