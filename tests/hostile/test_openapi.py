@@ -164,6 +164,21 @@ def test_the_answers_of_the_main_job_are_as_described(web, schema):
         checked("POST", path, web.client.post(path, data={"token": issued, **web.assertion(by)}), 200)
 
 
+def test_what_no_generator_sends_is_refused_as_described_too(web, schema):
+    """Another content type, and a body beyond the limit."""
+    for method, path in OPERATIONS:
+        operation = schema[path][method.upper()]
+        if operation.body:
+            address = path.replace("{id}", real_id(web, path) or "")
+            for content_type, raw in (("text/plain", b"{}"), ("application/json", b"x" * 65_537)):
+                headers = web.as_("ada") if path.startswith("/v1/") else {}
+                answer = web.client.open(
+                    address, method=method.upper(), data=raw, content_type=content_type, headers=headers
+                )
+                assert answer.status_code in (400, 413, 415)
+                operation.validate_response(answer)
+
+
 def test_the_checks_see_an_answer_that_is_not_as_described(web, document):
     """A check that cannot fail is none."""
     wrong = json.loads(json.dumps(document))
