@@ -134,11 +134,8 @@ def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return values
 
 
-def idempotency(raw: bytes, jkt: str | None = None) -> IdempotencyClaim | None:
-    """The Idempotency-Key with what it stands for: this path, this body, and the key the answer is bound to.
-
-    A request with a proof and the same one without are two: the second must not be answered with a bearer's token.
-    """
+def idempotency(raw: bytes) -> IdempotencyClaim | None:
+    """The Idempotency-Key with what it stands for: this path and this body."""
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return None
@@ -146,7 +143,7 @@ def idempotency(raw: bytes, jkt: str | None = None) -> IdempotencyClaim | None:
         raise Invalid(
             "Idempotency-Key is one to 255 printable ASCII characters without a blank", member="Idempotency-Key"
         )
-    whole = f"{request.path}\n{jkt or ''}\n".encode() + raw
+    whole = f"{request.path}\n".encode() + raw
     return IdempotencyClaim(
         key_sha256=hashlib.sha256(key.encode()).hexdigest(), request_sha256=hashlib.sha256(whole).hexdigest()
     )

@@ -30,7 +30,6 @@ grants = Operations("grants")
     looks_again=True,
 )
 def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
-    jkt = proven_key()
     request = GrantRequest(
         caller=caller,
         resource=body.resource,
@@ -39,8 +38,8 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
         ttl=None if body.ttl_s is None else timedelta(seconds=body.ttl_s),
         intent=body.intent,
         claimed=body.context,
-        idempotency=idempotency(g.raw_body, jkt),
-        jkt=jkt,
+        idempotency=idempotency(g.raw_body),
+        jkt=proven_key(),
     )
     return 201, shapes.of_issued(broker().issuance.issue(request))
 
