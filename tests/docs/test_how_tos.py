@@ -104,7 +104,7 @@ def test_the_verifier_that_is_shown_accepts_a_live_token_and_refuses_it_after_th
     token = credential.reveal()
     assert work.verifier.check(token, "contacts:read")["grant_id"] == grant.id
     work.orchestrator.complete_task(work.task.id)
-    # Its list is old now, so it fetches; what the broker answers may be 5 s old, by the broker's own clock.
+    # Its list is old now, so it fetches; what the broker answers may be 2 s old, by the broker's own clock.
     work.clock.ahead_s = 10
     deadline = time.monotonic() + 8
     with pytest.raises(work.refused, match="revoked"):
