@@ -92,9 +92,9 @@ def terms(
         user=task.on_behalf_of,
     )
     decision = policies.decide(asked)
-    failure = getattr(decision, "failure", None)
-    if failure:
-        _log.error("policy failed", extra={"fields": {"failure": failure, "agent": principal.name}})
+    if decision.failure is not None:
+        # A deny (INV-13), and a fault that somebody has to hear of.
+        _log.error("policy failed", extra={"fields": {"failure": decision.failure, "agent": principal.name}})
     if decision.max_ttl_s is not None and timedelta(seconds=decision.max_ttl_s) < ttl:
         ttl, decided_by = timedelta(seconds=decision.max_ttl_s), "policy"
     return Terms(ttl=ttl, decided_by=decided_by, asked=asked, decision=decision)
