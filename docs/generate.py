@@ -94,7 +94,7 @@ Errors that only the OAuth surface has: `unsupported_grant_type` (400). A refuse
 `subject_token`. 429 and 503 carry `Retry-After`.
 
 Codes that no broker of this version answers yet have their place in the tree (`broker.domain.errors`):
-`use_dpop_nonce`.
+`use_dpop_nonce`, `provider_refused`, `provider_unavailable`.
 """
 
 # Refusals of the HTTP layer itself; they have no class in the tree of `broker.domain.errors`.

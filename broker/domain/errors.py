@@ -20,6 +20,8 @@
     │   └── IdempotencyConflict     the same key, another body
     ├── LimitExceeded           a limit; carries how long to wait
     └── Unavailable             we cannot answer now; never a yes
+        ├── ProviderRefused         a system outside said no: it made no secret
+        ├── ProviderUnavailable     a system outside did not say: a secret may exist
         └── ConfigurationError      refused at start
 
 No HTTP status lives here: `broker.web.problems` maps codes to statuses.
@@ -28,6 +30,7 @@ No HTTP status lives here: `broker.web.problems` maps codes to statuses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, ClassVar
 
 
@@ -139,6 +142,35 @@ class LimitExceeded(BrokerError):
 
 class Unavailable(BrokerError):
     code = "unavailable"
+
+
+class ProviderRefused(Unavailable):
+    """`reason` is what the outside said, for our own log and audit trail; it speaks of our set-up, not to agents."""
+
+    code = "provider_refused"
+
+    def __init__(self, detail: str, *, reason: str | None = None) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class ProviderUnavailable(Unavailable):
+    """Unknown means created. `reference` and `expires_at` are what is known of a secret that must not be used."""
+
+    code = "provider_unavailable"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        reason: str | None = None,
+        reference: str | None = None,
+        expires_at: datetime | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.reference = reference
+        self.expires_at = expires_at
 
 
 class ConfigurationError(Unavailable):

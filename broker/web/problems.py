@@ -59,6 +59,8 @@ TITLES: Mapping[str, str] = {
     "idempotency_conflict": "The Idempotency-Key was used for something else",
     "limit_exceeded": "A limit is reached",
     "unavailable": "The broker cannot answer now",
+    "provider_refused": "The system that makes the credential said no",
+    "provider_unavailable": "The system that makes the credential did not answer",
     "configuration": "The broker's configuration or a key of it cannot be used",
     "method_not_allowed": "No such method here",
     "too_large": "The body is too large",
@@ -181,6 +183,10 @@ REMEDIES: Mapping[str, str] = {
     "idempotency_conflict": "Use a new Idempotency-Key for a new request.",
     "limit_exceeded": "Wait as long as Retry-After says, or give back what is no longer needed.",
     "unavailable": "Try again as Retry-After says. Nothing was handed out.",
+    "provider_refused": "Nothing was handed out. If it stays so, tell the broker's operator: what the other system said "
+    "stands in the broker's log under the trace id.",
+    "provider_unavailable": "Try again as Retry-After says. Nothing was handed out, and what the other system may have "
+    "made is being revoked.",
     "configuration": "Only the broker's operator can mend it: tell them the detail. Nothing was handed out.",
     "method_not_allowed": "The Allow header lists the methods.",
     "too_large": "Requests are at most 64 KiB.",

@@ -1,0 +1,188 @@
+"""What a provider is: four methods, what crosses the floor to and from them, and how others plug in.
+
+A provider creates and kills secrets in a system outside. It never sees the database and keeps no truth. Whoever calls
+it has committed an intent before `prepare`, the handle before `issue`, and never holds a transaction open meanwhile.
+
+It fails in three ways, and the difference decides what is owed:
+
+- `Invalid`: the caller's parameters are wrong. Raised before anything is asked of the outside; nothing is owed.
+- `ProviderRefused`: the outside said no, or would have given what must not be used. No secret exists; a handle may.
+- `ProviderUnavailable`: the outside did not say. Unknown means created: a revocation is owed.
+
+Others plug in by the entry point group `broker.providers`: the name is what a resource's `provider` says, the object
+takes the provider's settings and the clock and answers a `Provider`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from broker.domain.clock import Clock
+from broker.domain.errors import ConfigurationError
+from broker.domain.identity import GrantId
+from broker.domain.secret import Secret
+
+ENTRY_POINTS = "broker.providers"
+
+Setting = str | int | bool
+
+
+class RevocationClass(StrEnum):
+    """What a confirmed revocation means for whoever holds the credential."""
+
+    HARD = "hard"  # dead when confirmed
+    BOUNDED = "bounded"  # dead within the time `Handle.bound` says after it was confirmed
+    TTL_ONLY = "ttl_only"  # lives until its own expiry, whatever is done
+
+
+class SecretData:
+    """What the agent receives: a JSON object that only `reveal` shows. It cannot be printed, compared or pickled.
+
+    >>> data = SecretData({"username": "jit", "password": "hunter2"})
+    >>> str(data), data.names, data.reveal()["username"]
+    ('[secret]', ('password', 'username'), 'jit')
+    """
+
+    __slots__ = ("__names", "__sealed")
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        # As text: whoever reveals it gets a copy, and what was hashed is what is handed out.
+        self.__sealed = Secret(json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+        self.__names = tuple(sorted(data))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.__names
+
+    def reveal(self) -> dict[str, Any]:
+        revealed: dict[str, Any] = json.loads(self.__sealed.reveal())
+        return revealed
+
+    def sha256(self) -> str:
+        """What may be kept of it: the hash of its members as compact JSON with sorted names."""
+        return self.__sealed.sha256()
+
+    def __repr__(self) -> str:
+        return "[secret]"
+
+    def __format__(self, spec: str) -> str:
+        return "[secret]"
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("SecretData is not compared; compare its sha256() with hmac.compare_digest")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        raise TypeError("SecretData is not pickled or copied")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecretRequest:
+    """What to create, the same for `prepare` and `issue`.
+
+    `settings` is the resource's own table of the configuration. `parameters` is what the agent sent; each provider
+    has a closed set of names, and what they hold never becomes part of a path.
+    """
+
+    grant_id: GrantId
+    settings: Mapping[str, Setting]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handle:
+    """What can revoke a secret before there is one.
+
+    `value` is stored, and revokes. `opens` is what `issue` reads the secret with: it lives in memory between the two
+    calls and is never stored, so a handle read back from a row has none. `expires_at` is when everything made under
+    the handle is over, if the outside enforces that.
+    """
+
+    value: str
+    revocation: RevocationClass
+    expires_at: datetime
+    bound: timedelta | None = None
+    opens: Secret | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IssuedSecret:
+    """A secret that exists. `reference` is its name outside, for revoking; None where it has none.
+
+    `expires_at` is when it stops opening anything, which may be before what was asked, never after. `facts` are not
+    secret and belong into the audit trail: the name of the database user, the serial number of the certificate.
+    """
+
+    data: SecretData
+    reference: str | None
+    expires_at: datetime
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveSecret:
+    """A secret the outside says exists under what is ours alone.
+
+    `issued_at` and `expires_at` are told where the outside was asked about it, `grant_id` where it can tell.
+    `trouble` is what the outside says went wrong with revoking it.
+    """
+
+    reference: str
+    grant_id: GrantId | None = None
+    issued_at: datetime | None = None
+    expires_at: datetime | None = None
+    trouble: str | None = None
+
+
+class Provider(Protocol):
+    """An outside system that creates secrets. Each method has a deadline on each of its calls."""
+
+    @property
+    def settles_after(self) -> timedelta:
+        """How long after an issue of unknown outcome a secret of it may still appear.
+
+        Until then a debt is not clean, however dead its handle is.
+        """
+
+    def prepare(self, request: SecretRequest, ttl: timedelta) -> Handle:
+        """Create what will revoke the secret; it opens nothing by itself and ends after `ttl`."""
+
+    def issue(self, handle: Handle, request: SecretRequest, ttl: timedelta) -> IssuedSecret:
+        """Create the secret under a handle that is committed."""
+
+    def revoke(self, handle: Handle | None, reference: str | None) -> None:
+        """Kill what is known by either; idempotent. Returns only when the outside confirmed both dead.
+
+        For a `ttl_only` secret this means that no more can be obtained: what is out lives until it expires.
+        """
+
+    def list_live(self, known: Collection[str] = ()) -> Collection[LiveSecret]:
+        """Every secret under what is ours alone; those whose reference is not `known` are looked at closely."""
+
+
+class ProviderFactory(Protocol):
+    """What an entry point names."""
+
+    def __call__(self, settings: Mapping[str, Any], clock: Clock) -> Provider: ...
+
+
+def third_party(name: str) -> ProviderFactory:
+    """The provider that an installed package offers under this name; ConfigurationError if there is not exactly one."""
+    found = tuple(entry_points(group=ENTRY_POINTS, name=name))
+    if len(found) != 1:
+        offered = sorted({point.name for point in entry_points(group=ENTRY_POINTS)})
+        raise ConfigurationError(
+            [
+                f"{len(found)} installed packages offer a provider {name!r}; there must be one. "
+                f"Offered are: {', '.join(offered) or 'none'}"
+            ]
+        )
+    factory: ProviderFactory = found[0].load()
+    return factory
