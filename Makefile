@@ -55,6 +55,7 @@ image: ## the container image, with docker or podman
 lock: ## pin dependencies anew, with hashes (needs uv)
 	uv pip compile pyproject.toml --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --output-file requirements.lock
 	uv pip compile pyproject.toml --group dev --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --output-file requirements-dev.lock
+	uv pip compile --group openbao --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --output-file requirements-openbao.lock
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

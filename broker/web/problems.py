@@ -183,8 +183,8 @@ REMEDIES: Mapping[str, str] = {
     "idempotency_conflict": "Use a new Idempotency-Key for a new request.",
     "limit_exceeded": "Wait as long as Retry-After says, or give back what is no longer needed.",
     "unavailable": "Try again as Retry-After says. Nothing was handed out.",
-    "provider_refused": "Nothing was handed out. If it stays so, tell the broker's operator: what the other system said "
-    "stands in the broker's log under the trace id.",
+    "provider_refused": "Nothing was handed out. If it stays so, tell the broker's operator: what the other system "
+    "said stands in the broker's log under the trace id.",
     "provider_unavailable": "Try again as Retry-After says. Nothing was handed out, and what the other system may have "
     "made is being revoked.",
     "configuration": "Only the broker's operator can mend it: tell them the detail. Nothing was handed out.",
