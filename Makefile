@@ -25,7 +25,7 @@ check: $(STAMP) ## lint, format and types; warnings are errors
 	$(BIN)/mypy
 
 test: $(STAMP) ## the whole suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 run: $(STAMP) ## a whole broker on this laptop: SQLite, a development issuer, loopback
 	$(BIN)/broker dev

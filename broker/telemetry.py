@@ -12,6 +12,7 @@ import logging
 import sys
 from collections import Counter as Tally
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TextIO
 
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest, start_http_server
@@ -22,6 +23,7 @@ _log = logging.getLogger("broker.web")
 
 # Of a method anybody can make up a new one with each request, and each is a time series that stays.
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+_encoded = json.JSONEncoder(default=str).encode
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SECONDS = Histogram("broker_http_request_seconds", "Time to answer", ["method", "route"], buckets=_BUCKETS)
 _REQUESTS = Counter("broker_http_requests", "Requests answered", ["method", "route", "status"])
@@ -35,11 +37,17 @@ _LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep 
 def answered(*, method: str, route: str, status: int, seconds: float, caller: str | None, trace_id: str) -> None:
     """One request was answered. `route` is the rule, never the path: paths are of unbounded variety."""
     method = method if method in _METHODS else "other"
-    _SECONDS.labels(method, route).observe(seconds)
-    _REQUESTS.labels(method, route, status).inc()
+    timed, counted = _of_route(method, route, status)
+    timed.observe(seconds)
+    counted.inc()
     if _log.isEnabledFor(logging.INFO):
         fields = {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2), "caller": caller}
         _log.info("request", extra={"fields": {**fields, "trace_id": trace_id}})
+
+
+@lru_cache(maxsize=1024)
+def _of_route(method: str, route: str, status: int) -> tuple[Histogram, Counter]:
+    return _SECONDS.labels(method, route), _REQUESTS.labels(method, route, status)
 
 
 def unauthenticated(reason: str, trace_id: str) -> None:
@@ -100,11 +108,14 @@ class JsonLines(logging.Formatter):
         line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _encoded(line)
 
 
 def log_to(stream: TextIO = sys.stderr, *, level: int = logging.INFO) -> None:
     """Send every logger's lines there, as JSON."""
+    # No line says from which file, thread or process it came, so nobody has to find out.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # what the logging documentation names for this
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level, handlers=[handler], force=True)

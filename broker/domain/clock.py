@@ -45,4 +45,5 @@ def rfc3339(at: datetime) -> str:
     >>> rfc3339(datetime(2026, 1, 1, tzinfo=UTC))
     '2026-01-01T00:00:00Z'
     """
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    # Not strftime: it imports a module on each call, and threads queue for that.
+    return f"{at.astimezone(UTC).replace(tzinfo=None, microsecond=0).isoformat()}Z"

@@ -13,8 +13,8 @@ from broker.domain.secret import Secret
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Grant:
-    """As it was when it was read. Whether it is live is another question: `broker.domain.lifecycle.is_live`."""
+class Authority:
+    """What of a grant says whose it is, what it opens, and what may stand over it: all that verifying asks."""
 
     id: str
     task_id: str
@@ -25,32 +25,12 @@ class Grant:
     subject: str
     orchestrator: str
     on_behalf_of: str | None
-    parent_grant_id: str | None
     resource: str
     scopes: tuple[str, ...]
     provider: str
-    jti: str | None
     kids: tuple[str, ...]  # every key that signed a token of it
-    jkt: str | None
-    credential_sha256: str | None
-    status_list: int | None
-    status_index: int | None
-    created_at: datetime
-    issued_at: datetime | None
-    expires_at: datetime
-    renewable_until: datetime | None
-    ttl_s: int
-    ttl_decided_by: str
-    intent: str | None
-    claimed: Mapping[str, Any]
-    request_sha256: str
-    decision: Mapping[str, Any]
     policies: tuple[str, ...]  # every policy by which a token of it was allowed
-    policy_version: int | None
-    trace_id: str | None
-    revoked_at: datetime | None = None
-    revoked_by: str | None = None
-    reason: str | None = None
+    expires_at: datetime
 
     def is_held_by(self, principal: Principal) -> bool:
         """Whether this very workload holds it, and not only one of the same name (INV-17)."""
@@ -78,6 +58,32 @@ class Grant:
                 return self.kids
             case _:
                 raise ValueError(f"{axis!r} is not an axis of revocation")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grant(Authority):
+    """As it was when it was read. Whether it is live is another question: `broker.domain.lifecycle.is_live`."""
+
+    parent_grant_id: str | None
+    jti: str | None
+    jkt: str | None
+    credential_sha256: str | None
+    status_list: int | None
+    status_index: int | None
+    created_at: datetime
+    issued_at: datetime | None
+    renewable_until: datetime | None
+    ttl_s: int
+    ttl_decided_by: str
+    intent: str | None
+    claimed: Mapping[str, Any]
+    request_sha256: str
+    decision: Mapping[str, Any]
+    policy_version: int | None
+    trace_id: str | None
+    revoked_at: datetime | None = None
+    revoked_by: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

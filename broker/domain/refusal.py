@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from broker.domain.errors import Invalid
-from broker.domain.grant import Grant
+from broker.domain.grant import Authority
 
 AXES = ("task", "agent", "user", "orchestrator", "resource", "provider", "policy", "key", "all")
 
@@ -25,7 +25,7 @@ class Refusal:
     reason: str
     era: int | None = None
 
-    def covers(self, grant: Grant) -> bool:
+    def covers(self, grant: Authority) -> bool:
         if self.era is not None and grant.era > self.era:
             return False
         return self.axis == "all" or self.value in grant.on_axis(self.axis)
@@ -39,7 +39,7 @@ class Refusals:
         for refusal in refusals:
             self._by_axis.setdefault(refusal.axis, {}).setdefault(refusal.value, []).append(refusal)
 
-    def over(self, grant: Grant) -> Refusal | None:
+    def over(self, grant: Authority) -> Refusal | None:
         """One that covers this grant, or None."""
         for axis, by_value in self._by_axis.items():
             for value in ("all",) if axis == "all" else grant.on_axis(axis):

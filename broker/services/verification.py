@@ -14,7 +14,7 @@ from typing import Any
 
 from broker.domain.clock import Clock, epoch
 from broker.domain.errors import BrokerError, InvalidTarget, NotFound, Unauthenticated
-from broker.domain.grant import Grant
+from broker.domain.grant import Authority, Grant
 from broker.domain.identity import Caller, Role, is_id
 from broker.domain.lifecycle import is_live
 from broker.domain.receipt import OFFLINE_BOUND
@@ -27,7 +27,7 @@ from broker.services.revocation import may_see
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.store import gate
 from broker.store.database import Database
-from broker.store.grants import find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
+from broker.store.grants import find_authorities, find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
 from broker.store.standing import STATUS_LIST_SIZE, status_list, status_lists
 
 # Our own memory, the verifier's, and what a commit may take after its time was read add up to the published bound.
@@ -45,7 +45,7 @@ class LiveToken:
     """A token of ours that opens something at this moment: what it says, its grant, and what stands over both."""
 
     claims: Mapping[str, Any]
-    grant: Grant
+    grant: Authority
     standing: Standing
 
 
@@ -53,7 +53,7 @@ class LiveToken:
 class _Seen:
     """A grant at the moment of one look, and what stood over it."""
 
-    grant: Grant | None
+    grant: Authority | None
     live: bool
     standing: Standing
 
@@ -160,7 +160,7 @@ class Verification:
         now = self._clock()
         with self._database.read() as db:
             # The rows first: what stands is then at least as new, and a refusal is never missed (INV-24).
-            found = find_with_tasks(db, set(grant_ids))
+            found = find_authorities(db, set(grant_ids))
             standing = self._standing.at(db, gate.era_of(db))
         return [self._seen(found.get(grant_id), standing, now) for grant_id in grant_ids]
 
@@ -216,7 +216,7 @@ class Verification:
         return built
 
 
-def _live(standing: Standing, now: datetime, grant: Grant, task_state: Any, ends_at: datetime) -> bool:
+def _live(standing: Standing, now: datetime, grant: Authority, task_state: Any, ends_at: datetime) -> bool:
     return is_live(
         grant=grant.state,
         expires_at=grant.expires_at,

@@ -31,11 +31,11 @@ from broker.web.reading import MAX_BODY_BYTES, TooLarge, UnsupportedMediaType, p
 from broker.wiring import Broker
 
 API = (tasks, grants, revocations, policies, audit)
-_SECURITY_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
+_SECURITY_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+)
 
 
 def create_app(built: Broker) -> Flask:
@@ -68,8 +68,8 @@ def _begin() -> None:
 
 
 def _end(response: Response) -> Response:
-    response.headers.update(_SECURITY_HEADERS)
-    response.headers["X-Trace-Id"] = g.trace_id
+    # Added and not set: nothing before this line names them, and looking that up is a tenth of a short answer.
+    response.headers.extend((*_SECURITY_HEADERS, ("X-Trace-Id", g.trace_id)))
     # Whatever says nothing else is for whoever asked, now: a refusal that is kept outlives its reason.
     response.headers.setdefault("Cache-Control", "no-store")
     if request.url_rule is not None and request.url_rule.rule.startswith("/problems"):

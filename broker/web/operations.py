@@ -24,6 +24,8 @@ from broker.web import auth
 from broker.web.reading import json_body, query, raw_body
 from broker.web.shapes import NoQuery, ProblemAnswer
 
+_compact = json.JSONEncoder(separators=(",", ":")).encode
+
 Handler = Callable[..., tuple[int, Any]]
 
 
@@ -120,7 +122,7 @@ def _route(operation: Operation, handler: Handler) -> Callable[..., Response]:
 
 
 def json_response(answer: Any, status: int = 200) -> Response:
-    response = Response(json.dumps(answer, separators=(",", ":")), status, mimetype="application/json")
+    response = Response(_compact(answer), status, mimetype="application/json")
     response.headers["Cache-Control"] = "no-store"
     return response
 

@@ -15,7 +15,7 @@ from flask import Blueprint, Response, g, request
 from broker.domain import strict_json
 from broker.domain.clock import epoch
 from broker.domain.errors import Invalid, InvalidTarget, InvalidTaskDetails, Unauthenticated
-from broker.domain.grant import Grant, GrantRequest, Issued
+from broker.domain.grant import Authority, GrantRequest, Issued
 from broker.domain.identity import Caller, Role
 from broker.domain.scope import parse_scope
 from broker.web.auth import authenticate, known_now, proven_key
@@ -97,7 +97,7 @@ def _exchange(given: Mapping[str, str]) -> Response:
     return _issue(_bearer(given, "subject_token", client), given, sent_as="subject_token", exchanged=True)
 
 
-def _renew(caller: Caller, grant: Grant, given: Mapping[str, str]) -> Response:
+def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Response:
     if _target(given, default=grant.resource) != grant.resource:
         raise InvalidTarget("a renewal keeps its resource: ask for a new grant instead", member="resource")
     if "scope" in given and parse_scope(given["scope"]) != frozenset(grant.scopes):
