@@ -1,0 +1,31 @@
+"""What a verifier's question reads is what the whole row says."""
+
+from dataclasses import fields
+from datetime import timedelta
+
+from broker.domain.grant import Authority
+from broker.store.grants import find_authorities, find_with_tasks
+
+
+def test_the_short_row_says_what_the_whole_one_says(house):
+    task = house.open_task(deadline_s=60)
+    made = [house.issue(task).grant for _ in range(3)]
+    ids = [grant.id for grant in made]
+    with house.broker.database.read() as db:
+        whole, short = find_with_tasks(db, ids), find_authorities(db, ids)
+    assert set(whole) == set(short) == set(ids)
+    for grant_id, (grant, state, ends_at) in whole.items():
+        authority = {entry.name: getattr(grant, entry.name) for entry in fields(Authority)}
+        assert short[grant_id] == (Authority(**authority), state, ends_at)
+
+
+def test_a_heartbeat_that_comes_due_first_is_when_time_ends_the_task(house):
+    issued = house.issue(house.open_task(heartbeat=timedelta(seconds=10))).grant
+    with house.broker.database.read() as db:
+        _, _, ends_at = find_authorities(db, [issued.id])[issued.id]
+    assert ends_at == house.clock() + timedelta(seconds=10)
+
+
+def test_what_is_not_there_is_not_found(house):
+    with house.broker.database.read() as db:
+        assert find_authorities(db, ["grt_00000000000000000000000000", "' OR 1=1 --"]) == {}
