@@ -66,6 +66,23 @@ def test_ours_is_not_sound_because_it_does_nothing():
     assert found.nearest(lambda w: w.handed_out and w.lease is LeaseState.RELEASED)
 
 
+def test_what_may_go_wrong_around_ours_is_all_of_this():
+    """A kind of failure that falls out of the model would make everything look sounder."""
+    worlds = explore(E_DYING).reached_by
+    assert {move.name for world in worlds for move in E_DYING.moves(world) if move.may} == {
+        "the task ends, and with it every grant that has a row",
+        "the issuer crashes",
+        "the issuer creates a token and does not hear its accessor",
+        "the issuer commits the accessor and does not hear that it did",
+        "the issuer hears no answer in time",
+        "the issuer commits and does not hear that it did",
+        "the issuer does not commit and does not hear that either",
+        "the sweep crashes and forgets what it saw",
+        "Vault gives up the queued lease after six failures",
+        "Vault dies before it registers the lease",
+    }
+
+
 def test_ours_kills_what_vault_registers_after_the_token_was_revoked():
     """INV-03: no accessor and no queue of Vault's reaches that lease; the comparison with Vault's list does."""
     found = explore(E)
