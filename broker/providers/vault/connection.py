@@ -1,0 +1,264 @@
+"""One call to Vault: hvac's adapter, with what it lacks: an end to every call, no redirects, nothing from outside.
+
+A call says what Vault answered or raises `ProviderUnavailable`. It judges no status: whether a 403 is a refusal or
+says nothing depends on what was asked.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, NoReturn
+
+import requests
+import urllib3
+from hvac.adapters import RawAdapter
+from requests.adapters import HTTPAdapter
+
+from broker.domain import strict_json
+from broker.domain.errors import Invalid, ProviderRefused, ProviderUnavailable
+from broker.domain.secret import Secret
+from broker.providers.vault.settings import DEADLINE, VaultSettings, address_of
+
+MAX_BODY = 16 * 1024 * 1024  # a list of a quarter of a million leases
+CONNECTIONS = 32  # kept open; more callers open more
+
+# Vault decides these before it does anything. 412 and the 47x of its clusters say nothing about what was done.
+_REFUSALS = frozenset({400, 403, 404, 405, 429})
+
+_call = threading.local()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What came back. `body` is the JSON object of the answer, None where there is none; never printed."""
+
+    status: int
+    body: Mapping[str, Any] | None
+    vaults: bool  # whether it is Vault who speaks, and not something on the way
+
+    def __repr__(self) -> str:
+        return f"Answer({self.status})"
+
+    @property
+    def ok(self) -> bool:
+        return self.status in (200, 204)
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        found = self.body.get("errors") if self.body else None
+        return tuple(error for error in found if isinstance(error, str)) if isinstance(found, list) else ()
+
+    @property
+    def refused(self) -> bool:
+        """Whether Vault itself said no before doing anything."""
+        return self.vaults and self.status in _REFUSALS
+
+    @property
+    def reason(self) -> str:
+        """What Vault said went wrong, for our own log: one line, printable, short."""
+        said = "; ".join(" ".join(error.split()) for error in self.errors)
+        return f"{self.status}: {said.encode('ascii', 'backslashreplace').decode()[:300] or 'no explanation'}"
+
+    def table(self, name: str) -> Mapping[str, Any]:
+        """A member that is an object; an empty one where it is not there."""
+        found = self.body.get(name) if self.body else None
+        return found if isinstance(found, Mapping) else {}
+
+    def fail(self, doing: str) -> NoReturn:
+        """Raise what this answer means for something that was to be created."""
+        if self.refused:
+            more = " (it asks to slow down)" if self.status == 429 else ""
+            raise ProviderRefused(f"Vault refused to {doing}{more}", reason=self.reason)
+        raise self.unknown(doing)
+
+    def unknown(self, doing: str) -> ProviderUnavailable:
+        """What this answer means where only a clear one counts."""
+        if 300 <= self.status < 400:
+            # Followed, the token would go wherever the redirect says.
+            detail = f"Vault answered with a redirect when asked to {doing}; give the address of the active node"
+            return ProviderUnavailable(detail, reason=str(self.status))
+        return ProviderUnavailable(f"Vault did not say whether it could {doing}", reason=self.reason)
+
+
+class _Adapter(RawAdapter):  # type: ignore[misc]
+    """hvac builds the requests; the answer is read here, whole and within its bounds."""
+
+    def request(
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str] | None = None,
+        raise_exception: bool = True,
+        **kwargs: Any,
+    ) -> Answer:
+        response = super().request(method, url, headers, raise_exception=False, stream=True, **kwargs)
+        try:
+            return _answer(response)
+        finally:
+            response.close()
+
+
+class Connection:
+    """The way to one Vault. Safe for threads: a session whose state nobody changes, an adapter for each token."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        namespace: str = "",
+        ca_file: str | None = None,
+        deadline: timedelta = DEADLINE,
+    ) -> None:
+        self._address = address_of(address, "address")
+        self._namespace = namespace
+        self._deadline_s = deadline.total_seconds()
+        self._session = requests.Session()
+        # No proxy, no .netrc, no certificate bundle that the environment names.
+        self._session.trust_env = False
+        self._session.verify = ca_file or True
+        self._session.headers = requests.structures.CaseInsensitiveDict(
+            {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "agent-credential-broker"}
+        )
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        for scheme in ("https://", "http://"):
+            self._session.mount(scheme, _Transport(pool_connections=1, pool_maxsize=CONNECTIONS, max_retries=0))
+
+    @classmethod
+    def of(cls, settings: VaultSettings) -> Connection:
+        return cls(
+            settings.address,
+            namespace=settings.namespace,
+            ca_file=settings.ca_file,
+            deadline=settings.deadline,
+        )
+
+    def close(self) -> None:
+        self._session.close()
+
+    def adapter(self, token: Secret | None) -> _Adapter:
+        """An hvac adapter that speaks with this token; for one caller, inside `within`."""
+        return _Adapter(
+            base_uri=self._address,
+            token=token.reveal() if token else None,
+            verify=self._session.verify,
+            timeout=(min(3.0, self._deadline_s), self._deadline_s),
+            allow_redirects=False,
+            session=self._session,
+            namespace=self._namespace or None,
+        )
+
+    def call(self, method: str, path: str, *, token: Secret | None, body: Mapping[str, Any] | None = None) -> Answer:
+        """One request to `/v1/<path>`; ProviderUnavailable if there is no whole answer within the deadline."""
+        adapter = self.adapter(token)
+        return self.within(lambda: adapter.request(method, f"/v1/{path}", json=body))
+
+    def within(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` answers, if it does within the deadline; ProviderUnavailable otherwise."""
+        _call.ends = time.monotonic() + self._deadline_s
+        try:
+            return ask()
+        except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as problem:
+            failure = ProviderUnavailable(f"Vault at {self._address} did not answer", reason=_kind(problem))
+        except Invalid as problem:
+            failure = ProviderUnavailable("the answer of Vault could not be read", reason=problem.detail)
+        finally:
+            _call.ends = None
+        # Out here, so that it has no context: that would be a request whose headers hold the token (INV-30).
+        raise failure
+
+
+def _answer(response: requests.Response) -> Answer:
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise Invalid("it is compressed")
+    raw = bytearray()
+    while chunk := response.raw.read(64 * 1024, decode_content=False):
+        raw += chunk
+        if len(raw) > MAX_BODY:
+            raise Invalid(f"it has more than {MAX_BODY} bytes")
+    status = response.status_code
+    if status == 204 and not raw:
+        return Answer(status=status, body=None, vaults=True)
+    try:
+        body = strict_json.loads(bytes(raw), max_bytes=MAX_BODY)
+    except Invalid:
+        if status == 200:
+            raise
+        body = None
+    if status == 200 and not isinstance(body, dict):
+        raise Invalid("it is not a JSON object")
+    if not isinstance(body, dict):
+        return Answer(status=status, body=None, vaults=False)
+    return Answer(status=status, body=body, vaults=status == 200 or isinstance(body.get("errors"), list))
+
+
+def _kind(problem: Exception) -> str:
+    """What happened, without the request: requests' messages hold URLs, and its chains hold headers."""
+    names = [type(problem).__name__]
+    cause = problem.__cause__ or problem.__context__
+    while cause is not None and len(names) < 4:
+        names.append(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    return " from ".join(dict.fromkeys(names))
+
+
+# requests bounds each single read of a socket, so a server that sends one byte now and then holds a caller for ever.
+# From here to the end of the file: the same with one end for the whole call.
+
+
+class _Until(io.RawIOBase):
+    """What is read from a socket until the call has to end."""
+
+    def __init__(self, source: io.BufferedReader, sock: Any, ends: float) -> None:
+        super().__init__()
+        self._source, self._sock, self._ends = source, sock, ends
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left_s = self._ends - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the call did not end in time")
+        self._sock.settimeout(left_s)
+        return self._source.readinto1(buffer)
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        ends = getattr(_call, "ends", None)
+        if ends is not None:
+            self.fp = io.BufferedReader(_Until(self.fp, sock, ends))
+
+
+class _PlainConnection(urllib3.connection.HTTPConnection):
+    response_class = _Response
+
+
+class _TlsConnection(urllib3.connection.HTTPSConnection):
+    response_class = _Response
+
+
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _PlainConnection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class _Transport(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}

@@ -1,0 +1,406 @@
+"""Secrets of Vault: a child token for each grant, the secret read with it, and revocation that only a look-up ends.
+
+The child token opens nothing but the brokered roles, is an orphan, cannot be renewed and dies with the grant; all its
+leases die with it. Its accessor is the handle: committed by the caller before the secret exists (INV-02).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from hvac.api.auth_methods import Token
+
+from broker.domain.clock import LEEWAY, Clock
+from broker.domain.errors import ProviderRefused, ProviderUnavailable
+from broker.domain.identity import is_id
+from broker.domain.secret import Secret
+from broker.providers.base import (
+    Handle,
+    IssuedSecret,
+    LiveSecret,
+    RevocationClass,
+    SecretData,
+    SecretRequest,
+)
+from broker.providers.vault.connection import Answer, Connection
+from broker.providers.vault.login import Login
+from broker.providers.vault.settings import COMPONENT, VaultSettings
+from broker.providers.vault.sources import SecretSource, Wrong
+
+_log = logging.getLogger(__name__)
+
+# Vault gives a request at most 90 s (`default_max_request_duration`); what was past its token check when the token died
+# may register a lease until then.
+MAX_REQUEST = timedelta(seconds=90)
+MARGIN = timedelta(seconds=30)
+
+# Between look-ups while Vault's own queue works on what we revoked; together less than a caller waits for a receipt.
+CONFIRM_PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+TRIAL_S = 30
+
+_ACCESSOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]{7,127}")
+_LEASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]{7,127}")
+_MOST_DEPTH = 4
+
+
+class VaultProvider:
+    """One Vault. `sources` answers every role that may have live secrets, those of older configurations too."""
+
+    def __init__(
+        self,
+        settings: VaultSettings,
+        clock: Clock,
+        sources: Callable[[], Iterable[SecretSource]] = tuple,
+        *,
+        pause: Callable[[float], object] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._sources = sources
+        self._connection = Connection.of(settings)
+        self._login = Login(self._connection, settings.auth, clock)
+        self._pause = pause or threading.Event().wait
+
+    @property
+    def settles_after(self) -> timedelta:
+        return MAX_REQUEST + MARGIN
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def prepare(self, request: SecretRequest, ttl: timedelta) -> Handle:
+        """A child token for this grant: service, orphan, not renewable, with exactly the policies of its role."""
+        source = SecretSource.parse(request.settings)
+        if not is_id(request.grant_id, "grt"):
+            raise ValueError("a grant's id is needed")
+        seconds = _whole_seconds(ttl)
+        if ttl < source.least_ttl:
+            raise ProviderRefused(
+                f"a credential of this resource lives at least {int(source.least_ttl.total_seconds())} s; ask for more"
+            )
+        source.checked(request.parameters)
+        role = source.token_role or self._settings.token_role
+        child = self._child_token(role, request.grant_id, seconds)
+        return replace(child, revocation=source.revocation, bound=source.bound)
+
+    def issue(self, handle: Handle, request: SecretRequest, ttl: timedelta) -> IssuedSecret:
+        """Read the secret with the handle's own token. Whatever goes wrong after Vault began is unknown."""
+        if handle.opens is None:
+            raise ValueError("a handle read back from a row issues nothing: its token is gone")
+        source = SecretSource.parse(request.settings)
+        sent = source.body(request.grant_id, request.parameters, timedelta(seconds=_whole_seconds(ttl)))
+        began_at = self._clock()
+        method, body = ("get", None) if source.reads else ("post", sent)
+        answer = self._connection.call(method, source.path, token=handle.opens, body=body)
+        if answer.status != 200 or answer.body is None:
+            answer.fail(f"give a secret of {source.path}")
+        reference = _reference(answer.body.get("lease_id"), source)
+        ends_at = _lease_end(answer.body, began_at)
+        try:
+            received = source.shape(source, sent, answer.table("data"))
+            if source.leases and reference is None:
+                raise Wrong("it has no lease under the prefix of its role, so that nothing could revoke it")
+            ends = [end for end in (ends_at, received.ends_at) if end is not None]
+            if not ends or (source.leases and ends_at is None):
+                raise Wrong("it does not say when it ends")
+            ends_at = min(ends)
+            # Where the token's death ends the secret, its lease may well be longer. Where nothing does, it may not.
+            if source.revocation is RevocationClass.HARD:
+                ends_at = min(ends_at, handle.expires_at)
+            elif ends_at > began_at + ttl + LEEWAY:
+                raise Wrong("it lives longer than was asked for, and nothing can end it")
+        except Wrong as problem:
+            raise ProviderUnavailable(
+                f"Vault gave a secret of {source.path} that must not be used: {problem}; it is being revoked",
+                reference=reference,
+                expires_at=ends_at,
+            ) from None
+        return IssuedSecret(
+            data=SecretData(received.data), reference=reference, expires_at=ends_at, facts=received.facts
+        )
+
+    def revoke(self, handle: Handle | None, reference: str | None) -> None:
+        """The accessor first, so that nothing more is read; then the lease at once; then look until both are gone."""
+        problems: list[str] = []
+        if handle is not None:
+            self._attempt(problems, lambda: self._revoke_accessor(handle.value))
+        if reference is not None:
+            self._attempt(problems, lambda: self._revoke_lease(reference))
+        alive: list[str] = []
+        for pause_s in (*CONFIRM_PAUSES_S, None):
+            try:
+                alive = self._alive(handle, reference)
+            except (ProviderRefused, ProviderUnavailable) as problem:
+                reason = "; ".join([*problems, problem.reason or problem.detail])
+                raise ProviderUnavailable("Vault did not say whether it died", reason=reason) from None
+            # What is gone is gone, whatever went wrong on the way.
+            if not alive:
+                return
+            if pause_s is None or problems:
+                break
+            self._pause(pause_s)
+        raise ProviderUnavailable(
+            f"Vault has not confirmed that {' and '.join(alive)} died", reason="; ".join(problems) or None
+        )
+
+    def list_live(self, known: Collection[str] = ()) -> Collection[LiveSecret]:
+        """Every lease under the prefixes of our roles. One that ends while we look is left out."""
+        found: list[LiveSecret] = []
+        for prefix in sorted({source.lease_prefix for source in self._sources() if source.lease_prefix}):
+            for reference in self._leases_under(prefix, 0):
+                if reference in known:
+                    found.append(LiveSecret(reference=reference))
+                    continue
+                lease = self._lease(reference)
+                if lease is not None:
+                    found.append(
+                        LiveSecret(
+                            reference=reference,
+                            issued_at=_time(lease.get("issue_time")),
+                            expires_at=_time(lease.get("expire_time")),
+                            trouble=_trouble(lease),
+                        )
+                    )
+        return tuple(found)
+
+    def capabilities(self, paths: Iterable[str]) -> Mapping[str, frozenset[str]]:
+        """What the broker's own token may do at each of these paths, as Vault judges it."""
+        asked = list(paths)
+        answer = self._as_ourselves(
+            lambda token: self._connection.call("post", "sys/capabilities-self", token=token, body={"paths": asked})
+        )
+        if not answer.ok:
+            answer.fail("say what the broker's token may do")
+        data = answer.table("data")
+        return {path: frozenset(_strings(data.get(path))) for path in asked}
+
+    def _alive(self, handle: Handle | None, reference: str | None) -> list[str]:
+        """Which of both Vault still knows."""
+        return [
+            *(["the token"] if handle is not None and not self._is_token_dead(handle.value) else []),
+            *(["the lease"] if reference is not None and self._lease(reference) is not None else []),
+        ]
+
+    def try_child_token(self, role: str, grant_id: str, paths: Iterable[str]) -> Mapping[str, frozenset[str]]:
+        """What a child token of this role could do at each of these paths; it is made, asked about, and killed."""
+        asked = list(paths)
+        child = self._child_token(role, grant_id, TRIAL_S)
+        body = {"accessor": child.value, "paths": asked}
+        try:
+            answer = self._as_ourselves(
+                lambda token: self._connection.call("post", "sys/capabilities-accessor", token=token, body=body)
+            )
+        finally:
+            self.revoke(child, None)
+        if not answer.ok:
+            answer.fail("say what a child token may do")
+        data = answer.table("data")
+        return {path: frozenset(_strings(data.get(path))) for path in asked}
+
+    # --- one call each -------------------------------------------------------------------------------------------
+
+    def _child_token(self, role: str, grant_id: str, seconds: int) -> Handle:
+        """A token that is exactly what a handle must be, or none."""
+        began_at = self._clock()
+
+        def create(token: Secret) -> Answer:
+            api = Token(self._connection.adapter(token))
+            return self._connection.within(
+                lambda: api.create(
+                    role_name=role,
+                    ttl=f"{seconds}s",
+                    explicit_max_ttl=f"{seconds}s",
+                    renewable=False,
+                    meta={"grant_id": grant_id},
+                    display_name=f"jit-{grant_id}",
+                    # What is not said is decided by the role: the broker cannot choose what its tokens may do.
+                    no_parent=None,
+                    no_default_policy=None,
+                    num_uses=None,
+                )
+            )
+
+        answer = self._as_ourselves(create)
+        if not answer.ok:
+            answer.fail(f"create a token of role {role}")
+        auth = answer.table("auth")
+        wrong = _wrong_with(auth, seconds)
+        if wrong:
+            self._drop(auth.get("accessor"))
+            raise ProviderRefused(
+                f"the token role {role} of Vault is not set up as the broker needs it; run `broker vault check`",
+                reason=f"the token {wrong}",
+            )
+        return Handle(
+            value=auth["accessor"],
+            revocation=RevocationClass.HARD,
+            expires_at=began_at + timedelta(seconds=auth["lease_duration"]),
+            opens=Secret(auth["client_token"]),
+        )
+
+    def _as_ourselves(self, ask: Callable[[Secret], Answer]) -> Answer:
+        """Ask with the broker's own token; once more with a new one if Vault does not know it any more."""
+        token = self._login.token()
+        answer = ask(token)
+        # Refused before anything was done, so asking again does nothing twice.
+        if answer.status == 403 and self._login.was_refused(token):
+            return ask(self._login.token())
+        return answer
+
+    def _revoke_accessor(self, accessor: str) -> None:
+        _require(_ACCESSOR, accessor, "handle")
+        answer = self._as_ourselves(
+            lambda token: self._connection.call(
+                "post", "auth/token/revoke-accessor", token=token, body={"accessor": accessor}
+            )
+        )
+        if not answer.ok and not _says(answer, "invalid accessor"):
+            answer.fail("revoke the token")
+
+    def _revoke_lease(self, reference: str) -> None:
+        # By path and not by body, so that Vault's policy can keep the broker to the leases of its own roles (INV-29).
+        path = f"sys/leases/revoke/{_path_of_lease(reference)}"
+        answer = self._as_ourselves(lambda token: self._connection.call("put", path, token=token, body={"sync": True}))
+        if not answer.ok and not _says(answer, "invalid lease"):
+            answer.fail("revoke the lease")
+
+    def _is_token_dead(self, accessor: str) -> bool:
+        _require(_ACCESSOR, accessor, "handle")
+        answer = self._as_ourselves(
+            lambda token: self._connection.call(
+                "post", "auth/token/lookup-accessor", token=token, body={"accessor": accessor}
+            )
+        )
+        # The words and not the status: a 403 alone may be our own token, a 404 a proxy.
+        if _says(answer, "invalid accessor"):
+            return True
+        if answer.status == 200 and answer.table("data").get("accessor") == accessor:
+            return False
+        raise answer.unknown("look up the token")
+
+    def _lease(self, reference: str) -> Mapping[str, Any] | None:
+        """What Vault knows of a lease; None only if it says that there is none."""
+        _path_of_lease(reference)
+        answer = self._as_ourselves(
+            lambda token: self._connection.call("put", "sys/leases/lookup", token=token, body={"lease_id": reference})
+        )
+        if _says(answer, "invalid lease"):
+            return None
+        data = answer.table("data")
+        if answer.status == 200 and data.get("id") == reference:
+            return data
+        raise answer.unknown("look up the lease")
+
+    def _leases_under(self, prefix: str, depth: int) -> Iterable[str]:
+        answer = self._as_ourselves(
+            lambda token: self._connection.call("list", f"sys/leases/lookup/{prefix}", token=token)
+        )
+        # An empty list is a 404 with no errors; any other 404 says nothing about leases.
+        if answer.status == 404 and answer.vaults and not answer.errors:
+            return
+        keys = answer.table("data").get("keys")
+        if answer.status != 200 or not isinstance(keys, list):
+            raise answer.unknown("list the leases of the broker")
+        for key in keys:
+            if not isinstance(key, str) or not COMPONENT.fullmatch(key.removesuffix("/")):
+                raise ProviderUnavailable("Vault lists a lease whose name cannot be read")
+            if not key.endswith("/"):
+                yield prefix + key
+            elif depth < _MOST_DEPTH:
+                yield from self._leases_under(prefix + key, depth + 1)
+
+    def _drop(self, accessor: object) -> None:
+        """A token that is not as asked is never used; it has no lease, and ends by itself if this fails."""
+        if isinstance(accessor, str) and _ACCESSOR.fullmatch(accessor):
+            self._attempt([], lambda: self._revoke_accessor(accessor))
+
+    def _attempt(self, problems: list[str], step: Callable[[], None]) -> None:
+        """A step whose failure must not keep the next from being tried."""
+        try:
+            step()
+        except (ProviderRefused, ProviderUnavailable) as problem:
+            problems.append(f"{problem.detail} ({problem.reason})" if problem.reason else problem.detail)
+            _log.warning("a step of a revocation failed", extra={"fields": {"reason": problems[-1]}})
+
+
+def _wrong_with(auth: Mapping[str, Any], seconds: int) -> str | None:
+    """What is not as it must be with a child token; None if all is."""
+    accessor, token, policies = auth.get("accessor"), auth.get("client_token"), _strings(auth.get("policies"))
+    if not isinstance(token, str) or not token:
+        return "is missing"
+    if auth.get("token_type") != "service" or not isinstance(accessor, str) or not _ACCESSOR.fullmatch(accessor):
+        return "is no service token with an accessor, so that it could not be revoked"
+    if auth.get("orphan") is not True:
+        return "is no orphan: it would die with the broker's own"
+    if auth.get("renewable") is not False:
+        return "can be renewed"
+    # With one use left Vault revokes the lease it has just made.
+    if auth.get("num_uses") != 0:
+        return "has a limited number of uses"
+    if not policies or {"root", "default"} & set(policies):
+        return "has the policy root or default, or none"
+    if type(auth.get("lease_duration")) is not int or not 1 <= auth["lease_duration"] <= seconds:
+        return "lives longer than was asked for, or for ever"
+    return None
+
+
+def _reference(lease_id: object, source: SecretSource) -> str | None:
+    prefix = source.lease_prefix
+    if prefix is None or not isinstance(lease_id, str) or not lease_id.startswith(prefix):
+        return None
+    return lease_id if _LEASE_ID.fullmatch(lease_id[len(prefix) :]) else None
+
+
+def _lease_end(body: Mapping[str, Any], began_at: datetime) -> datetime | None:
+    found = body.get("lease_duration")
+    return began_at + timedelta(seconds=found) if type(found) is int and 0 < found < 10**9 else None
+
+
+def _path_of_lease(reference: str) -> str:
+    # It came from Vault and was kept in a row; it goes into a path, so it is judged once more (INV-31).
+    for part in reference.split("/"):
+        _require(COMPONENT, part, "reference")
+    return reference
+
+
+def _require(pattern: re.Pattern[str], text: str, what: str) -> None:
+    if not pattern.fullmatch(text):
+        raise ValueError(f"not a {what} that Vault gave")
+
+
+def _says(answer: Answer, words: str) -> bool:
+    """Whether Vault itself says these words: the one thing that a proxy, a policy or a namespace cannot say."""
+    return answer.refused and any(words in error for error in answer.errors)
+
+
+def _strings(found: object) -> tuple[str, ...]:
+    return tuple(text for text in found if isinstance(text, str)) if isinstance(found, list) else ()
+
+
+def _time(text: object) -> datetime | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return at if at.tzinfo is not None else None
+
+
+def _trouble(lease: Mapping[str, Any]) -> str | None:
+    found = lease.get("revoke_error")
+    return " ".join(found.split())[:300] if isinstance(found, str) and found else None
+
+
+def _whole_seconds(ttl: timedelta) -> int:
+    seconds = int(ttl.total_seconds())
+    if seconds < 1:
+        raise ValueError("a credential lives at least one second")
+    return seconds
