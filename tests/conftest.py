@@ -44,6 +44,15 @@ def postgres_database(server, *, template=None):
     maintenance.dispose()
 
 
+@pytest.fixture(scope="session")
+def openbao(postgres):
+    """A real OpenBao whose database engine makes users on the PostgreSQL of the run."""
+    from tests.openbao import running
+
+    with postgres_database(postgres) as url, running(url) as bao:
+        yield bao
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_database(request, tmp_path):
     if request.param == "sqlite":

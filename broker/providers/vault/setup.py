@@ -176,7 +176,7 @@ class DatabaseRole:
         block, because a user that somebody dropped already must not make its lease irrevocable.
         """
         return (
-            "DO $$ BEGIN "
+            "DO $$ BEGIN "  # noqa: S608 - heir was judged, and the rest is Vault's to fill in
             "IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = '{{name}}') THEN "
             'ALTER ROLE "{{name}}" NOLOGIN; '
             "PERFORM pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = '{{name}}'; "
