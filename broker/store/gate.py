@@ -12,10 +12,12 @@ from sqlalchemy import Connection, select, update
 from broker.store import locks
 from broker.store.models import Gate
 
+_ERA = select(Gate.era)  # composed once: every look asks it
+
 
 def era_of(db: Connection) -> int:
     """The era now, without holding anything."""
-    return db.execute(select(Gate.era)).scalar_one()
+    return int(db.execute(_ERA).scalar_one())
 
 
 def hold_shared(db: Connection) -> int:
