@@ -30,24 +30,23 @@ from broker.domain.errors import (
     TaskNotActive,
     Unavailable,
 )
-from broker.domain.grant import Grant, GrantRequest, IdempotencyClaim, Issued
+from broker.domain.grant import Grant, GrantRequest, Issued
 from broker.domain.identity import Caller, Principal, is_id, new_id
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.policy import PolicySet
 from broker.domain.task import Task
 from broker.services.batching import Batching
 from broker.services.credentials import signed
+from broker.services.idempotency import claimed
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
 from broker.services.terms import Terms, require_may_ask, terms
 from broker.store import gate, locks
 from broker.store.database import Database
 from broker.store.grants import count_live, find_grant, insert_grants, renew_grant, tasks_of_grants
-from broker.store.standing import claim_key, made_under, release_key
+from broker.store.standing import made_under, release_key
 from broker.store.tasks import Tasks, insert_tasks
 from broker.store.transitions import record
-
-KEYS_REMEMBERED_FOR = timedelta(days=1)
 
 _WAITING = 50  # callers; of the server's threads, some are always left for what ends authority
 
@@ -146,7 +145,7 @@ class Issuance:
         grant_id = new_id("grt", moment.now)
         try:
             if request.idempotency is not None:
-                made_id = _claimed(request.caller, request.idempotency, grant_id, moment)
+                made_id = claimed(moment.db, request.caller, request.idempotency, grant_id, moment.now)
                 if made_id != grant_id:
                     return self._again(request, made_id, moment, batch)
             return self._issued(request, grant_id, moment, batch)
@@ -439,21 +438,6 @@ def _known(caller: Caller, moment: _Moment) -> Principal:
         # Renamed between the door and the lock, which was taken by the old name.
         raise Unavailable("the configuration changed while this was asked: try again")
     return principal
-
-
-def _claimed(caller: Caller, claim: IdempotencyClaim, grant_id: str, moment: _Moment) -> str:
-    """The grant this key stands for: this request's own if the key is new."""
-    made_id, request_sha256 = claim_key(
-        moment.db,
-        principal=caller.name,
-        key_sha256=claim.key_sha256,
-        request_sha256=claim.request_sha256,
-        made_id=grant_id,
-        forget_at=moment.now + KEYS_REMEMBERED_FOR,
-    )
-    if request_sha256 != claim.request_sha256:
-        raise IdempotencyConflict("this Idempotency-Key was used with another body: use a new key for a new request")
-    return made_id
 
 
 def _require_open(task: Task, now: datetime) -> None:

@@ -15,21 +15,20 @@ from sqlalchemy import Connection, Row
 
 from broker.domain.audit import Event
 from broker.domain.clock import Clock
-from broker.domain.errors import Conflict, IdempotencyConflict, NotFound, RoleMissing
+from broker.domain.errors import Conflict, NotFound, RoleMissing
 from broker.domain.grant import Grant, IdempotencyClaim
 from broker.domain.identity import Caller, Role, is_id, new_id
 from broker.domain.lifecycle import GrantState
 from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.refusal import Refusal, require_axis
 from broker.providers.wakeups import Wakeups
-from broker.services.issuance import KEYS_REMEMBERED_FOR
+from broker.services.idempotency import claimed
 from broker.services.keys import Keys
 from broker.services.receipts import SignedReceipt, signed_receipt
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader
 from broker.store import gate, grants, models, standing
 from broker.store.database import Database
-from broker.store.standing import claim_key
 from broker.store.transitions import GRANT_FACTS, change_of, move, record
 
 _ACTOR = "broker"
@@ -191,18 +190,7 @@ class Revocation:
         now = self._clock()
         made_id = new_id("lck", now)
         if idempotency is not None:
-            earlier_id, request_sha256 = claim_key(
-                db,
-                principal=caller.name,
-                key_sha256=idempotency.key_sha256,
-                request_sha256=idempotency.request_sha256,
-                made_id=made_id,
-                forget_at=now + KEYS_REMEMBERED_FOR,
-            )
-            if request_sha256 != idempotency.request_sha256:
-                raise IdempotencyConflict(
-                    "this Idempotency-Key was used with another body: use a new key for a new request"
-                )
+            earlier_id = claimed(db, caller, idempotency, made_id, now)
             if earlier_id != made_id:
                 return _order_of(db, earlier_id)
         refusal = Refusal(id=made_id, axis=axis, value=value, reason=reason, era=era)

@@ -12,20 +12,19 @@ from sqlalchemy import Connection, Row
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits
 from broker.domain.clock import Clock
-from broker.domain.errors import IdempotencyConflict, Invalid, NotFound, RoleMissing, TaskNotActive
+from broker.domain.errors import Invalid, NotFound, RoleMissing, TaskNotActive
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.identity import Caller, Role, is_id, new_id
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.scope import require_offered, scope_set
 from broker.domain.task import Task
-from broker.services.issuance import KEYS_REMEMBERED_FOR
+from broker.services.idempotency import claimed
 from broker.services.receipts import SignedReceipt, signed_receipt
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader, principal_of
 from broker.store import gate, grants, locks, models, tasks
 from broker.store.database import Database
-from broker.store.standing import claim_key
 from broker.store.transitions import GRANT_FACTS, change_of, move, record
 
 _ACTOR = "broker"  # of what time alone ended
@@ -102,18 +101,7 @@ class TaskService:
     def _claimed(self, db: Connection, request: TaskRequest, task: Task, now: datetime) -> Task | None:
         if request.idempotency is None:
             return None
-        made_id, request_sha256 = claim_key(
-            db,
-            principal=request.caller.name,
-            key_sha256=request.idempotency.key_sha256,
-            request_sha256=request.idempotency.request_sha256,
-            made_id=task.id,
-            forget_at=now + KEYS_REMEMBERED_FOR,
-        )
-        if request_sha256 != request.idempotency.request_sha256:
-            raise IdempotencyConflict(
-                "this Idempotency-Key was used with another body: use a new key for a new request"
-            )
+        made_id = claimed(db, request.caller, request.idempotency, task.id, now)
         return None if made_id == task.id else tasks.find_task(db, made_id)
 
     def heartbeat(self, caller: Caller, task_id: str) -> Task:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from broker.domain.errors import IdempotencyConflict, InvalidProof, LimitExceeded, Unauthenticated
 from broker.domain.grant import IdempotencyClaim
-from broker.services import issuance, proofs, status_indexes, tasks
+from broker.services import idempotency, issuance, proofs, status_indexes
 from broker.services.proofs import ASSERTION, joined
 from broker.store.standing import STATUS_LIST_SIZE
 from tests.house import ISSUER, build_house, catalogue_for
@@ -96,7 +96,7 @@ def test_fifty_requests_with_one_idempotency_key_make_one_grant(race):
     def ask(house):
         return lambda: house.issue(task, idempotency=key).grant.id
 
-    pause = race.stop(issuance, "claim_key", after=True)
+    pause = race.stop(idempotency, "claim_key", after=True)
     running = race.start(ask(race.one))
     pause.until_reached(running)
     others = [race.start(ask(race.other)) for _ in range(1, MANY)]
@@ -115,7 +115,7 @@ def test_the_same_key_with_another_body_is_refused_also_while_the_first_is_on_it
     task = race.one.open_task()
     key = IdempotencyClaim(key_sha256="a" * 64, request_sha256="b" * 64)
     other_body = IdempotencyClaim(key_sha256="a" * 64, request_sha256="c" * 64)
-    pause = race.stop(issuance, "claim_key", after=True)
+    pause = race.stop(idempotency, "claim_key", after=True)
     first, second = race.run_into(
         lambda: race.one.issue(task, idempotency=key),
         pause,
@@ -129,7 +129,7 @@ def test_the_same_key_with_another_body_is_refused_also_while_the_first_is_on_it
 def test_two_that_open_a_task_with_one_key_get_one_task(race):
     """INV-06."""
     key = IdempotencyClaim(key_sha256="d" * 64, request_sha256="e" * 64)
-    pause = race.stop(tasks, "claim_key", after=True)
+    pause = race.stop(idempotency, "claim_key", after=True)
     first, second = race.run_into(
         lambda: race.one.open_task(idempotency=key), pause, lambda: race.other.open_task(idempotency=key)
     )
