@@ -46,7 +46,7 @@ DATABASE = {"engine": "database", "mount": "database", "role": "jit-orders-ro"}
 PKI = {"engine": "pki", "role": "jit-agent", "bound_s": 60}
 PKI_ISSUE = {
     "engine": "pki",
-    "role": "jit-agent",
+    "role": "jit-agent-with-key",
     "operation": "issue",
     "common_name": "{grant_id}.agents.example",
     "bound_s": 60,
@@ -157,6 +157,10 @@ class OpenBao:
         apply(requests, connection, Secret(self.root_token))
         connection.close()
 
+    def superuser(self) -> psycopg.Connection:
+        """A session on the database whose users are made."""
+        return psycopg.connect(_dsn(self.orders), autocommit=True)
+
     def leases(self, prefix: str) -> list[str]:
         answer = self._client.request("LIST", f"sys/leases/lookup/{prefix}", headers={"X-Vault-Token": self.root_token})
         return [] if answer.status_code == 404 else answer.json()["data"]["keys"]
@@ -196,7 +200,10 @@ def set_up(bao: OpenBao) -> None:
         *policies_and_token_roles(layout),
         *app_role(layout),
         *database.requests(),
-        pki_role(SOURCES[1], allowed_domains=("agents.example",), max_ttl=timedelta(minutes=10)),
+        *(
+            pki_role(source, allowed_domains=("agents.example",), max_ttl=timedelta(minutes=10))
+            for source in SOURCES[1:3]
+        ),
         ssh_role(SOURCES[3]),
     )
     (bao.directory / "role-id").write_text(bao.root("get", "auth/approle/role/jit-broker/role-id")["data"]["role_id"])

@@ -133,8 +133,10 @@ class VaultProvider:
             self._attempt(problems, lambda: self._revoke_accessor(handle.value))
         if reference is not None:
             self._attempt(problems, lambda: self._revoke_lease(reference))
+        # What a step could not do Vault's queue may yet do; but it will hardly, so the next debt is not kept waiting.
+        pauses_s = CONFIRM_PAUSES_S[:3] if problems else CONFIRM_PAUSES_S
         alive: list[str] = []
-        for pause_s in (*CONFIRM_PAUSES_S, None):
+        for pause_s in (*pauses_s, None):
             try:
                 alive = self._alive(handle, reference)
             except (ProviderRefused, ProviderUnavailable) as problem:
@@ -143,9 +145,8 @@ class VaultProvider:
             # What is gone is gone, whatever went wrong on the way.
             if not alive:
                 return
-            if pause_s is None or problems:
-                break
-            self._pause(pause_s)
+            if pause_s is not None:
+                self._pause(pause_s)
         raise ProviderUnavailable(
             f"Vault has not confirmed that {' and '.join(alive)} died", reason="; ".join(problems) or None
         )

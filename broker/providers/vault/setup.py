@@ -238,7 +238,9 @@ def pki_role(source: SecretSource, *, allowed_domains: tuple[str, ...], max_ttl:
             "allow_wildcard_certificates": False,
             "generate_lease": True,
             "no_store": False,
-            "key_type": "any",
+            # Vault makes no key of "any" kind, and an agent that brings its own may choose.
+            "key_type": "any" if source.accepts else "ec",
+            "key_bits": 0 if source.accepts else 256,
             "use_csr_common_name": "common_name" not in source.fixed,
             "use_csr_sans": "common_name" not in source.fixed,
             "ttl": int(max_ttl.total_seconds()),
