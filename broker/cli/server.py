@@ -253,6 +253,7 @@ def scheduler(config: Path) -> None:
     with opened(settings) as house:
         telemetry.log_to(sys.stderr)
         running = scheduling.start(house)
+        _log.info("sweeping")
         stop.wait()
         running.shutdown(wait=True)
 
