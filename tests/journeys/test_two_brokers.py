@@ -93,6 +93,8 @@ class TestConfiguration:
     def put_back(self, pair):
         yield
         apply(pair[0])
+        # Whoever was put back is nobody to a broker that has not looked since, and asking for its readiness is a look.
+        assert [broker.get("/readyz").status_code for broker in pair] == [200, 200]
 
     def test_a_policy_decides_at_the_next_request(self, here_and_there):
         here, there, task_id, _ = here_and_there
