@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ class _Refusal(Exception):
 class FakeVault:
     """Answers like Vault until told otherwise. `clock` is the time, for the server and for whoever is tested."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.now = BEGIN
         self.sealed = False
         self.namespace = ""
@@ -136,10 +137,10 @@ class FakeVault:
         self._closing = threading.Event()
         self._ca = ec.generate_private_key(ec.SECP256R1())
         self._ssh_ca = ed25519.Ed25519PrivateKey.generate()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.address = f"{'http' if tls is None else 'https'}://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 
@@ -487,6 +488,14 @@ class FakeVault:
         return {"serial_number": name, "signed_key": builder.sign(self._ssh_ca).public_bytes().decode() + "\n"}
 
     ssh_principals = True
+
+
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # many callers at once are a test of ours, not of the kernel
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Quiet: clients hang up on purpose."""
 
 
 def _auth(token: Token, life_s: int) -> dict[str, Any]:

@@ -169,22 +169,30 @@ class DatabaseRole:
         )
 
     @property
-    def revocation_statement(self) -> str:
+    def revocation_statements(self) -> tuple[str, ...]:
         """Ends a user for good: no new login, no open session, nothing owned, no role. Harmless when it is gone.
 
-        PostgreSQL ends sessions neither at VALID UNTIL nor at DROP ROLE, and drops no role that owns anything. One
-        block, because a user that somebody dropped already must not make its lease irrevocable.
+        PostgreSQL ends sessions neither at VALID UNTIL nor at DROP ROLE, and drops no role that owns anything. Vault
+        runs these in one transaction, so the commits between them are what counts: until NOLOGIN is committed whoever
+        logs in again and again gets sessions that no list of sessions shows yet, and they outlive their role. The last
+        one ends those that were let in just before.
         """
+        activity = "pg_catalog.pg_stat_activity"
         return (
-            "DO $$ BEGIN "  # noqa: S608 - heir was judged, and the rest is Vault's to fill in
-            "IF EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = '{{name}}') THEN "
-            'ALTER ROLE "{{name}}" NOLOGIN; '
-            "PERFORM pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = '{{name}}'; "
-            f'REASSIGN OWNED BY "{{{{name}}}}" TO "{self.heir}"; '
-            'DROP OWNED BY "{{name}}"; '
-            "PERFORM pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = '{{name}}'; "
-            'DROP ROLE "{{name}}"; '
-            "END IF; END $$;"
+            "SELECT pg_catalog.set_config('jit.ended', coalesce((SELECT oid::text FROM pg_catalog.pg_roles "
+            "WHERE rolname = '{{name}}'), ''), false)",
+            _if_exists('ALTER ROLE "{{name}}" NOLOGIN;'),
+            "COMMIT AND CHAIN",
+            _if_exists(
+                f"PERFORM pg_catalog.pg_terminate_backend(pid) FROM {activity} WHERE usename = '{{{{name}}}}'; "
+                f'REASSIGN OWNED BY "{{{{name}}}}" TO "{self.heir}"; '
+                'DROP OWNED BY "{{name}}"; '
+                'DROP ROLE "{{name}}";'
+            ),
+            "COMMIT AND CHAIN",
+            # By the number of the role, which has no name any more.
+            f"SELECT pg_catalog.pg_terminate_backend(pid) FROM {activity} "  # noqa: S608 - a constant
+            "WHERE usesysid = nullif(pg_catalog.current_setting('jit.ended', true), '')::oid",
         )
 
     def requests(self) -> tuple[VaultRequest, ...]:
@@ -199,8 +207,7 @@ class DatabaseRole:
                 body={
                     "db_name": self.connection,
                     "creation_statements": [self.creation_statement],
-                    "revocation_statements": [self.revocation_statement],
-                    "rollback_statements": [self.revocation_statement],
+                    "revocation_statements": list(self.revocation_statements),
                     "default_ttl": int(self.max_ttl.total_seconds()),
                     "max_ttl": int(self.max_ttl.total_seconds()),
                 },
@@ -223,6 +230,12 @@ class DatabaseRole:
             f'GRANT "{self.member_of}" TO "{administrator}" WITH ADMIN OPTION;\n'
             f'GRANT "{self.heir}" TO "{administrator}";\n'
         )
+
+
+def _if_exists(statements: str) -> str:
+    """A block that does nothing for a user that somebody dropped already: its lease must not become irrevocable."""
+    exists = "EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = '{{name}}')"
+    return f"DO $$ BEGIN IF {exists} THEN {statements} END IF; END $$;"
 
 
 def pki_role(source: SecretSource, *, allowed_domains: tuple[str, ...], max_ttl: timedelta) -> VaultRequest:
