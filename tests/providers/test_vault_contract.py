@@ -186,8 +186,8 @@ def test_a_role_that_is_not_there_is_refused_and_the_agent_learns_no_more(stand)
     handle = stand.provider.prepare(request, TTL)
     with pytest.raises(ProviderRefused) as refused:
         stand.provider.issue(handle, request, TTL)
-    assert refused.value.reason[:3] in ("400", "403")
-    assert refused.value.reason not in refused.value.detail
+    assert "database/creds/other" in refused.value.reason
+    assert refused.value.detail == "Vault refused to give the secret"
     stand.provider.revoke(handle, None)
 
 
@@ -237,7 +237,7 @@ def test_the_broker_takes_its_token_from_a_file_and_again_when_the_file_changed(
     provider.revoke(provider.prepare(stand.request(), TTL), None)
     stand.pass_time(timedelta(seconds=2))
     stand.forget_own_tokens()
-    with pytest.raises(ProviderRefused, match="does not accept the token in"):
+    with pytest.raises(ProviderRefused, match="refused to let the broker in"):
         provider.prepare(stand.request(), TTL)
     file.write_text(stand.own_token() + "\n")
     stand.pass_time(timedelta(seconds=2))

@@ -115,9 +115,13 @@ def test_an_answer_that_cannot_be_read_is_unknown(fake, provider, raw):
 
 def test_a_compressed_answer_is_not_unpacked(fake, provider):
     handle = provider.prepare(request_of(), TTL)
-    fake.says(CREDS, b"\x1f\x8b", Content_Encoding="gzip")
-    with pytest.raises(ProviderUnavailable):
+    data = {"username": "u", "password": "p"}
+    lease_id = "database/creds/jit-orders-ro/abcdefgh12345678"
+    document = {"lease_id": lease_id, "lease_duration": 60, "data": data}
+    fake.answers(CREDS, 200, document, Content_Encoding="gzip")
+    with pytest.raises(ProviderUnavailable) as unavailable:
         provider.issue(handle, request_of(), TTL)
+    assert unavailable.value.reason == "it is compressed"
 
 
 def test_an_answer_that_drips_ends_with_the_deadline(fake, provider):
@@ -131,8 +135,9 @@ def test_an_answer_that_drips_ends_with_the_deadline(fake, provider):
 def test_an_answer_without_end_is_not_read_to_its_end(fake, provider):
     handle = provider.prepare(request_of(), TTL)
     fake.says(CREDS, b'"' + b"x" * 17 * 1024 * 1024)
-    with pytest.raises(ProviderUnavailable):
+    with pytest.raises(ProviderUnavailable) as unavailable:
         provider.issue(handle, request_of(), TTL)
+    assert unavailable.value.reason.startswith("it has more than")
 
 
 def test_nobody_at_the_address_is_unavailable(settings, fake):
@@ -224,7 +229,7 @@ def test_no_proxy_and_no_netrc_of_the_environment_is_used(fake, provider, monkey
     )
     with pytest.raises(ProviderUnavailable) as unavailable:
         provider.prepare(request_of(), TTL)
-    assert unavailable.value.reason.startswith("418")
+    assert "418" in unavailable.value.reason
 
 
 def test_every_request_names_the_namespace(fake, settings):
@@ -261,7 +266,7 @@ def test_every_request_names_the_namespace(fake, settings):
 )
 def test_a_child_token_that_is_not_as_asked_is_refused_and_killed(fake, provider, wrong):
     fake.child = wrong
-    with pytest.raises(ProviderRefused, match="not set up"):
+    with pytest.raises(ProviderRefused, match="not set up as the broker needs it"):
         provider.prepare(request_of(), TTL)
     if isinstance(wrong.get("accessor", ""), str) and wrong.get("accessor", "x") not in ("", "../x"):
         assert all("jit-secrets" not in token.policies for token in fake.tokens.values())
@@ -448,7 +453,7 @@ def test_only_vault_s_own_word_is_death(fake, provider, look_up, status, documen
     """INV-04, INV-24: a 403 may be our own token, a 404 a proxy."""
     handle, secret = issued(provider)
     fake.answers(look_up, status, document, times=99)
-    with pytest.raises(ProviderUnavailable):
+    with pytest.raises(ProviderUnavailable, match="did not say whether it died"):
         provider.revoke(handle, secret.reference)
 
 
@@ -522,6 +527,13 @@ def test_a_list_that_is_not_vault_s_own_is_not_an_empty_one(fake, provider, stat
         provider.list_live()
 
 
+def test_what_is_said_of_another_lease_is_not_said_of_this_one(fake, provider):
+    _, secret = issued(provider)
+    fake.answers(LEASE_LOOK_UP, 200, {"data": {"id": secret.reference + "x", "issue_time": "2026-03-01T12:00:00Z"}})
+    with pytest.raises(ProviderUnavailable):
+        provider.list_live()
+
+
 def test_a_list_that_loops_ends(fake, provider):
     fake.answers("LIST sys/leases/lookup/", 200, {"data": {"keys": ["again/"]}}, times=99)
     assert provider.list_live() == ()
@@ -584,7 +596,7 @@ def test_a_policy_that_is_wrong_does_not_become_a_login_for_each_call(fake, prov
 def test_a_login_that_is_refused_is_no_debt_and_is_not_tried_by_every_caller(fake, provider):
     fake.login_works = False
     for _ in range(5):
-        with pytest.raises(ProviderRefused, match="does not let the broker in"):
+        with pytest.raises(ProviderRefused, match="refused to let the broker in"):
             provider.prepare(request_of(), TTL)
     assert fake.logins == 1
     fake.login_works = True
@@ -614,10 +626,27 @@ def test_a_file_of_the_login_that_is_missing_or_holds_more_than_a_word_is_told_b
         (tmp_path / "secret-id").unlink(missing_ok=True)
         if content is not None:
             (tmp_path / "secret-id").write_text(content)
-        with pytest.raises(ProviderRefused, match="secret-id") as refused:
+        with pytest.raises(ProviderRefused) as refused:
             provider.prepare(request_of(), TTL)
+        assert "secret-id" in refused.value.reason
+        assert "secret-id" not in refused.value.detail
         assert "two words" not in repr(vars(refused.value))
         fake.advance(timedelta(seconds=3))
+
+
+def test_a_token_file_that_changed_is_read_at_once(fake, settings, tmp_path):
+    """An agent beside the broker replaces the token before the old one ends."""
+    heard = []
+    fake.fault(CREATE, lambda call: (heard.append(call.token), call.answer(*fake._done(call))), times=2)
+    file = tmp_path / "token"
+    file.write_text(fake.own_token().id)
+    auth = {"method": "token_file", "token_file": str(file)}
+    provider = VaultProvider(settings(auth=auth), fake.clock)
+    provider.prepare(request_of(), TTL)
+    file.write_text(fake.own_token().id + "\n")
+    provider.prepare(request_of(), TTL)
+    provider.close()
+    assert heard[1] == file.read_text().strip() != heard[0]
 
 
 def test_many_callers_make_one_login(fake, provider):

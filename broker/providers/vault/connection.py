@@ -71,20 +71,20 @@ class Answer:
         found = self.body.get(name) if self.body else None
         return found if isinstance(found, Mapping) else {}
 
-    def fail(self, doing: str) -> NoReturn:
-        """Raise what this answer means for something that was to be created."""
+    def fail(self, doing: str, at: str) -> NoReturn:
+        """Raise what this answer means for something that was to be created; where it was asked is for our own log."""
         if self.refused:
             more = " (it asks to slow down)" if self.status == 429 else ""
-            raise ProviderRefused(f"Vault refused to {doing}{more}", reason=self.reason)
-        raise self.unknown(doing)
+            raise ProviderRefused(f"Vault refused to {doing}{more}", reason=f"{at}: {self.reason}")
+        raise self.unknown(doing, at)
 
-    def unknown(self, doing: str) -> ProviderUnavailable:
+    def unknown(self, doing: str, at: str) -> ProviderUnavailable:
         """What this answer means where only a clear one counts."""
+        reason = self.reason
         if 300 <= self.status < 400:
             # Followed, the token would go wherever the redirect says.
-            detail = f"Vault answered with a redirect when asked to {doing}; give the address of the active node"
-            return ProviderUnavailable(detail, reason=str(self.status))
-        return ProviderUnavailable(f"Vault did not say whether it could {doing}", reason=self.reason)
+            reason = f"{self.status}: a redirect, which is not followed; configure the address of the active node"
+        return ProviderUnavailable(f"Vault did not say whether it could {doing}", reason=f"{at}: {reason}")
 
 
 class _Adapter(RawAdapter):  # type: ignore[misc]
@@ -165,7 +165,7 @@ class Connection:
         try:
             return ask()
         except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as problem:
-            failure = ProviderUnavailable(f"Vault at {self._address} did not answer", reason=_kind(problem))
+            failure = ProviderUnavailable("Vault did not answer", reason=f"{self._address}: {_kind(problem)}")
         except Invalid as problem:
             failure = ProviderUnavailable("the answer of Vault could not be read", reason=problem.detail)
         finally:

@@ -123,9 +123,7 @@ class Login:
             return self._from_file(now)
         answer = self._log_in()
         if not answer.ok:
-            if answer.refused:
-                raise ProviderRefused("Vault does not let the broker in", reason=answer.reason)
-            raise answer.unknown("let the broker in")
+            answer.fail("let the broker in", f"auth/{self._auth.mount}")
         auth = answer.table("auth")
         token = auth.get("client_token")
         if not isinstance(token, str) or not _PRINTABLE.fullmatch(token):
@@ -152,11 +150,7 @@ class Login:
         token = Secret(_text(self._auth.token_file))
         answer = self._connection.call("get", "auth/token/lookup-self", token=token)
         if not answer.ok:
-            if answer.refused:
-                raise ProviderRefused(
-                    f"Vault does not accept the token in {self._auth.token_file}", reason=answer.reason
-                )
-            raise answer.unknown("look up the broker's token")
+            answer.fail("let the broker in", f"the token in {self._auth.token_file}")
         data = answer.table("data")
         return self._of({**data, "lease_duration": data.get("ttl")}, now, token, state)
 
@@ -194,8 +188,10 @@ def _text(path: str) -> str:
         with open(path, "rb") as file:
             raw = file.read(MAX_FILE + 1)
     except OSError as problem:
-        raise ProviderRefused(f"the broker cannot read {path}, which opens Vault", reason=str(problem)) from None
+        reason = f"{path} cannot be read: {problem.strerror}"
+        raise ProviderRefused("the broker has nothing to log in to Vault with", reason=reason) from None
     text = raw.decode("ascii", "replace").strip()
     if len(raw) > MAX_FILE or not _PRINTABLE.fullmatch(text):
-        raise ProviderRefused(f"{path} does not hold one word of printable ASCII", reason="the file is not as expected")
+        reason = f"{path} does not hold one word of printable ASCII"
+        raise ProviderRefused("the broker has nothing to log in to Vault with", reason=reason)
     return text

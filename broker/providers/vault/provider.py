@@ -100,7 +100,7 @@ class VaultProvider:
         method, body = ("get", None) if source.reads else ("post", sent)
         answer = self._connection.call(method, source.path, token=handle.opens, body=body)
         if answer.status != 200 or answer.body is None:
-            answer.fail(f"give a secret of {source.path}")
+            answer.fail("give the secret", source.path)
         reference = _reference(answer.body.get("lease_id"), source)
         ends_at = _lease_end(answer.body, began_at)
         try:
@@ -118,7 +118,8 @@ class VaultProvider:
                 raise Wrong("it lives longer than was asked for, and nothing can end it")
         except Wrong as problem:
             raise ProviderUnavailable(
-                f"Vault gave a secret of {source.path} that must not be used: {problem}; it is being revoked",
+                f"Vault gave a secret that must not be used: {problem}",
+                reason=source.path,
                 reference=reference,
                 expires_at=ends_at,
             ) from None
@@ -178,7 +179,7 @@ class VaultProvider:
             lambda token: self._connection.call("post", "sys/capabilities-self", token=token, body={"paths": asked})
         )
         if not answer.ok:
-            answer.fail("say what the broker's token may do")
+            answer.fail("say what the broker's token may do", "sys/capabilities-self")
         data = answer.table("data")
         return {path: frozenset(_strings(data.get(path))) for path in asked}
 
@@ -201,7 +202,7 @@ class VaultProvider:
         finally:
             self.revoke(child, None)
         if not answer.ok:
-            answer.fail("say what a child token may do")
+            answer.fail("say what a child token may do", "sys/capabilities-accessor")
         data = answer.table("data")
         return {path: frozenset(_strings(data.get(path))) for path in asked}
 
@@ -230,14 +231,14 @@ class VaultProvider:
 
         answer = self._as_ourselves(create)
         if not answer.ok:
-            answer.fail(f"create a token of role {role}")
+            answer.fail("make a token for this grant", f"auth/token/create/{role}")
         auth = answer.table("auth")
         wrong = _wrong_with(auth, seconds)
         if wrong:
             self._drop(auth.get("accessor"))
             raise ProviderRefused(
-                f"the token role {role} of Vault is not set up as the broker needs it; run `broker vault check`",
-                reason=f"the token {wrong}",
+                "Vault is not set up as the broker needs it",
+                reason=f"a token of role {role} {wrong}: run `broker vault check`",
             )
         return Handle(
             value=auth["accessor"],
@@ -263,14 +264,14 @@ class VaultProvider:
             )
         )
         if not answer.ok and not _says(answer, "invalid accessor"):
-            answer.fail("revoke the token")
+            answer.fail("revoke the token", "auth/token/revoke-accessor")
 
     def _revoke_lease(self, reference: str) -> None:
         # By path and not by body, so that Vault's policy can keep the broker to the leases of its own roles (INV-29).
         path = f"sys/leases/revoke/{_path_of_lease(reference)}"
         answer = self._as_ourselves(lambda token: self._connection.call("put", path, token=token, body={"sync": True}))
         if not answer.ok and not _says(answer, "invalid lease"):
-            answer.fail("revoke the lease")
+            answer.fail("revoke the lease", path)
 
     def _is_token_dead(self, accessor: str) -> bool:
         _require(_ACCESSOR, accessor, "handle")
@@ -284,7 +285,7 @@ class VaultProvider:
             return True
         if answer.status == 200 and answer.table("data").get("accessor") == accessor:
             return False
-        raise answer.unknown("look up the token")
+        raise answer.unknown("look up the token", "auth/token/lookup-accessor")
 
     def _lease(self, reference: str) -> Mapping[str, Any] | None:
         """What Vault knows of a lease; None only if it says that there is none."""
@@ -297,7 +298,7 @@ class VaultProvider:
         data = answer.table("data")
         if answer.status == 200 and data.get("id") == reference:
             return data
-        raise answer.unknown("look up the lease")
+        raise answer.unknown("look up the lease", "sys/leases/lookup")
 
     def _leases_under(self, prefix: str, depth: int) -> Iterable[str]:
         answer = self._as_ourselves(
@@ -308,7 +309,7 @@ class VaultProvider:
             return
         keys = answer.table("data").get("keys")
         if answer.status != 200 or not isinstance(keys, list):
-            raise answer.unknown("list the leases of the broker")
+            raise answer.unknown("list the leases of the broker", prefix)
         for key in keys:
             if not isinstance(key, str) or not COMPONENT.fullmatch(key.removesuffix("/")):
                 raise ProviderUnavailable("Vault lists a lease whose name cannot be read")

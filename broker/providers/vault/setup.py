@@ -287,7 +287,7 @@ def apply(requests: Iterable[VaultRequest], connection: Connection, token: Secre
         answer = connection.call("post", request.path, token=token, body=request.body)
         if answer.ok or (request.once and any(_IN_USE in error for error in answer.errors)):
             continue
-        answer.fail(f"write {request.path}")
+        answer.fail(f"write {request.path}", request.path)
 
 
 # --- the proof -------------------------------------------------------------------------------------------------------
