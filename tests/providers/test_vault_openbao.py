@@ -80,6 +80,32 @@ def test_a_user_that_somebody_dropped_does_not_leave_an_irrevocable_lease(openba
     assert provider.list_live() == ()
 
 
+def test_a_user_that_cannot_be_dropped_yet_can_do_nothing_meanwhile(openbao, provider):
+    """That it may not log in is committed before what may fail is tried."""
+    _, handle, secret = issued(provider)
+    data = secret.data.reveal()
+    with openbao.superuser() as db, connect(openbao, data) as session:
+        db.execute("ALTER ROLE jit_orders_heir RENAME TO somebody")
+        try:
+            with pytest.raises(ProviderUnavailable):
+                provider.revoke(handle, secret.reference)
+            with pytest.raises(psycopg.OperationalError):
+                session.execute("SELECT 1")
+            with pytest.raises(psycopg.OperationalError, match="not permitted to log in"):
+                connect(openbao, data)
+        finally:
+            db.execute("ALTER ROLE somebody RENAME TO jit_orders_heir")
+    until(lambda: confirmed(provider, handle, secret), what="the end of the user")
+
+
+def confirmed(provider, handle, secret):
+    try:
+        provider.revoke(handle, secret.reference)
+    except ProviderUnavailable:
+        return False
+    return True
+
+
 def test_whoever_logs_in_again_and_again_while_it_is_revoked_is_left_with_nothing(openbao, provider):
     """A login that was let in just before the end of the revoking transaction would outlive its role."""
     _, handle, secret = issued(provider)
@@ -186,15 +212,7 @@ def test_a_target_that_is_gone_leaves_a_debt_and_says_why(openbao, provider):
     finally:
         with openbao.superuser() as db:
             db.execute("ALTER ROLE vault_admin LOGIN")
-
-    def dead():
-        try:
-            provider.revoke(handle, secret.reference)
-        except ProviderUnavailable:
-            return False
-        return True
-
-    until(dead, what="the debt being paid")
+    until(lambda: confirmed(provider, handle, secret), what="the debt being paid")
     assert sessions(openbao, secret.facts["username"]) == 0
 
 

@@ -146,7 +146,10 @@ def app_role(layout: Layout, *, name: str = "jit-broker", mount: str = "approle"
 
 @dataclass(frozen=True, kw_only=True)
 class DatabaseRole:
-    """An example role for PostgreSQL. `member_of` holds the privileges, `heir` gets what a user leaves behind."""
+    """An example role for PostgreSQL. `member_of` holds the privileges, `heir` gets what a user leaves behind.
+
+    `connection` is there already, with whatever is secret in it, and allows the role. Its user names change.
+    """
 
     source: SecretSource
     connection: str
@@ -173,9 +176,9 @@ class DatabaseRole:
         """Ends a user for good: no new login, no open session, nothing owned, no role. Harmless when it is gone.
 
         PostgreSQL ends sessions neither at VALID UNTIL nor at DROP ROLE, and drops no role that owns anything. Vault
-        runs these in one transaction, so the commits between them are what counts: until NOLOGIN is committed whoever
-        logs in again and again gets sessions that no list of sessions shows yet, and they outlive their role. The last
-        one ends those that were let in just before.
+        runs these in one transaction, so the commits between them are what counts. The first: where dropping fails,
+        the user may not log in all the same. The second: until it is committed whoever logs in again and again gets
+        sessions that no list in the same transaction shows, and that outlive their role; the last one ends them.
         """
         activity = "pg_catalog.pg_stat_activity"
         return (
@@ -200,7 +203,7 @@ class DatabaseRole:
         return (
             VaultRequest(
                 path=f"{mount}/config/{self.connection}",
-                body={"username_template": USERNAME_TEMPLATE, "allowed_roles": [role], "verify_connection": False},
+                body={"username_template": USERNAME_TEMPLATE, "verify_connection": False},
             ),
             VaultRequest(
                 path=f"{mount}/roles/{role}",
