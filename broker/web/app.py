@@ -72,6 +72,9 @@ def _end(response: Response) -> Response:
     response.headers.extend((*_SECURITY_HEADERS, ("X-Trace-Id", g.trace_id)))
     # Whatever says nothing else is for whoever asked, now: a refusal that is kept outlives its reason.
     response.headers.setdefault("Cache-Control", "no-store")
+    if not g.get("body_was_read", False) and (request.content_length or "Transfer-Encoding" in request.headers):
+        # The server ends a connection on which a body was left unread. Unsaid, the client's next request on it is lost.
+        response.headers["Connection"] = "close"
     if request.url_rule is not None and request.url_rule.rule.startswith("/problems"):
         response.headers["Content-Security-Policy"] = "default-src 'none'; style-src 'unsafe-inline'"
     route = request.url_rule.rule if request.url_rule is not None else "unknown"

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from flask import Request, request
+from flask import Request, g, request
 from pydantic import BaseModel, ValidationError
 
 from broker.domain import strict_json
@@ -66,6 +66,7 @@ def raw_body(request: Request, caller: Caller | None, *, ends: bool = False) -> 
         return bytes(raw)
 
     raw = bodies().read(read, caller, ends=ends)
+    g.body_was_read = True
     if len(raw) > MAX_BODY_BYTES:
         raise TooLarge
     if length is not None and len(raw) != length:

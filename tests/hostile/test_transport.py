@@ -271,3 +271,33 @@ def test_no_log_line_holds_a_token_or_what_was_sent(broker):
     assert secret not in log
     assert "eyJ" not in log
     assert token.rsplit(".", 1)[1] not in log
+
+
+def refused_before_its_body(broker, path, kind):
+    """The head of the answer to a request whose token is refused while its body is still on its way."""
+    head = request(broker, path, f"Content-Length: {len(TASK)}", kind=kind).replace(b"Connection: close\r\n", b"")
+    head = head.replace(b"Authorization: Bearer ", b"Authorization: Bearer x")
+    with socket.create_connection(("127.0.0.1", broker.port), timeout=15) as connection:
+        connection.sendall(head)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            part = connection.recv(65_536)
+            assert part, answer
+            answer += part
+    return answer.partition(b"\r\n\r\n")[0].lower()
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/v1/tasks", "application/json"), ("/oauth2/revoke", FORM)])
+def test_a_refusal_that_left_a_body_unread_says_that_the_connection_is_over(broker, path, kind):
+    """The server ends such a connection. Unsaid, the client's next request on it would be lost without an answer."""
+    answer = refused_before_its_body(broker, path, kind)
+    assert status(answer.upper()) == 401
+    assert b"\r\nconnection: close" in answer
+
+
+def test_a_client_that_was_refused_loses_no_request_that_comes_after(broker):
+    for _ in range(100):
+        with httpx.Client(base_url=broker.client.base_url, trust_env=False) as client:
+            refused = client.post("/v1/tasks", content=TASK, headers={"Authorization": "Bearer x"})
+            assert refused.status_code == 401
+            assert client.delete("/v1/lockdowns/none", headers=broker.as_("ada")).status_code == 404
