@@ -97,10 +97,17 @@ def principal(name: str) -> str:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def free_port(consecutive: int = 1) -> int:
+    """A port nobody has, or the first of several.
+
+    Below those the system gives to outgoing connections: of them a port that was free a moment ago is somebody's soon.
+    """
+    while True:
+        first = 20_000 + secrets.randbelow(12_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+            for port in range(first, first + consecutive):
+                opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def until(done: Callable[[], Any], *, within_s: float = PATIENCE_S, what: str = "it") -> Any:
@@ -214,7 +221,7 @@ class BrokerProcess:
         self.settings = settings
         taken = list(deployment.directory.glob("broker-*.log"))
         self.port = free_port() if taken else deployment.port
-        self.metrics_port = free_port()
+        self.metrics_port = free_port(4)  # one for each worker
         self.log = deployment.directory / f"broker-{self.port}.log"
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S)
         self._process: subprocess.Popen[bytes] | None = None

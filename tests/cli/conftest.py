@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,18 +18,13 @@ from broker.cli import main
 from broker.cli.dev import load_dev
 from broker.domain.clock import system_clock
 from broker.wiring import dev_issuer
+from tests.processes import free_port
 
 CRM = "https://crm.example/api"
 BROKER = (sys.executable, "-c", "from broker.cli import main; main()")
 _TOKEN = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]+")
 # Whoever runs the tests may have a broker of their own.
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("BROKER")}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
