@@ -151,9 +151,6 @@ class Catalogue:
     def principal_names(self) -> frozenset[str]:
         return frozenset(rule.name for rule in self.principals)
 
-    def has_resource(self, identifier: str) -> bool:
-        return identifier in self._resources
-
     def resource(self, identifier: str) -> Resource:
         """The registered resource, compared as it is written: no normalising, no prefix."""
         found = self._resources.get(identifier)

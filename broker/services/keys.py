@@ -118,10 +118,6 @@ class KeyRing:
         now = self.clock()
         return {"keys": [dict(key.jwk) for key in self.published if key.until is None or now < key.until]}
 
-    def kid_state(self, kid: str) -> KeyState | None:
-        """None for a key we never made."""
-        return self.states.get(kid)
-
 
 class Keys:
     def __init__(

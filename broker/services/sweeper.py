@@ -7,7 +7,7 @@ by compare-and-set: several sweepers at once do the work once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -81,11 +81,13 @@ class Sweeper:
     def _expire_tasks(self, now: datetime) -> int:
         with self._database.read() as db:
             due = tasks.due_task_ids(db, now=now, limit=_TASKS_AT_ONCE)
-        if not due:
-            return 0
-        with self._database.begin() as db:
-            reason = "its deadline passed or its heartbeat was lost"
-            return end_tasks(db, due, TaskState.EXPIRED, now=self._clock(), actor=_ACTOR, reason=reason)
+            below = grants.unended_of_tasks(db, due) if due else {}
+        reason = "its deadline passed or its heartbeat was lost"
+        ended = 0
+        for together in _shares(due, below):
+            with self._database.begin() as db:
+                ended += end_tasks(db, together, TaskState.EXPIRED, now=self._clock(), actor=_ACTOR, reason=reason)
+        return ended
 
     def _expire_grants(self, now: datetime) -> int:
         with self._database.read() as db:
@@ -99,6 +101,23 @@ class Sweeper:
     def _forget(self, now: datetime) -> int:
         with self._database.begin() as db:
             return standing.forget(db, now=now, limit=_GRANTS_AT_ONCE)
+
+
+def _shares(due: Sequence[str], below: Mapping[str, int]) -> Iterator[list[str]]:
+    """The tasks in their order, each share with few enough grants below it for one transaction, or of one task alone.
+
+    A hundred large ones at once would take longer than a statement may, and then never be ended.
+    """
+    share: list[str] = []
+    grants_below = 0
+    for task_id in due:
+        if share and grants_below + below.get(task_id, 0) > _GRANTS_AT_ONCE:
+            yield share
+            share, grants_below = [], 0
+        share.append(task_id)
+        grants_below += below.get(task_id, 0)
+    if share:
+        yield share
 
 
 def _attempt(step: Callable[[], int], failures: list[Exception]) -> int:

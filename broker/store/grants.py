@@ -266,6 +266,12 @@ def claimed(*where: ColumnElement[bool], limit: int) -> ColumnElement[bool]:
     return _grants.c.id.in_(chosen)
 
 
+def unended_of_tasks(db: Connection, task_ids: Collection[str]) -> dict[str, int]:
+    """How many unended grants there are below each task that has any."""
+    statement = select(_grants.c.task_id, func.count()).where(unended(), of_tasks(task_ids)).group_by(_grants.c.task_id)
+    return {task_id: count for task_id, count in db.execute(statement)}  # noqa: C416 - rows are not quite pairs
+
+
 def count_by_agent(db: Connection, *where: ColumnElement[bool]) -> dict[str, int]:
     """How many unended grants match, by agent: the blast radius of a revocation."""
     statement = select(_grants.c.agent, func.count()).where(unended(), *where).group_by(_grants.c.agent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any
@@ -35,7 +36,7 @@ def ssh_key() -> str:
     return key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
 
 
-class Stand:
+class Stand(ABC):
     """One kind of Vault, and the truth about what lives there, learned without the provider."""
 
     clock: Callable[[], datetime]
@@ -64,35 +65,37 @@ class Stand:
         self.provider.close()
         self.wire.close()
 
+    @abstractmethod
     def settings(self, **auth: Any) -> VaultSettings:
-        raise NotImplementedError
+        """How the provider reaches it, logging in like this."""
 
+    @abstractmethod
     def opens(self, username: str, password: str) -> bool:
         """Whether this login works at the target."""
-        raise NotImplementedError
 
+    @abstractmethod
     def living(self) -> int:
         """How many logins there are at the target."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pass_time(self, by: timedelta) -> None:
         """Let this much time go by, or wait for it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def until(self, done: Callable[[], bool]) -> None:
         """What Vault does in its own time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forget_own_tokens(self) -> None:
         """All that the broker logged in with is revoked at Vault."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
         """Vault answers nobody."""
-        raise NotImplementedError
 
+    @abstractmethod
     def go_on(self) -> None:
-        raise NotImplementedError
+        """It answers again."""
 
 
 class OnFake(Stand):

@@ -262,7 +262,7 @@ def test_a_retired_key_leaves_when_no_token_of_it_can_live_also_from_a_ring_read
     clock.now = NOW + GONE
     assert first not in {key["kid"] for key in ring.jwks()["keys"]} | set(published(keys))
     assert first not in ring_of(keys).verification_keys
-    assert ring_of(keys).kid_state(first) is KeyState.RETIRED  # the row stays
+    assert ring_of(keys).states[first] is KeyState.RETIRED  # the row stays
 
 
 @on_sqlite
@@ -330,7 +330,7 @@ def test_a_compromised_key_is_trusted_by_nobody_and_the_next_one_signs(keys, dat
     ring = ring_of(keys)
     assert ring.current("ES256").kid == following
     assert stolen not in published(keys)
-    assert ring.kid_state(stolen) is KeyState.COMPROMISED
+    assert ring.states[stolen] is KeyState.COMPROMISED
     with pytest.raises(jwt.Unauthenticated):
         jwt.verify(token, ring.verification_keys, typ={"at+jwt"})
     assert sorted(states(keys)) == ["compromised", "current", "next"]

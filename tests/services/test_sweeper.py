@@ -67,3 +67,25 @@ def test_old_keys_are_replaced_in_time(house):
     after = house.issue(house.open_task())
     assert after.grant.kids != before.grant.kids
     assert house.is_active(after)
+
+
+def test_large_tasks_are_ended_one_by_one_and_small_ones_together(house, monkeypatch):
+    """A transaction that takes longer than a statement may is never done, however often it is tried."""
+    from broker.services import sweeper
+
+    monkeypatch.setattr(sweeper, "_GRANTS_AT_ONCE", 3)
+    ended = []
+    end_tasks = sweeper.end_tasks
+    monkeypatch.setattr(
+        sweeper, "end_tasks", lambda db, ids, *a, **k: ended.append(list(ids)) or end_tasks(db, ids, *a, **k)
+    )
+    large = house.open_task(deadline_s=60)
+    for _ in range(5):
+        house.issue(large)
+    small = [house.open_task(deadline_s=60) for _ in range(3)]
+    for task in small:
+        house.issue(task)
+    house.clock.forward(seconds=61)
+    assert house.broker.sweeper.sweep().tasks_expired == 4
+    assert sorted(map(len, ended)) == [1, 3]
+    assert [large.id] in ended
