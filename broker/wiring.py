@@ -8,6 +8,7 @@ from pathlib import Path
 from broker import telemetry
 from broker.config import Settings, read_master_key
 from broker.domain.clock import Clock, system_clock
+from broker.domain.errors import ConfigurationError
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
 from broker.providers.wakeups import Wakeups
@@ -78,7 +79,7 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
         clock = system_clock if database.is_sqlite else DatabaseClock(database)
     keys = Keys(
         database=database,
-        master_key=MasterKey(read_master_key(settings.master_key_file)),
+        master_key=MasterKey(_master_key(settings)),
         clock=clock,
         rotate_every=settings.rotate_every,
         max_ttl=settings.limits.max_ttl,
@@ -111,6 +112,14 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
         wakeups=wakeups,
     )
+
+
+def _master_key(settings: Settings) -> bytes:
+    if settings.master_key_file is None:
+        raise ConfigurationError(
+            ["keys.vault_transit: no key is kept in Vault yet; write keys.master_key_file instead"]
+        )
+    return read_master_key(settings.master_key_file)
 
 
 def dev_issuer(directory: Path) -> DevIssuer:

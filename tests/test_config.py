@@ -6,22 +6,27 @@ import json
 import os
 import pwd
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from broker.config import WORKLOAD_ALGORITHMS, config_reference, keys, load, read_master_key
+from broker.config import WORKLOAD_ALGORITHMS, config_reference, keys, load, read_master_key, vault_administrator
 from broker.config.reading import from_text
 from broker.domain.catalogue import Catalogue, Limits, TrustedIssuer
-from broker.domain.errors import ConfigurationError
+from broker.domain.errors import ConfigurationError, Invalid
 from broker.domain.policy import PolicySet
 from broker.providers import jose
+from broker.providers.vault import SecretSource, VaultAuth, VaultSettings
+from broker.providers.vault.settings import address_of
 
 ROOT = Path(__file__).parents[1]
 ABSENT = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
@@ -34,6 +39,15 @@ VALID = {
     "tasks": {"max_deadline_s": 86400},
     "grants": {"default_ttl_s": 300, "max_ttl_s": 1800, "max_live_per_agent": 100, "max_delegation_depth": 3},
     "policies": {"directory": "policies"},
+    "vault": {
+        "address": "https://vault.example:8200",
+        "namespace": "",
+        "ca_file": "ca.pem",
+        "auth": {"method": "approle", "role_id_file": "role-id", "secret_id_file": "secret-id"},
+        "token_role": "jit",
+        "deadline_s": 5,
+        "lease_prefix_exclusive": True,
+    },
     "issuers": [
         {"name": "corp", "issuer": "https://idp.example/", "discovery": True, "algorithms": ["ES256", "RS256"]},
         {"name": "prod", "issuer": "spiffe://prod.example", "spiffe_bundle_file": "keys.json"},
@@ -70,6 +84,28 @@ VALID = {
             "attributes": {"region": "eu"},
         },
         {"identifier": "urn:db:orders", "scopes": ["select"]},
+        {
+            "identifier": "urn:db:orders:readonly",
+            "provider": "vault",
+            "scopes": ["select"],
+            "sensitivity": "confidential",
+            "max_ttl_s": 600,
+            "vault": {"engine": "database", "role": "jit-orders-ro"},
+        },
+        {
+            "identifier": "urn:queue:orders",
+            "provider": "vault",
+            "scopes": ["publish"],
+            "vault": {
+                "engine": "generic",
+                "mount": "rabbitmq",
+                "path": "creds/jit-queue",
+                "method": "write",
+                "revocation": "bounded",
+                "bound_s": 30,
+                "parameters": {"vhost": "orders", "heartbeat": 5},
+            },
+        },
     ],
 }
 
@@ -108,6 +144,21 @@ PUBLIC = jose.public_jwk(ec.generate_private_key(ec.SECP256R1()).public_key())
 KEYS = json.dumps({"keys": [PUBLIC | {"kid": "one", "use": "sig"}, PUBLIC | {"kid": "two", "use": "jwt-svid"}]})
 
 
+SECRET = "6b1a4f4e-hunter2"
+
+
+def certificate():
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "vault.example")])
+    begins = datetime(2026, 3, 1, tzinfo=UTC)
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(begins).not_valid_after(begins + timedelta(days=1))
+    return made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+CERTIFICATE = certificate().decode()
+
+
 class Place:
     """A directory with all that the valid configuration names."""
 
@@ -118,14 +169,21 @@ class Place:
         self.key.write_bytes(bytes(range(32)))
         self.key.chmod(0o600)
         (directory / "keys.json").write_text(KEYS)
+        (directory / "ca.pem").write_text(CERTIFICATE)
+        for name in ("role-id", "secret-id", "token"):
+            (directory / name).touch(mode=0o600)
+            (directory / name).write_text(f"{SECRET}\n")
         (directory / "policies").mkdir()
         (directory / "policies" / "crm.cedar").write_text("// naïve\n")
         (directory / "policies" / "schema.cedarschema").write_text("entity Agent;\n")
         (directory / "policies" / "README.md").write_text("not a policy")
 
     def load(self, document=VALID, environ=None, **options):
-        self.file.write_text("".join(f"{toml(name)} = {toml(value)}\n" for name, value in document.items()))
+        self.write(document)
         return load(self.file, environ or {}, **options)
+
+    def write(self, document=VALID):
+        self.file.write_text("".join(f"{toml(name)} = {toml(value)}\n" for name, value in document.items()))
 
     def problems(self, document=VALID, environ=None):
         with pytest.raises(ConfigurationError) as refused:
@@ -144,6 +202,102 @@ def place(tmp_path):
 
 
 # --- What is accepted -----------------------------------------------------------------------------------------------
+
+
+def test_what_it_says_of_vault_is_what_the_provider_gets(place):
+    found = place.load()
+    files = {name: str(place.directory / name) for name in ("role-id", "secret-id", "ca.pem")}
+    assert found.vault == VaultSettings(
+        address="https://vault.example:8200",
+        auth=VaultAuth(
+            method="approle", mount="approle", role_id_file=files["role-id"], secret_id_file=files["secret-id"]
+        ),
+        ca_file=files["ca.pem"],
+        deadline=timedelta(seconds=5),
+        lease_prefix_exclusive=True,
+    )
+    resource = found.catalogue.resource("urn:db:orders:readonly")
+    # With the defaults written out: another version of the broker reads the same from it.
+    assert resource.settings == {"engine": "database", "mount": "database", "role": "jit-orders-ro"}
+    assert SecretSource.parse(resource.settings).lease_prefix == "database/creds/jit-orders-ro/"
+    assert found.catalogue.resources[0].settings == {}
+
+
+def test_a_configuration_without_vault_is_the_document_it_always_was(place):
+    document = spoiled(spoiled(spoiled(VALID, "resources[3]", ABSENT), "resources[2]", ABSENT), "vault", ABSENT)
+    found = place.load(document)
+    assert found.vault is None
+    assert all("settings" not in resource for resource in found.catalogue.as_document()["resources"])
+
+
+AUTHS = [
+    {"method": "kubernetes", "role": "broker"},
+    {"method": "kubernetes", "role": "broker", "token_file": "token", "mount": "clusters/prod"},
+    {"method": "jwt", "role": "broker", "token_file": "token"},
+    {"method": "token_file", "token_file": "token"},
+    {"method": "approle", "role_id_file": "role-id", "secret_id_file": "secret-id", "mount": "logins/approle"},
+]
+
+
+@pytest.mark.parametrize("auth", AUTHS, ids=str)
+def test_each_way_to_log_in_to_vault_is_read(place, auth):
+    found = place.load(spoiled(VALID, "vault.auth", auth)).vault.auth
+    assert found.method == auth["method"]
+    assert found.token_file in ("", str(place.directory / "token"), VaultAuth(method="kubernetes", role="x").token_file)
+    assert found.mount == auth.get("mount", "" if auth["method"] == "token_file" else auth["method"])
+
+
+TABLES = [
+    {"engine": "database", "role": "r", "mount": "teams/crm/database", "token_role": "jit-crm"},
+    {"engine": "pki", "role": "r", "bound_s": 60},
+    {"engine": "pki", "role": "r", "operation": "issue", "common_name": "{grant_id}.agents.example"},
+    {"engine": "ssh", "role": "r", "principals": "deploy,ops"},
+    {"engine": "generic", "mount": "aws", "path": "sts/r", "revocation": "ttl_only", "least_ttl_s": 900},
+    {
+        "engine": "generic",
+        "mount": "kubernetes",
+        "path": "creds/r",
+        "method": "write",
+        "ttl_parameter": "ttl",
+        "parameters": {"kubernetes_namespace": "agents", "cluster_role_binding": False},
+        "revocation": "hard",
+    },
+]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=str)
+def test_each_engine_of_vault_is_read_as_the_provider_reads_it(place, table):
+    document = spoiled(spoiled(VALID, "resources[2].vault", table), "resources[2].max_ttl_s", 900)
+    settings = place.load(document).catalogue.resources[2].settings
+    read, plain = SecretSource.parse(settings), SecretSource.parse(table)
+    # `accepts` and `shape` are functions, the same for the same engine.
+    assert read == plain
+    assert {name: settings[name] for name in table} == table
+
+
+@pytest.mark.parametrize(
+    ("key", "parse", "least"),
+    [
+        (keys.ENGINES, SecretSource.parse, {"role": "r", "mount": "m", "path": "p", "revocation": "hard"}),
+        (keys.AUTH_METHODS, lambda table: VaultAuth(**table), {"role": "r"}),
+    ],
+    ids=["engines", "auth methods"],
+)
+def test_every_key_that_is_documented_for_vault_is_one_the_provider_knows(key, parse, least):
+    """What the reference says and what the provider reads are written in two places, and stay together."""
+    selector = "engine" if key is keys.ENGINES else "method"
+    for chosen, members in key.items():
+        names = {member.name for member in members}
+        values = {"principals": "deploy", "parameters": {}, "common_name": "x", "operation": "issue"}
+        values |= {name: "x" for name in names if name.endswith("_file")}
+        known = {"method": "read"} if chosen == "generic" else {}
+        values |= {"bound_s": 5, "least_ttl_s": 5} | known | least
+        table = {name: values[name] for name in names if name in values}
+        if chosen == "generic":
+            table |= {"revocation": "bounded"}
+        parse({selector: chosen, **table})
+        with pytest.raises((Invalid, TypeError)):
+            parse({selector: chosen, **table, "surely_unknown": "x"})
 
 
 def test_a_valid_configuration_is_what_it_says(place):
@@ -267,6 +421,19 @@ def test_the_production_example_shows_every_section():
         assert f"[[{section}]]" in text
 
 
+def test_the_production_example_loads_with_vault_when_its_comments_are_taken_off(place):
+    """What is commented out there is right too."""
+    text = (ROOT / "config" / "broker.toml").read_text()
+    vault = re.search(r"^# \[vault\]\n(# .*\n)+", text, re.MULTILINE)
+    resource = re.search(r"^# \[\[resources\]\]\n(# .*\n)+", text, re.MULTILINE)
+    for block in (vault, resource):
+        text = text.replace(block[0], re.sub(r"^# ", "", block[0], flags=re.MULTILINE))
+    place.file.write_text(text.replace("/etc/broker/", ""))
+    found = load(place.file, {})
+    assert found.vault.auth.method == "approle"
+    assert SecretSource.parse(found.catalogue.resource("urn:db:orders:readonly").settings).revocation == "hard"
+
+
 def test_the_reference_is_what_the_code_says():
     written = (ROOT / "docs" / "reference" / "configuration.md").read_text()
     assert written == config_reference()
@@ -274,8 +441,11 @@ def test_the_reference_is_what_the_code_says():
 
 def test_the_reference_has_every_key_once():
     rows = re.findall(r"^\| `(\w+)` \|", config_reference(), re.MULTILINE)
-    tables = (keys.TOP, *keys.SECTIONS.values(), *keys.ARRAYS.values())
-    assert rows == [key.name for table in tables for key in table]
+    expected = []
+    for table in (keys.TOP, *keys.SECTIONS.values(), *keys.ARRAYS.values()):
+        expected += [key.name for key in table]
+        expected += [below.name for key in table for variant in key.variants.values() for below in variant]
+    assert rows == expected
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------
@@ -443,7 +613,7 @@ REFUSED = [
     ("resources[0].identifier", "javascript:alert(1)", None, "not an audience; write"),
     ("resources[0].identifier", "https://broker.example", None, "is the broker itself.*write another"),
     ("resources[1].identifier", "https://crm.example/api", None, r"already the identifier of resources\[0\]"),
-    ("resources[0].provider", "vault", None, "the providers are: jwt"),
+    ("resources[0].provider", "acme", None, "the providers are: jwt, vault"),
     ("resources[0].scopes", [], "[]", "name at least one scope"),
     ("resources[0].scopes[1]", "contacts read", None, "RFC 6749.*rename it"),
     ("resources[0].scopes[1]", 'quo"te', 'quo\\"te', "RFC 6749.*rename it"),
@@ -458,6 +628,49 @@ REFUSED = [
     ("resources[0].verifiers[0]", "crm-apy", None, "no principal; did you mean crm-api"),
     ("resources[0].verifiers[0]", "summarizer", None, 'without role verifier; add "verifier"'),
     ("resources[0].attributes.provider", "x", None, "may not be restated; rename it"),
+    # keys in Vault
+    ("keys", {"vault_transit": "transit/broker"}, "transit/broker", "write transit/keys/<name>"),
+    ("keys", {"vault_transit": "a/../b/keys/broker"}, "a/../b/keys/broker", "is not a path in Vault; write 1 to"),
+    ("keys", {"vault_transit": "transit/keys/a/b"}, "transit/keys/a/b", "write transit/keys/<name>"),
+    # vault
+    ("vault.address", "vault.example:8200", None, "is not an absolute https URL"),
+    ("vault.address", "http://vault.example:8200", None, "plain http off loopback.*use https"),
+    ("vault.address", "https://vault.example/v1", None, "write https://vault.example:8200"),
+    ("vault.address", "https://u:hunter2@vault.example", "https://[not shown]@vault.example", "take it out"),
+    ("vault.address", "https://vault.example?token=hunter2", "?[not shown]", "write https://vault.example:8200"),
+    ("vault.namespace", "a/../b", None, "is not a path in Vault; write 1 to"),
+    ("vault.ca_file", "absent.pem", None, "no file .*/absent.pem; make it"),
+    ("vault.ca_file", "keys.json", None, "has no certificate in PEM; write"),
+    ("vault.token_role", "../x", None, "is not a name in Vault; use"),
+    ("vault.deadline_s", 61, "61", "an integer from 1 to 60"),
+    ("vault.deadline_s", 0, "0", "an integer from 1 to 60"),
+    ("vault.lease_prefix_exclusive", False, "false", "must be true: .*roles of its own, and write true"),
+    ("vault.lease_prefix_exclusive", "yes", None, "write true or false"),
+    ("vault.auth", "approle", None, "is a string; write a table such as { method ="),
+    ("vault.auth.method", "userpass", None, 'write one of "approle", "kubernetes"'),
+    ("vault.auth.role_id_file", "absent", None, "no file .*/absent; write the role id there"),
+    ("vault.auth.secret_id_file", "absent", None, "no file .*/absent; write the secret id there"),
+    ("vault.auth.secret_id_file", "policies", None, "not a regular file; write the secret id there"),
+    ("vault.auth.secret_id_file", "ca.pem", None, "has mode 0644, open to others; chmod 0600"),
+    ("vault.auth", {"method": "token_file", "token_file": "absent"}, "absent", "write the token there"),
+    ("vault.auth", {"method": "jwt", "role": "b", "token_file": "absent"}, "absent", "make it, or correct"),
+    ("vault.auth", {"method": "jwt", "role": "../x", "token_file": "token"}, "../x", "is not a name in Vault"),
+    ("vault.auth.mount", "a/../b", None, "is not a path in Vault; write"),
+    # the vault tables of resources
+    ("resources[2].vault", "database", None, "is a string; write a table such as { engine ="),
+    ("resources[2].vault.engine", "kv", None, 'write one of "database", "pki"'),
+    ("resources[2].vault.role", "../x", None, "is not a name in Vault; use"),
+    ("resources[2].vault.role", "a/b", None, "is not a name in Vault; use"),
+    ("resources[2].vault.mount", "/database", None, "is not a path in Vault; write"),
+    ("resources[2].vault.mount", "a" + "/a" * 8, None, "write 1 to 8 parts"),
+    ("resources[3].vault.bound_s", 0, "0", "an integer from 1"),
+    ("resources[3].vault.revocation", "soft", None, 'write one of "hard", "bounded", "ttl_only"'),
+    ("resources[3].vault.least_ttl_s", 901, "901", "above max_ttl_s of the resource, which is 900.*raise"),
+    ("resources[3].vault.parameters.vhost", 1.5, "1.5", "is a float; write a string"),
+    ("resources[3].vault.parameters.vhost", {"a": 1}, "{…}", "is a table; write a string"),
+    ("resources[3].vault.parameters", {"a b": 1}, '"a b"', "is not the name of a parameter; use"),
+    ("resources[2].require_dpop", True, "true", "is about tokens.*take it out"),
+    ("resources[2].signing_algorithm", "EdDSA", None, "is about tokens.*take it out"),
 ]
 
 
@@ -477,9 +690,25 @@ def test_an_unsafe_or_wrong_value_is_refused_by_key_value_and_remedy(place, path
 
 
 STRUCTURE = [
-    ("vault", {"address": "https://vault.example"}, "vault: is not available in this version.*providers are: jwt"),
-    ("keys.vault_transit", "transit/keys/broker", "keys.vault_transit: is not available.*use master_key_file"),
-    ("resources[0].vault", {"mount": "database"}, r"resources\[0\].vault: is not available in this version"),
+    ("vault.auth", ABSENT, "vault.auth: is missing; write a table such as { method ="),
+    ("vault.address", ABSENT, "vault.address: is missing; write a string .*of the active node"),
+    ("vault.lease_prefix_exclusive", ABSENT, "vault.lease_prefix_exclusive = false: must be true"),
+    ("vault.tokenrole", "jit", "vault.tokenrole: is not a key of this version; did you mean token_role"),
+    ("vault.token", "hvs.hunter2", "vault.token: is not read from here.*mode 0600, and write auth = "),
+    ("vault.auth.secret_id", "hunter2", "vault.auth.secret_id: is not read from here.*write secret_id_file"),
+    ("vault.auth.method", ABSENT, 'vault.auth.method: is missing; write one of "approle"'),
+    ("vault.auth.role_id_file", ABSENT, "vault.auth.role_id_file: is missing; write a string"),
+    ("vault.auth.role", "x", r"vault.auth.role: is not a key of this version; "),
+    ("vault.auth.zzzz", "x", 'the keys with method "approle" are method, role_id_file, secret_id_file, mount'),
+    ("keys.vault_transit", "transit/keys/broker", "keys.vault_transit: is there beside master_key_file; keep one"),
+    ("resources[2].vault", ABSENT, r'resources\[2\]: has provider "vault" and no table vault; write vault = '),
+    ("resources[0].vault", VALID["resources"][2]["vault"], r'\[0\].vault: has no meaning with provider "jwt"; write'),
+    ("resources[2].vault.role", ABSENT, r"resources\[2\].vault.role: is missing; write a string"),
+    ("resources[2].vault.engine", ABSENT, r'resources\[2\].vault.engine: is missing; write one of "database"'),
+    ("resources[2].vault.rolle", "x", r"resources\[2\].vault.rolle: is not a key of this version; did you mean role"),
+    ("resources[2].vault.bound_s", 5, r'vault.bound_s: is not a key.*the keys with engine "database" are engine, role'),
+    ("resources[3].vault.bound_s", ABSENT, r"resources\[3\].vault.bound_s: bound_s goes with revocation bounded"),
+    ("resources[3].vault.method", "read", r"resources\[3\].vault.method: a path that is read takes no parameters"),
     ("sever", {}, "sever: is not a key of this version; did you mean server"),
     ("server.wrokers", 2, "server.wrokers: is not a key of this version; did you mean workers"),
     ("principals[0].role", ["agent"], r"principals\[0\].role: is not a key.*did you mean roles"),
@@ -489,7 +718,7 @@ STRUCTURE = [
     ("principals[1]", "crm", r"principals\[1\]: is a string and must be a table; write \[\[principals\]\]"),
     ("issuer", ABSENT, "issuer: is missing; write a string"),
     ("store", ABSENT, "store.url: is missing; write a string .*postgresql"),
-    ("keys.master_key_file", ABSENT, "keys.master_key_file: is missing; write a string .*32 random bytes"),
+    ("keys.master_key_file", ABSENT, "keys.master_key_file: is missing; write the path .*32 random bytes, or vault_tr"),
     ("principals[0].roles", ABSENT, r"principals\[0\].roles: is missing; write an array of strings .*verifier"),
     ("principals[0].kind", ABSENT, r'principals\[0\].kind: is missing; write one of "agent"'),
     ("resources[0].scopes", ABSENT, r"resources\[0\].scopes: is missing; write an array of strings"),
@@ -532,7 +761,7 @@ def test_two_principals_that_their_claims_tell_apart_are_accepted(place):
 
 
 def test_a_provider_that_was_added_is_accepted(place):
-    place.load(spoiled(VALID, "resources[0].provider", "vault"), providers=("jwt", "vault"))
+    place.load(spoiled(VALID, "resources[0].provider", "acme"), providers=("jwt", "vault", "acme"))
 
 
 def test_all_problems_come_at_once(place):
@@ -741,6 +970,99 @@ def test_a_configuration_file_that_is_not_there_is_named(tmp_path):
         load(tmp_path / "broker.toml", {})
 
 
+# --- Vault ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_resource_of_vault_without_a_section_that_says_where_it_is_is_refused(place):
+    found = place.problems(spoiled(VALID, "vault", ABSENT))
+    assert len(found) == 2
+    assert 'resources[2].provider = "vault": is Vault, and there is no section [vault]' in found[0]
+
+
+def test_keys_may_be_in_vault_if_there_is_one(place):
+    document = spoiled(VALID, "keys", {"vault_transit": "transit/keys/broker"})
+    found = place.load(document)
+    assert (found.vault_transit, found.master_key_file) == ("transit/keys/broker", None)
+    document = spoiled(spoiled(spoiled(document, "vault", ABSENT), "resources[3]", ABSENT), "resources[2]", ABSENT)
+    assert "keys.vault_transit" in (problem := place.the_problem(document))
+    assert "there is no section [vault]; add one" in problem
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o622])
+@pytest.mark.parametrize("name", ["role_id_file", "secret_id_file", "token_file"])
+def test_a_secret_for_vault_that_is_open_to_others_is_refused(place, name, mode):
+    document = VALID
+    if name == "token_file":
+        document = spoiled(VALID, "vault.auth", {"method": "token_file", "token_file": "token"})
+    file = place.directory / document["vault"]["auth"][name]
+    file.chmod(mode)
+    problem = place.the_problem(document)
+    assert f"vault.auth.{name} = " in problem
+    assert f"{file} has mode {mode:04o}, open to others; chmod 0600 {file}" in problem
+
+
+@pytest.mark.parametrize("method", ["kubernetes", "jwt"])
+def test_a_token_that_the_platform_writes_has_its_mode_but_no_other_writer(place, method):
+    document = spoiled(VALID, "vault.auth", {"method": method, "role": "broker", "token_file": "token"})
+    (place.directory / "token").chmod(0o644)
+    place.load(document)
+    (place.directory / "token").chmod(0o666)
+    assert "so that others may write it; chmod go-w" in place.the_problem(document)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"hunter2 hunter2", b"hunter2\nhunter2", b"\xff", b"x" * 70_000])
+def test_a_file_that_holds_no_secret_is_refused_without_showing_it(place, content):
+    (place.directory / "secret-id").write_bytes(content)
+    problem = place.the_problem()
+    assert "secret-id does not hold one word of printable ASCII; write the secret id there" in problem
+    assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize(
+    "secret", ["6b1a4f4e-9d0e-4c3c-8a53-2f0de3c1a9aa", "hvs.CAESIJ3hunter2hunter2", "s.hunter2hunter2hunter2aaaa"]
+)
+@pytest.mark.parametrize("name", ["role_id_file", "secret_id_file"])
+def test_a_secret_for_vault_that_is_written_into_the_configuration_is_not_shown(place, name, secret):
+    problem = place.the_problem(spoiled(VALID, f"vault.auth.{name}", secret))
+    assert f"vault.auth.{name}: looks like the" in problem
+    assert secret not in problem
+
+
+def test_who_is_about_to_make_the_files_of_the_login_need_not_have_them(place):
+    for name in ("role-id", "secret-id"):
+        (place.directory / name).unlink()
+    assert len(place.problems()) == 2
+    assert place.load(before_vault_setup=True).vault.auth.secret_id_file == str(place.directory / "secret-id")
+
+
+def test_the_provider_has_the_last_word_about_vault(place):
+    # What one reader of addresses takes and the other does not is refused, whichever it is.
+    problem = place.the_problem(spoiled(VALID, "vault.address", "https://vault.example:8200//"))
+    assert "vault.address" in problem
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.text() | st.from_regex(r"https?://[a-z0-9.\[\]:@?#/%-]{1,30}", fullmatch=True))
+def test_an_address_of_vault_that_is_accepted_is_one_the_provider_accepts(playground, text):
+    try:
+        found = playground.load(spoiled(VALID, "vault.address", text))
+    except ConfigurationError as refused:
+        assert any("vault.address" in problem for problem in refused.problems)
+    else:
+        address_of(found.vault.address, "address")
+
+
+def test_the_administrator_of_vault_is_who_the_environment_says():
+    found = vault_administrator({"VAULT_ADDR": "https://vault.example:8200", "VAULT_TOKEN": "hvs.hunter2"})
+    assert found.address == "https://vault.example:8200"
+    assert found.token.reveal() == "hvs.hunter2"
+    assert "hunter2" not in repr(found)
+    nobody = vault_administrator({"VAULT_ADDR": "", "VAULT_TOKEN": ""})
+    assert (nobody.address, nobody.token) == (None, None)
+    with pytest.raises(ConfigurationError, match=r"environment: VAULT_ADDR = .*plain http off loopback"):
+        vault_administrator({"VAULT_ADDR": "http://vault.example:8200"})
+
+
 # --- The environment ------------------------------------------------------------------------------------------------
 
 
@@ -759,6 +1081,22 @@ def test_the_environment_overrides_the_file(place):
     assert found.store_url == "postgresql+psycopg://u:hunter2@db.example/broker"
     assert found.server.workers == 2
     assert found.limits.max_delegation_depth == 0
+
+
+def test_the_environment_reaches_into_the_login_at_vault(place):
+    environ = {
+        "BROKER__VAULT__ADDRESS": "http://127.0.0.1:8200",
+        "BROKER__VAULT__DEADLINE_S": "7",
+        "BROKER__VAULT__LEASE_PREFIX_EXCLUSIVE": "true",
+        "BROKER__VAULT__AUTH__METHOD": "token_file",
+        "BROKER__VAULT__AUTH__TOKEN_FILE": "token",
+    }
+    found = place.load(spoiled(VALID, "vault", ABSENT), environ).vault
+    assert (found.address, found.deadline) == ("http://127.0.0.1:8200", timedelta(seconds=7))
+    assert found.auth == VaultAuth(method="token_file", token_file=str(place.directory / "token"))
+    moved = place.load(environ={"BROKER__VAULT__AUTH__SECRET_ID_FILE": "token"}).vault.auth
+    assert moved.secret_id_file == str(place.directory / "token")
+    assert moved.role_id_file == str(place.directory / "role-id")
 
 
 def test_the_environment_may_give_a_section_the_file_does_not_have(place):
@@ -798,6 +1136,9 @@ def test_the_environment_of_the_process_is_read_unless_another_is_given(place, m
         ("BROKER__ISSUERS__0__NAME", "x", "BROKER__ISSUERS__0__NAME overrides no key"),
         ("BROKER__SERVER", "x", "BROKER__SERVER overrides no key"),
         ("BROKER__VAULT__TOKEN", "hunter2", "BROKER__VAULT__TOKEN overrides no key"),
+        ("BROKER__VAULT__AUTH", "hunter2", "BROKER__VAULT__AUTH overrides no key"),
+        ("BROKER__VAULT__AUTH__METHOD", "userpass", 'METHOD = "userpass": is not known here; write one of "approle"'),
+        ("BROKER__VAULT__AUTH__SECRET_ID_FILE", "gone", 'FILE = "gone": there is no file'),
     ],
 )
 def test_a_variable_that_is_wrong_is_refused_by_its_name(place, variable, value, message):

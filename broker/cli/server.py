@@ -71,6 +71,7 @@ def check(config: Path) -> None:
         "principals": len(catalogue.principals),
         "resources": len(catalogue.resources),
         "policies": len(policies.ids),
+        "vault": settings.vault.address if settings.vault else None,
     }
     output.show(value, output.facts({**value, "result": "nothing is wrong"}))
 

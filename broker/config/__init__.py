@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from broker.config.files import MASTER_KEY_BYTES, read_master_key
 from broker.config.keys import PROVIDERS
-from broker.config.loading import load
+from broker.config.loading import load, vault_administrator
 from broker.config.reference import config_reference
-from broker.config.settings import ServerSettings, Settings
+from broker.config.settings import ServerSettings, Settings, VaultAdministrator
 from broker.config.values import WORKLOAD_ALGORITHMS
 
 __all__ = [
@@ -20,7 +20,9 @@ __all__ = [
     "WORKLOAD_ALGORITHMS",
     "ServerSettings",
     "Settings",
+    "VaultAdministrator",
     "config_reference",
     "load",
     "read_master_key",
+    "vault_administrator",
 ]

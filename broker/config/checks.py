@@ -9,12 +9,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from broker.config.files import MAX_POLICY_BYTES, SCHEMA_FILE, master_key, read_file, require_key_set
+from broker.config.files import (
+    MAX_POLICY_BYTES,
+    SCHEMA_FILE,
+    master_key,
+    read_file,
+    require_attestation,
+    require_certificates,
+    require_key_set,
+    require_secret,
+)
 from broker.config.reading import Reader, Row
 from broker.config.values import WORKLOAD_ALGORITHMS, address, is_loopback, web_url
 from broker.config.wording import Wrong, bare, nearest, quoted, shown
 from broker.domain.catalogue import KEY_SOURCES
+from broker.domain.errors import Invalid
 from broker.domain.identity import Role
+from broker.providers.vault.sources import SecretSource
 
 
 def check_server(reader: Reader, server: Mapping[str, Any], issuer: str | None) -> None:
@@ -66,7 +77,25 @@ def check_store(reader: Reader, url: str | None, workers: int | None) -> None:
         )
 
 
-def check_master_key(reader: Reader, value: str | None) -> None:
+def check_keys(reader: Reader, keys: Mapping[str, Any], written: object, *, has_vault: bool) -> None:
+    raw = written if isinstance(written, dict) else {}
+    if "vault_transit" not in raw and "master_key_file" not in raw:
+        reader.refuse(
+            "keys.master_key_file",
+            "is missing; write the path of a file of 32 random bytes, or vault_transit for a key in Vault",
+        )
+    elif "vault_transit" in raw and "master_key_file" in raw:
+        reader.refuse("keys.vault_transit", "is there beside master_key_file; keep one of the two")
+    if keys.get("vault_transit") is not None and not has_vault:
+        reader.refuse(
+            "keys.vault_transit",
+            "is a key in Vault, and there is no section [vault]; add one, or write master_key_file instead",
+            keys["vault_transit"],
+        )
+    _check_master_key(reader, keys.get("master_key_file"))
+
+
+def _check_master_key(reader: Reader, value: str | None) -> None:
     if value is None:
         return
     if re.fullmatch(r"[0-9A-Fa-f]{64}|[A-Za-z0-9+/_-]{43}=?", value):
@@ -209,13 +238,60 @@ def check_principals(reader: Reader, rows: Sequence[Row], issuers: Sequence[Row]
                 )
 
 
+# What each file of `[vault] auth` holds; which of them come from a platform that decides about their mode.
+_AUTH_FILES = {"role_id_file": "the role id", "secret_id_file": "the secret id", "token_file": "the token"}
+_ATTESTED = ("kubernetes", "jwt")
+_LOOKS_SECRET = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|(?:hv)?[sbr]\..{16,}|eyJ.+", re.IGNORECASE)
+
+
+def check_vault(reader: Reader, vault: dict[str, Any], *, before_setup: bool) -> None:
+    """Judge `[vault]`, and make its paths absolute. `before_setup`: the files of its login are yet to be made."""
+    auth = dict(vault.get("auth", {}))
+    for name, what in _AUTH_FILES.items():
+        if auth.get(name) is None:
+            continue
+        at, value = f"vault.auth.{name}", auth[name]
+        if _LOOKS_SECRET.fullmatch(value):
+            reader.refuse(at, f"looks like {what} itself and is not shown; put it into a file, and write the path")
+            continue
+        auth[name] = str(reader.path(value))
+        if before_setup:
+            continue
+        try:
+            require = require_attestation if auth["method"] in _ATTESTED else require_secret
+            require(Path(auth[name]), what)
+        except Wrong as wrong:
+            reader.refuse(at, str(wrong), value)
+    if auth:
+        vault["auth"] = auth
+    if vault.get("ca_file") is not None:
+        value, vault["ca_file"] = vault["ca_file"], str(reader.path(vault["ca_file"]))
+        try:
+            require_certificates(Path(vault["ca_file"]))
+        except Wrong as wrong:
+            reader.refuse("vault.ca_file", str(wrong), value)
+    if vault.get("lease_prefix_exclusive") is False:
+        reader.refuse(
+            "vault.lease_prefix_exclusive",
+            "must be true: what is found under the leases of the resources' roles and belongs to no grant is killed, "
+            "so nobody else may take secrets from them; give the broker roles of its own, and write true",
+            False,
+        )
+
+
 def check_resources(
-    reader: Reader, rows: Sequence[Row], principals: Sequence[Row], own: str | None, providers: Sequence[str]
+    reader: Reader,
+    rows: Sequence[Row],
+    principals: Sequence[Row],
+    own: str | None,
+    providers: Sequence[str],
+    *,
+    has_vault: bool,
 ) -> None:
     _unique(reader, rows, "identifier")
     roles = {values["name"]: values.get("roles") for _, _, values in principals if "name" in values}
     names = _written(principals, "name")
-    for at, _, values in rows:
+    for at, raw, values in rows:
         identifier = values.get("identifier")
         if identifier is not None and own is not None and identifier.rstrip("/") in (own, f"{own}/v1"):
             reader.refuse(
@@ -230,6 +306,7 @@ def check_resources(
                 f"is not a provider of this version; the providers are: {', '.join(providers)}",
                 provider,
             )
+        _check_vault_of(reader, at, raw, values, has_vault=has_vault)
         if values.get("scopes") == []:
             reader.refuse(f"{at}.scopes", "offers nothing that could be asked for; name at least one scope", [])
         for index, verifier in enumerate(values.get("verifiers", ())):
@@ -245,6 +322,58 @@ def check_resources(
                     'is a principal without role verifier; add "verifier" to its roles',
                     verifier,
                 )
+
+
+# What is about tokens the broker signs, and says nothing of a secret that Vault makes.
+_OF_TOKENS = ("signing_algorithm", "token_typ", "require_dpop")
+
+
+def _check_vault_of(
+    reader: Reader, at: str, raw: Mapping[str, Any], values: Mapping[str, Any], *, has_vault: bool
+) -> None:
+    """The `vault` table of a resource, which goes with its provider."""
+    provider = values.get("provider")
+    if provider != "vault":
+        if provider is not None and "vault" in raw:
+            reader.refuse(
+                f"{at}.vault",
+                f'has no meaning with provider {shown(provider)}; write provider = "vault", or take it out',
+            )
+        return
+    if not has_vault:
+        reader.refuse(
+            f"{at}.provider",
+            "is Vault, and there is no section [vault] that says where that is and how to log in; add one",
+            provider,
+        )
+    for name in _OF_TOKENS:
+        if name in raw:
+            reader.refuse(
+                f"{at}.{name}",
+                "is about tokens that the broker signs, and a secret of Vault is none; take it out",
+                raw[name],
+            )
+    if "vault" not in raw:
+        reader.refuse(at, 'has provider "vault" and no table vault; write vault = { engine = "database", role = "…" }')
+    table = values.get("vault")
+    if not table:
+        return
+    try:
+        SecretSource.parse(stated(table))
+    except Invalid as problem:
+        reader.refuse(f"{at}.vault" + (f".{problem.member}" if problem.member else ""), problem.detail)
+    least, longest = table.get("least_ttl_s"), values.get("max_ttl_s")
+    if least is not None and longest is not None and least > longest:
+        reader.refuse(
+            f"{at}.vault.least_ttl_s",
+            f"is above max_ttl_s of the resource, which is {longest}, so that nothing could be issued; raise that one",
+            least,
+        )
+
+
+def stated(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with its defaults, without the keys that have none."""
+    return {name: value for name, value in table.items() if value is not None}
 
 
 def _unknown(noun: str, name: str, known: Sequence[str], section: str) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 import shlex
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from cryptography.x509 import load_pem_x509_certificates
 
 from broker.config.wording import Wrong, shown
 from broker.domain import strict_json
@@ -21,6 +24,8 @@ MASTER_KEY_BYTES = 32
 MAX_POLICY_BYTES = 256 * 1024
 SCHEMA_FILE = "schema.cedarschema"
 _MAX_KEY_SET_BYTES = 256 * 1024
+_MAX_SECRET_BYTES = 64 * 1024
+_MAX_CA_BYTES = 1024 * 1024
 
 
 def read_master_key(path: Path) -> bytes:
@@ -81,6 +86,35 @@ def master_key(path: Path) -> bytes:
         size = len(content) if len(content) < MASTER_KEY_BYTES else f"more than {MASTER_KEY_BYTES}"
         raise Wrong(f"{path} has {size} bytes and must have {MASTER_KEY_BYTES}; {make}")
     return content
+
+
+def require_secret(path: Path, what: str) -> None:
+    """Refuse a file that holds no secret of one word, or that is open to anyone but its owner."""
+    with _open(path, f"write {what} there, or correct the path") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if mode & 0o077:
+            raise Wrong(f"{path} has mode {mode:04o}, open to others; chmod 0600 {shlex.quote(str(path))}")
+        _require_word(file.read(_MAX_SECRET_BYTES + 1), path, what)
+
+
+def require_attestation(path: Path, what: str) -> None:
+    """The same of a token that the platform writes, with a mode that the platform decides; others may not write it."""
+    _require_word(read_file(path, _MAX_SECRET_BYTES), path, what)
+
+
+def _require_word(content: bytes, path: Path, what: str) -> None:
+    # What is in it is not shown, be it ever so wrong (INV-30).
+    if len(content) > _MAX_SECRET_BYTES or not re.fullmatch(rb"[\x21-\x7e]+", content.strip()):
+        raise Wrong(f"{path} does not hold one word of printable ASCII; write {what} there, and nothing else")
+
+
+def require_certificates(path: Path) -> None:
+    """Refuse a file without a certificate in PEM: everything at the other end would be refused."""
+    content = read_file(path, _MAX_CA_BYTES)
+    try:
+        load_pem_x509_certificates(content)
+    except ValueError:
+        raise Wrong(f"{path} has no certificate in PEM; write the certificates of the authority there") from None
 
 
 def require_key_set(path: Path, source: str, values: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +20,9 @@ from broker.domain.catalogue import (
     TrustedIssuer,
 )
 from broker.domain.identity import Role
+from broker.providers.base import RevocationClass
 
-PROVIDERS = ("jwt",)
+PROVIDERS = ("jwt", "vault")
 KINDS = ("agent", "orchestrator", "person", "service")
 TOKEN_TYPES = ("at+jwt", "JWT")
 REQUIRED: Any = object()
@@ -29,7 +30,10 @@ REQUIRED: Any = object()
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """One key. `check` sees a string, or each string of an array; `secret` keeps the value out of every message."""
+    """One key. `check` sees a string, or each string of an array; `secret` keeps the value out of every message.
+
+    A table has `variants`: the value of its own key `selector` says which further keys it has.
+    """
 
     name: str
     kind: str
@@ -40,7 +44,16 @@ class Key:
     choices: tuple[str, ...] = ()
     check: Callable[[str], None] | None = None
     secret: bool = False
+    may_be_empty: bool = False
+    names: str = ""  # of what: the names in a table of facts
     reserved: tuple[str, ...] = ()
+    selector: str = ""
+    variants: Mapping[str, tuple[Key, ...]] = field(default_factory=dict)
+
+    @property
+    def selecting(self) -> Key:
+        """The key of a table that decides about its others."""
+        return Key(name=self.selector, kind="string", meaning="", choices=tuple(self.variants))
 
     @property
     def expected(self) -> str:
@@ -54,6 +67,8 @@ class Key:
                 return "an array of strings"
             case "facts":
                 return "a table of strings, integers and booleans"
+            case "table":
+                return f'a table such as {{ {self.selector} = "{next(iter(self.variants))}", … }}'
         return f"one of {quoted(self.choices)}" if self.choices else "a string"
 
 
@@ -73,12 +88,93 @@ def _array(name: str, meaning: str, **more: Any) -> Key:
     return Key(name=name, kind="array", meaning=meaning, **more)
 
 
-def _facts(name: str, meaning: str, reserved: tuple[str, ...] = ()) -> Key:
-    return Key(name=name, kind="facts", meaning=meaning, default={}, reserved=reserved)
+def _facts(name: str, meaning: str, names: str, reserved: tuple[str, ...] = ()) -> Key:
+    return Key(name=name, kind="facts", meaning=meaning, default={}, names=names, reserved=reserved)
+
+
+def _table(name: str, meaning: str, selector: str, variants: Mapping[str, tuple[Key, ...]], **more: Any) -> Key:
+    return Key(name=name, kind="table", meaning=meaning, selector=selector, variants=variants, **more)
 
 
 def _seconds(duration: timedelta) -> int:
     return duration // timedelta(seconds=1)
+
+
+def _login_mount(method: str) -> Key:
+    return _string("mount", "Where the auth method is mounted.", default=method, check=values.vault_path)
+
+
+def _login_role(method: str) -> Key:
+    return _string("role", f"The role of the {method} auth method that the broker logs in as.", check=values.vault_name)
+
+
+# How the broker may log in to Vault, and what each way needs. Files are read again at each login.
+AUTH_METHODS: Mapping[str, tuple[Key, ...]] = {
+    "approle": (
+        _string("role_id_file", "File of the role id, mode 0600."),
+        _string("secret_id_file", "File of the secret id, mode 0600."),
+        _login_mount("approle"),
+    ),
+    "kubernetes": (
+        _login_role("Kubernetes"),
+        _string("token_file", "File of the service account's token; the usual place of a pod.", default=None),
+        _login_mount("kubernetes"),
+    ),
+    "jwt": (
+        _login_role("JWT"),
+        _string("token_file", "File of the JWT that whoever attests the broker keeps fresh."),
+        _login_mount("jwt"),
+    ),
+    "token_file": (_string("token_file", "File of a token of Vault, mode 0600, that is renewable or kept fresh."),),
+}
+
+
+def _mount(engine: str) -> Key:
+    return _string("mount", "Where the engine is mounted.", default=engine, check=values.vault_path)
+
+
+_ENGINE_ROLE = _string("role", "The role of the engine; the broker's own.", check=values.vault_name)
+_TOKEN_ROLE = _string("token_role", "Another token role than that of `[vault]`.", default=None, check=values.vault_name)
+_BOUND = "How long it may take until everybody refuses what was revoked."
+
+# What `vault` of a resource says for each secret engine; `broker.providers.vault.sources` gives it meaning.
+ENGINES: Mapping[str, tuple[Key, ...]] = {
+    "database": (_ENGINE_ROLE, _mount("database"), _TOKEN_ROLE),
+    "pki": (
+        _ENGINE_ROLE,
+        _mount("pki"),
+        _string(
+            "operation",
+            "`sign` the agent's own request, or `issue` a key too.",
+            choices=("sign", "issue"),
+            default="sign",
+        ),
+        _string(
+            "common_name",
+            "The subject, whatever the request says; `{grant_id}` stands for the grant's id. Needed for `issue`.",
+            default=None,
+        ),
+        _integer("bound_s", f"{_BOUND} Without it the class is `ttl_only`.", 1, 86_400, default=None),
+        _TOKEN_ROLE,
+    ),
+    "ssh": (
+        _ENGINE_ROLE,
+        _mount("ssh"),
+        _string("principals", "The user names of the certificate, with commas between them."),
+        _TOKEN_ROLE,
+    ),
+    "generic": (
+        _string("mount", "Where the engine is mounted.", check=values.vault_path),
+        _string("path", "What is read or written, below the mount.", check=values.vault_path),
+        _string("revocation", "What revoking the lease means.", choices=tuple(map(str, RevocationClass))),
+        _integer("bound_s", f"{_BOUND} With `bounded`, and only with it.", 1, 86_400, default=None),
+        _string("method", "How the secret is asked for.", choices=("read", "write"), default="read"),
+        _facts("parameters", "What is written; the agent adds nothing.", "parameter"),
+        _string("ttl_parameter", "The parameter that says how long, if the engine has one.", default=None),
+        _integer("least_ttl_s", "The shortest life the engine can give.", 1, 86_400, default=None),
+        _TOKEN_ROLE,
+    ),
+}
 
 
 TOP = (
@@ -121,7 +217,18 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
         ),
     ),
     "keys": (
-        _string("master_key_file", "File of 32 random bytes, mode 0600, that seals signing keys at rest."),
+        _string(
+            "master_key_file",
+            "File of 32 random bytes, mode 0600, that seals signing keys at rest. Exactly one of this and "
+            "`vault_transit`.",
+            default=None,
+        ),
+        _string(
+            "vault_transit",
+            "A key of Vault's transit engine instead, `<mount>/keys/<name>`; needs `[vault]`.",
+            default=None,
+            check=values.transit_key,
+        ),
         _integer("rotate_every_s", "Age at which a signing key is replaced.", 600, 31_536_000, default=86_400),
     ),
     "tasks": (
@@ -146,7 +253,29 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             "directory", f"Directory of the `*.cedar` files and, if there is one, `{SCHEMA_FILE}`.", default="policies"
         ),
     ),
+    "vault": (
+        _string(
+            "address",
+            "`https://host:port` of the active node or of a load balancer: no redirect is followed; http on loopback "
+            "only.",
+            check=values.vault_address,
+        ),
+        _string("namespace", "The namespace all of it is in.", default="", may_be_empty=True, check=values.namespace),
+        _string("ca_file", "PEM file of its certificate authority, where that is not a public one.", default=None),
+        _table("auth", "How the broker logs in.", "method", AUTH_METHODS),
+        _string("token_role", "The token role of the tokens made for grants.", default="jit", check=values.vault_name),
+        _integer("deadline_s", "The longest one call may take.", 1, 60, default=10),
+        _boolean(
+            "lease_prefix_exclusive",
+            "Must be `true`: nobody else takes secrets from the roles of the resources. What is found there and "
+            "belongs to no grant is killed.",
+            default=False,
+        ),
+    ),
 }
+
+# Sections that are either not there, or whole.
+OPTIONAL = ("vault",)
 
 
 ARRAYS: Mapping[str, tuple[Key, ...]] = {
@@ -192,7 +321,7 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             default=None,
             check=values.subject_prefix,
         ),
-        _facts("claims", "Claims its token must have, exactly: a dotted path, quoted, to a value."),
+        _facts("claims", "Claims its token must have, exactly: a dotted path, quoted, to a value.", "claim"),
         _array("roles", f"What it may do: {', '.join(Role)}."),
         _string("owner", "The person or team who answers for it.", default=None),
         _array(
@@ -201,7 +330,7 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             default=list(PrincipalRule.groups),
             check=values.name,
         ),
-        _facts("attributes", "Facts for policies.", ("owner", "issuer", "subject", "kind")),
+        _facts("attributes", "Facts for policies.", "attribute", ("owner", "issuer", "subject", "kind")),
         _boolean(
             "implicit_tasks",
             "A request without a task opens one, as long as the token.",
@@ -234,14 +363,23 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             default=list(Resource.verifiers),
             check=values.name,
         ),
-        _facts("attributes", "Facts for policies.", ("sensitivity", "environment", "provider")),
+        _facts("attributes", "Facts for policies.", "attribute", ("sensitivity", "environment", "provider")),
+        _table(
+            "vault",
+            "Which role of which secret engine gives its credentials; with provider `vault`, and only with it.",
+            "engine",
+            ENGINES,
+            default=None,
+        ),
     ),
 }
 
 
-# Keys that the design names and this version cannot serve: they deserve a better answer than "unknown".
+# Keys that somebody will try, and that deserve a better answer than "unknown".
+_IN_THE_CLEAR = "is not read from here, where it would lie in the clear; put it into a file of mode 0600, and write"
 NOT_HERE = {
-    "vault": f"is not available in this version, whose providers are: {', '.join(PROVIDERS)}; take the section out",
-    "keys.vault_transit": "is not available in this version; use master_key_file",
-    "resources.vault": f"is not available in this version, whose providers are: {', '.join(PROVIDERS)}; take it out",
+    "vault.token": f'{_IN_THE_CLEAR} auth = {{ method = "token_file", token_file = "…" }}',
+    "vault.auth.token": f"{_IN_THE_CLEAR} token_file",
+    "vault.auth.role_id": f"{_IN_THE_CLEAR} role_id_file",
+    "vault.auth.secret_id": f"{_IN_THE_CLEAR} secret_id_file",
 }

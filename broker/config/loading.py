@@ -10,18 +10,21 @@ from typing import Any
 
 from broker.config.checks import (
     check_issuers,
+    check_keys,
     check_limits,
-    check_master_key,
     check_principals,
     check_resources,
     check_server,
     check_store,
+    check_vault,
     read_policies,
+    stated,
 )
 from broker.config.keys import ARRAYS, PROVIDERS, SECTIONS, TOP
 from broker.config.reading import Reader
-from broker.config.settings import ServerSettings, Settings
-from broker.config.values import address
+from broker.config.settings import ServerSettings, Settings, VaultAdministrator
+from broker.config.values import address, vault_address
+from broker.config.wording import Wrong, shown
 from broker.domain.catalogue import (
     KEY_SOURCES,
     Catalogue,
@@ -30,13 +33,22 @@ from broker.domain.catalogue import (
     Resource,
     TrustedIssuer,
 )
-from broker.domain.errors import ConfigurationError
+from broker.domain.errors import ConfigurationError, Invalid
+from broker.domain.secret import Secret
+from broker.providers.vault import VaultSettings
 
 
-def load(path: Path, environ: Mapping[str, str] | None = None, *, providers: Sequence[str] = PROVIDERS) -> Settings:
+def load(
+    path: Path,
+    environ: Mapping[str, str] | None = None,
+    *,
+    providers: Sequence[str] = PROVIDERS,
+    before_vault_setup: bool = False,
+) -> Settings:
     """The settings of a TOML file under its overrides; `ConfigurationError` with every problem at once.
 
     Relative paths are relative to the directory of the file. `environ` is `os.environ` unless given.
+    `before_vault_setup` is for who is about to make the files of the broker's login at Vault: they may be absent.
     """
     reader = Reader(path)
     document = reader.overridden(reader.document(), os.environ if environ is None else environ)
@@ -47,23 +59,27 @@ def load(path: Path, environ: Mapping[str, str] | None = None, *, providers: Seq
 
     check_server(reader, section["server"], top.get("issuer"))
     check_store(reader, section["store"].get("url"), section["server"].get("workers"))
-    check_master_key(reader, section["keys"].get("master_key_file"))
+    has_vault = "vault" in document
+    check_keys(reader, section["keys"], document.get("keys"), has_vault=has_vault)
+    check_vault(reader, section["vault"], before_setup=before_vault_setup)
     check_issuers(reader, rows["issuers"], rows["principals"], top.get("issuer"))
     check_principals(reader, rows["principals"], rows["issuers"])
     check_limits(reader, section["grants"], rows["resources"])
-    check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), providers)
+    check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), providers, has_vault=has_vault)
     policies, schema = read_policies(reader, section["policies"].get("directory"))
+    vault = _vault(reader, section["vault"])
     if reader.problems:
         raise ConfigurationError(reader.problems)
 
-    grants = section["grants"]
+    grants, keys = section["grants"], section["keys"]
     return Settings(
         issuer=top["issuer"],
         server=_server(reader, section["server"]),
         store_url=_store(reader, section["store"]["url"]),
         redis_url=section["redis"]["url"],
-        master_key_file=reader.path(section["keys"]["master_key_file"]),
-        rotate_every=timedelta(seconds=section["keys"]["rotate_every_s"]),
+        master_key_file=reader.path(keys["master_key_file"]) if keys["master_key_file"] else None,
+        vault_transit=keys["vault_transit"],
+        rotate_every=timedelta(seconds=keys["rotate_every_s"]),
         limits=Limits(
             max_deadline=timedelta(seconds=section["tasks"]["max_deadline_s"]),
             default_ttl=timedelta(seconds=grants["default_ttl_s"]),
@@ -74,13 +90,26 @@ def load(path: Path, environ: Mapping[str, str] | None = None, *, providers: Seq
         catalogue=Catalogue(
             issuers=tuple(_issuer(reader, values) for _, _, values in rows["issuers"]),
             principals=tuple(PrincipalRule(**_tupled(values)) for _, _, values in rows["principals"]),
-            resources=tuple(Resource(**_tupled(values)) for _, _, values in rows["resources"]),
+            resources=tuple(map(_resource, (values for _, _, values in rows["resources"]))),
             policies=policies,
             schema=schema,
         ),
         source=reader.source,
         policies_directory=reader.path(section["policies"]["directory"]),
+        vault=vault,
     )
+
+
+def vault_administrator(environ: Mapping[str, str] | None = None) -> VaultAdministrator:
+    """What the environment says of the administrator of Vault, as the command lines of Vault and OpenBao read it."""
+    environ = os.environ if environ is None else environ
+    at, token = environ.get("VAULT_ADDR") or None, environ.get("VAULT_TOKEN") or None
+    if at is not None:
+        try:
+            vault_address(at)
+        except Wrong as wrong:
+            raise ConfigurationError([f"environment: VAULT_ADDR = {shown(at)}: {wrong}"]) from None
+    return VaultAdministrator(address=at, token=Secret(token) if token else None)
 
 
 def _tupled(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,6 +137,23 @@ def _store(reader: Reader, url: str) -> str:
     if not url.startswith("sqlite:"):
         return url
     return f"sqlite:///{reader.path(url.removeprefix('sqlite:///'))}"
+
+
+def _vault(reader: Reader, vault: Mapping[str, Any]) -> VaultSettings | None:
+    """The settings of `[vault]`; the provider itself has the last word about them."""
+    if not vault or reader.problems:
+        return None
+    try:
+        return VaultSettings.parse({**stated(vault), "auth": stated(vault["auth"])})
+    except Invalid as problem:
+        reader.refuse(f"vault.{problem.member}" if problem.member else "vault", problem.detail)
+        return None
+
+
+def _resource(values: Mapping[str, Any]) -> Resource:
+    own = {name: value for name, value in _tupled(values).items() if name != "vault"}
+    # With its defaults written out: what a role was is told by the version, not by the code that reads it later.
+    return Resource(**own, settings=stated(values["vault"] or {}))
 
 
 def _issuer(reader: Reader, values: Mapping[str, Any]) -> TrustedIssuer:

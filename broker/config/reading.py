@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from broker.config.files import read_file
-from broker.config.keys import NOT_HERE, REQUIRED, SECTIONS, TOP, Key
-from broker.config.values import ATTRIBUTE, plain_text
+from broker.config.keys import NOT_HERE, OPTIONAL, REQUIRED, SECTIONS, TOP, Key
+from broker.config.values import ATTRIBUTE, PARAMETER, plain_text
 from broker.config.wording import INT64, UNSHOWN, Wrong, a_type, bare, nearest, shown, without_password
 from broker.domain.errors import ConfigurationError
 
@@ -53,23 +53,30 @@ class Reader:
 
     def overridden(self, document: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
         """The document with every `BROKER__…` variable in its place; one that overrides nothing is refused."""
-        keys = {f"{_PREFIX}{key.name.upper()}": ("", key) for key in TOP}
-        for section, members in SECTIONS.items():
-            keys |= {f"{_PREFIX}{section.upper()}__{key.name.upper()}": (section, key) for key in members}
-        document = {name: dict(value) if isinstance(value, dict) else value for name, value in document.items()}
+        keys = {_variable(at): (at, key) for at, key in _overridable()}
+        document = dict(document)
         for variable in sorted(name for name in environ if name.startswith(_PREFIX)):
             if variable not in keys:
                 near = nearest(variable, keys) or f"what can be set is {', '.join(sorted(keys))}"
                 self.problems.append(f"environment: {bare(variable)} overrides no key of this version; {near}")
                 continue
-            section, key = keys[variable]
-            table = document.setdefault(section, {}) if section else document
-            if isinstance(table, dict):
-                table[key.name] = from_text(key, environ[variable])
-                self._variables[f"{section}.{key.name}" if section else key.name] = variable
+            (*above, last), key = keys[variable]
+            table: Any = document
+            for name in above:
+                below = table.get(name, {})
+                if not isinstance(below, dict):
+                    break  # what it is instead is refused where it stands
+                table[name] = dict(below)
+                table = table[name]
+            else:
+                table[last] = from_text(key, environ[variable])
+                self._variables[".".join((*above, last))] = variable
         return document
 
     def section(self, document: Mapping[str, Any], name: str, keys: Sequence[Key]) -> dict[str, Any]:
+        """Its values; none at all for an optional section that is not there."""
+        if name in OPTIONAL and name not in document:
+            return {}
         raw = document.get(name, {})
         if not isinstance(raw, dict):
             # Not its value: it may be a store URL with a password, one level too high.
@@ -94,33 +101,52 @@ class Reader:
                 self.refuse(at, f"is {a_type(item)} and must be a table; write [[{name}]] above each")
         return rows
 
-    def refuse_unknown(self, raw: Mapping[str, Any], known: Sequence[str], at: str) -> None:
+    def refuse_unknown(self, raw: Mapping[str, Any], known: Sequence[str], at: str, where_known: str = "here") -> None:
         for name in raw:
             if name in known:
                 continue
             where = f"{at}.{bare(name)}" if at else bare(name)
             why = NOT_HERE.get(re.sub(r"\[\d+\]", "", where))
-            near = nearest(name, known) or f"the keys here are {', '.join(known)}"
+            near = nearest(name, known) or f"the keys {where_known} are {', '.join(known)}"
             # Without its value: it may be a secret under a name we do not know.
             self.refuse(where, why or f"is not a key of this version; {near}")
 
-    def table(self, raw: Mapping[str, Any], keys: Sequence[Key], at: str) -> dict[str, Any]:
+    def table(
+        self, raw: Mapping[str, Any], keys: Sequence[Key], at: str, *, where_known: str = "here"
+    ) -> dict[str, Any]:
         """Every key that is right, and the default of every key that is absent."""
         if at:
-            self.refuse_unknown(raw, [key.name for key in keys], at)
+            self.refuse_unknown(raw, [key.name for key in keys], at, where_known)
         values: dict[str, Any] = {}
         for key in keys:
             where = f"{at}.{key.name}" if at else key.name
             if key.name in raw:
                 before = len(self.problems)
-                self._check(key, raw[key.name], where)
+                found = self._checked(key, raw[key.name], where)
                 if len(self.problems) == before:
-                    values[key.name] = raw[key.name]
+                    values[key.name] = found
             elif key.default is not REQUIRED:
                 values[key.name] = key.default
             else:
                 self.refuse(where, f"is missing; write {key.expected} ({key.meaning.rstrip('.')})")
         return values
+
+    def _checked(self, key: Key, value: Any, at: str) -> Any:
+        """The value; of a table, with the defaults of what it leaves out."""
+        if key.kind == "table" and isinstance(value, dict):
+            return self._variant(key, value, at)
+        self._check(key, value, at)
+        return value
+
+    def _variant(self, key: Key, raw: Mapping[str, Any], at: str) -> dict[str, Any]:
+        """A table whose selector says which keys it has. Without one that is known, nothing can be said of the rest."""
+        selecting = key.selecting
+        chosen = raw.get(selecting.name)
+        if not isinstance(chosen, str) or chosen not in key.variants:
+            self.table({name: value for name, value in raw.items() if name == selecting.name}, (selecting,), at)
+            return {}
+        keys = (selecting, *key.variants[chosen])
+        return self.table(raw, keys, at, where_known=f"with {selecting.name} {shown(chosen)}")
 
     def _check(self, key: Key, value: Any, at: str) -> None:
         match key.kind, value:
@@ -140,6 +166,8 @@ class Reader:
                 self.refuse(at, f"is {a_type(value)}; write {key.expected}", UNSHOWN if key.secret else value)
 
     def _check_text(self, key: Key, value: str, at: str) -> None:
+        if key.may_be_empty and not value:
+            return
         try:
             plain_text(value)
             if key.choices and value not in key.choices:
@@ -163,13 +191,15 @@ class Reader:
     def _check_facts(self, key: Key, value: dict[str, Any], at: str) -> None:
         for name, fact in value.items():
             where = f"{at}.{bare(name)}"
-            if key.reserved and not ATTRIBUTE.fullmatch(name):
+            if key.names == "attribute" and not ATTRIBUTE.fullmatch(name):
                 self.refuse(where, 'is not the name of an attribute; use letters, digits and "_"')
             elif name in key.reserved:
                 self.refuse(where, "is a fact the broker itself states, and may not be restated; rename it", fact)
-            elif not key.reserved and (not name.isprintable() or not all(name.split("."))):
+            elif key.names == "parameter" and not PARAMETER.fullmatch(name):
+                self.refuse(where, 'is not the name of a parameter; use letters, digits and "_ . -"')
+            elif key.names == "claim" and (not name.isprintable() or not all(name.split("."))):
                 self.refuse(where, 'is not the path of a claim; write names joined by "."')
-            elif isinstance(fact, dict) and not key.reserved:
+            elif isinstance(fact, dict) and key.names == "claim":
                 self.refuse(where, f'is a table; a path is one quoted key: "{bare(name)}.…" = value')
             elif isinstance(fact, str):
                 self._check_text(Key(name=name, kind="string", meaning=""), fact, where)
@@ -180,6 +210,24 @@ class Reader:
                     )
             elif not isinstance(fact, bool):
                 self.refuse(where, f"is {a_type(fact)}; write a string, an integer or a boolean", fact)
+
+
+def _overridable() -> Iterator[tuple[tuple[str, ...], Key]]:
+    """Every key that has one place only, and its path."""
+    for key in TOP:
+        yield (key.name,), key
+    for section, members in SECTIONS.items():
+        for key in members:
+            if key.kind == "table":
+                yield (section, key.name, key.selector), key.selecting
+                for below in (below for keys in key.variants.values() for below in keys):
+                    yield (section, key.name, below.name), below
+            else:
+                yield (section, key.name), key
+
+
+def _variable(path: Sequence[str]) -> str:
+    return _PREFIX + "__".join(name.upper() for name in path)
 
 
 def from_text(key: Key, text: str) -> Any:

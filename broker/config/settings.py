@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from broker.domain.catalogue import (
-    Catalogue,
-    Limits,
-)
+from broker.domain.catalogue import Catalogue, Limits
+from broker.domain.secret import Secret
+from broker.providers.vault import VaultSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +27,28 @@ class ServerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A checked configuration; every path in it is absolute, and its catalogue has no version yet."""
+    """A checked configuration; every path in it is absolute, and its catalogue has no version yet.
+
+    Exactly one of `master_key_file` and `vault_transit` is set, the latter only with `vault`.
+    """
 
     issuer: str
     server: ServerSettings
     store_url: str = field(repr=False)  # may hold a password (INV-30)
     redis_url: str | None = field(default=None, repr=False)
-    master_key_file: Path
+    master_key_file: Path | None
+    vault_transit: str | None = None
     rotate_every: timedelta
     limits: Limits
     catalogue: Catalogue
     source: Path
     policies_directory: Path | None = None
+    vault: VaultSettings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaultAdministrator:
+    """Where the administrator of Vault finds it and who they are, where the environment says so."""
+
+    address: str | None
+    token: Secret | None = field(repr=False)

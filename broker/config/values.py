@@ -8,8 +8,9 @@ from ipaddress import ip_address
 from urllib.parse import SplitResult, urlsplit
 
 from broker.config.wording import Wrong, quoted, shown
-from broker.domain.errors import InvalidScope
+from broker.domain.errors import Invalid, InvalidScope
 from broker.domain.scope import scope_set
+from broker.providers.vault.settings import COMPONENT, MOST_COMPONENTS, component_of, path_of
 
 WORKLOAD_ALGORITHMS = (
     "ES256",
@@ -30,6 +31,7 @@ _MAX_TEXT = 1000  # the narrowest column that keeps one of these values
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,99}")
 _WORD = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 ATTRIBUTE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+PARAMETER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")
 _TRUST_DOMAIN = re.compile(r"spiffe://[a-z0-9._-]{1,255}")
 _SPIFFE_ID = re.compile(r"(spiffe://[a-z0-9._-]{1,255})((?:/[A-Za-z0-9._-]+)+)")
@@ -274,3 +276,39 @@ def listen(value: str) -> None:
 
 def metrics_listen(value: str) -> None:
     address(value)
+
+
+def vault_address(value: str) -> None:
+    parts = web_url(value)
+    if parts.path not in ("", "/") or "?" in value:
+        raise Wrong("has more than a scheme, a host and a port; write https://vault.example:8200")
+
+
+def vault_name(value: str) -> None:
+    try:
+        component_of(value, "")
+    except Invalid as refused:
+        raise Wrong(
+            'is not a name in Vault; use up to 128 letters, digits and "_ . -", beginning with a letter or digit'
+        ) from refused
+
+
+def vault_path(value: str) -> None:
+    try:
+        path_of(value, "")
+    except Invalid as refused:
+        raise Wrong(
+            f'is not a path in Vault; write 1 to {MOST_COMPONENTS} parts of letters, digits and "_ . -" with "/" '
+            "between them, and none at the ends"
+        ) from refused
+
+
+def namespace(value: str) -> None:
+    vault_path(value.strip("/"))
+
+
+def transit_key(value: str) -> None:
+    mount, found, key = value.rpartition("/keys/")
+    if not found or not COMPONENT.fullmatch(key):
+        raise Wrong("is not a key of the transit engine; write transit/keys/<name>")
+    vault_path(mount)

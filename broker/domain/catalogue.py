@@ -102,7 +102,11 @@ def _claim(claims: Mapping[str, Any], path: str) -> tuple[type, Any] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Resource:
-    """Something a credential opens."""
+    """Something a credential opens.
+
+    `settings` is its provider's own table, of what JSON has: where the credentials of this version came from can be
+    told from the version as long as one of them may live.
+    """
 
     identifier: str
     provider: str = "jwt"
@@ -115,6 +119,7 @@ class Resource:
     require_dpop: bool = False
     verifiers: tuple[str, ...] = ()
     attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def offered(self) -> frozenset[str]:
@@ -178,6 +183,11 @@ class Catalogue:
         """The JSON kept as a configuration version; `from_document` is its inverse. The version is not part of it."""
         document = asdict(self)
         del document["version"]
+        for resource in document["resources"]:
+            # Without an empty table, a configuration that has none is the document it always was: a broker that is
+            # brought up to date applies no new version.
+            if not resource["settings"]:
+                del resource["settings"]
         return document
 
     @classmethod
