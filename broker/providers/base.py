@@ -19,26 +19,18 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import StrEnum
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from broker.domain.clock import Clock
 from broker.domain.errors import ConfigurationError
 from broker.domain.identity import GrantId
+from broker.domain.lease import RevocationClass as RevocationClass
 from broker.domain.secret import Secret
 
 ENTRY_POINTS = "broker.providers"
 
 Setting = str | int | bool
-
-
-class RevocationClass(StrEnum):
-    """What a confirmed revocation means for whoever holds the credential."""
-
-    HARD = "hard"  # dead when confirmed
-    BOUNDED = "bounded"  # dead within the time `Handle.bound` says after it was confirmed
-    TTL_ONLY = "ttl_only"  # lives until its own expiry, whatever is done
 
 
 class SecretData:

@@ -130,7 +130,8 @@ _LIVE_OF = """
     SELECT agent, (
         SELECT count(*) FROM (
             SELECT 1 FROM grants
-            WHERE grants.agent = asked.agent AND grants.state = 'active' AND grants.expires_at > :now LIMIT :at_most
+            WHERE grants.agent = asked.agent AND grants.state IN ('approved', 'active') AND grants.expires_at > :now
+            LIMIT :at_most
         ) AS live
     ) AS held
     FROM {asked}
@@ -142,7 +143,7 @@ _LIVE_ON = {
 
 
 def count_live(db: Connection, agents: Collection[str], *, now: datetime, at_most: int) -> dict[str, int]:
-    """How many grants of each agent are active and unexpired, counted up to `at_most`.
+    """How many grants each agent holds or is just getting, counted up to `at_most`.
 
     Whoever would add to the same agents holds their locks first (`broker.store.locks`), so the count holds (INV-34).
     """

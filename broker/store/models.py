@@ -32,7 +32,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
 from broker.domain.clock import epoch, from_epoch
-from broker.domain.lifecycle import GrantState, KeyState, TaskState
+from broker.domain.lifecycle import GrantState, KeyState, LeaseState, TaskState
 
 
 class Instant(TypeDecorator[datetime]):
@@ -81,7 +81,7 @@ def table_of(model: type[Base]) -> Table:
     return cast(Table, model.__table__)
 
 
-def _one_of(column: str, states: type[TaskState] | type[GrantState] | type[KeyState]) -> str:
+def _one_of(column: str, states: type[TaskState] | type[GrantState] | type[LeaseState] | type[KeyState]) -> str:
     return f"{column} IN ({', '.join(repr(str(state)) for state in states)})"
 
 
@@ -153,11 +153,11 @@ class Grant(Base):
         Index("grants_task_idx", "task_id", "state"),
         Index("grants_agent_idx", "agent", "id"),
         Index(
-            "grants_live_of_agent_idx",
+            "grants_held_by_agent_idx",
             "agent",
             "expires_at",
-            postgresql_where=text("state = 'active'"),
-            sqlite_where=text("state = 'active'"),
+            postgresql_where=text("state IN ('approved', 'active')"),
+            sqlite_where=text("state IN ('approved', 'active')"),
         ),
         Index(
             "grants_due_idx",
@@ -203,6 +203,77 @@ class Grant(Base):
     revoked_at: Mapped[datetime | None] = mapped_column(Instant)
     revoked_by: Mapped[str | None] = mapped_column(Name)
     reason: Mapped[str | None] = mapped_column(String(1000))
+
+
+class Lease(Base):
+    """`broker.domain.lease.Lease`, as a row. An orphan found outside has no grant of ours."""
+
+    __tablename__ = "leases"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", LeaseState), name="state_is_known"),
+        CheckConstraint("state <> 'released' OR dead_at IS NOT NULL", name="released_was_confirmed"),
+        CheckConstraint("state NOT IN ('revoking', 'stuck') OR next_attempt_at IS NOT NULL", name="owed_is_tried"),
+        Index("leases_grant_idx", "grant_id"),
+        Index("leases_reference_idx", "reference"),
+        Index(
+            "leases_owed_idx",
+            "urgency",
+            "next_attempt_at",
+            postgresql_where=text("state IN ('revoking', 'stuck')"),
+            sqlite_where=text("state IN ('revoking', 'stuck')"),
+        ),
+        Index(
+            "leases_intended_idx",
+            "issue_by",
+            postgresql_where=text("state = 'intended'"),
+            sqlite_where=text("state = 'intended'"),
+        ),
+        Index(
+            "leases_open_idx",
+            "provider",
+            postgresql_where=text("state <> 'released'"),
+            sqlite_where=text("state <> 'released'"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    grant_id: Mapped[str | None] = mapped_column(Id, ForeignKey("grants.id"))
+    provider: Mapped[str] = mapped_column(String(64))
+    settings: Mapped[dict[str, Any]] = mapped_column(Json)
+    state: Mapped[str] = mapped_column(String(16))
+    revocation_class: Mapped[str | None] = mapped_column(String(16))
+    bound_s: Mapped[int | None] = mapped_column(Integer)
+    handle: Mapped[str | None] = mapped_column(String(1000))
+    reference: Mapped[str | None] = mapped_column(String(1000))
+    unknown: Mapped[bool] = mapped_column(Boolean)
+    facts: Mapped[dict[str, str]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(Instant)
+    issue_by: Mapped[datetime] = mapped_column(Instant)
+    expires_at: Mapped[datetime] = mapped_column(Instant)
+    settles_at: Mapped[datetime | None] = mapped_column(Instant)
+    urgency: Mapped[int] = mapped_column(Integer)
+    attempts: Mapped[int] = mapped_column(Integer)
+    next_attempt_at: Mapped[datetime | None] = mapped_column(Instant)
+    fence: Mapped[int] = mapped_column(Integer)
+    last_error: Mapped[str | None] = mapped_column(String(1000))
+    dead_at: Mapped[datetime | None] = mapped_column(Instant)
+    alerted_at: Mapped[datetime | None] = mapped_column(Instant)
+    abandoned_at: Mapped[datetime | None] = mapped_column(Instant)
+    abandoned_by: Mapped[str | None] = mapped_column(Name)
+    abandoned_reason: Mapped[str | None] = mapped_column(String(1000))
+
+
+class ProviderLook(Base):
+    """The last time all that a provider says is alive was compared with our rows, and how often that was done.
+
+    A number lower than one that was seen before is a database that went back in time (INV-37).
+    """
+
+    __tablename__ = "provider_looks"
+
+    provider: Mapped[str] = mapped_column(String(64), primary_key=True)
+    number: Mapped[int] = mapped_column(BigInteger)
+    began_at: Mapped[datetime] = mapped_column(Instant)
 
 
 class Lockdown(Base):

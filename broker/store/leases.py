@@ -1,0 +1,208 @@
+"""Leases: what is owed outside, in the order in which it is paid.
+
+States move through `broker.store.transitions`; here is what is found, claimed, and noted without a state changing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from datetime import datetime
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, bindparam, func, literal_column, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.types import String
+
+from broker.domain.lease import Lease
+from broker.domain.lifecycle import LeaseState
+from broker.store import models
+from broker.store.rows import insert_rows
+
+_leases = models.table_of(models.Lease)
+_looks = models.table_of(models.ProviderLook)
+_NAMES = tuple(entry.name for entry in fields(Lease))
+_values_of = attrgetter(*_NAMES)
+_SELECT = select(*(_leases.c[name] for name in _NAMES))
+
+# Written out, so that SQLite takes the partial indexes, which spell it the same way.
+_OWED = _leases.c.state.in_(
+    bindparam("owed", [str(LeaseState.REVOKING), str(LeaseState.STUCK)], expanding=True, literal_execute=True)
+)
+_INTENDED = _leases.c.state == literal_column("'intended'")
+_OPEN = _leases.c.state != literal_column("'released'")
+
+# What the event of a moved lease speaks of.
+LEASE_FACTS = ("id", "grant_id", "provider", "attempts", "dead_at", "unknown")
+
+
+def insert_leases(db: Connection, leases: Sequence[Lease]) -> None:
+    insert_rows(
+        db,
+        models.Lease,
+        [dict(zip(_NAMES, _values_of(lease), strict=True)) | {"state": str(lease.state)} for lease in leases],
+    )
+
+
+def lease_of(row: Any) -> Lease:
+    return Lease(**(dict(zip(_NAMES, _values_of(row), strict=True)) | {"state": LeaseState(row.state)}))
+
+
+def find_lease(db: Connection, lease_id: str) -> Lease | None:
+    row = db.execute(_SELECT.where(_leases.c.id == lease_id)).one_or_none()
+    return None if row is None else lease_of(row)
+
+
+def leases_of(db: Connection, grant_ids: Collection[str]) -> dict[str, Lease]:
+    """The lease of each grant that has one; of several the one that is owed most: the open before the released."""
+    if not grant_ids:
+        return {}
+    found: dict[str, Lease] = {}
+    for row in db.execute(_SELECT.where(of_grants(db, grant_ids)).order_by(_leases.c.id)):
+        lease = lease_of(row)
+        known = found.get(row.grant_id)
+        if known is None or known.state is LeaseState.RELEASED or lease.state is not LeaseState.RELEASED:
+            found[row.grant_id] = lease
+    return found
+
+
+def with_id(lease_id: str) -> ColumnElement[bool]:
+    return _leases.c.id == lease_id
+
+
+def of_grants(db: Connection, grant_ids: Collection[str]) -> ColumnElement[bool]:
+    """Of any number of grants: as one value, because a statement takes only so many."""
+    if db.dialect.name == "postgresql":
+        return _leases.c.grant_id == func.any(bindparam(None, list(grant_ids), type_=postgresql.ARRAY(String)))
+    listed = func.json_each(json.dumps(list(grant_ids))).table_valued("value")
+    return _leases.c.grant_id.in_(select(listed.c.value))
+
+
+def not_owed_yet() -> ColumnElement[bool]:
+    """What ends with its grant: a debt that is being paid already goes on as it is."""
+    return _leases.c.state.in_([str(LeaseState.INTENDED), str(LeaseState.HELD)])
+
+
+def in_state(*states: LeaseState) -> ColumnElement[bool]:
+    return _leases.c.state.in_([str(state) for state in states])
+
+
+def claimed_by(fence: int) -> ColumnElement[bool]:
+    """Whoever claimed it last may change it, and nobody before (INV-07)."""
+    return _leases.c.fence == fence
+
+
+def any_owed(db: Connection, *, now: datetime) -> bool:
+    due = select(_leases.c.id).where(_OWED, _leases.c.next_attempt_at <= now).limit(1)
+    return db.execute(due).first() is not None
+
+
+def claim_owed(
+    db: Connection, *, now: datetime, again_at: datetime, limit: int, at_most_urgency: int, grants: Collection[str] = ()
+) -> list[Lease]:
+    """Take the most urgent debts that are due, so that nobody else does before `again_at`.
+
+    A compare-and-set: SQLite drops SKIP LOCKED silently and has one writer anyway.
+    """
+    due = select(_leases.c.id).where(_OWED, _leases.c.next_attempt_at <= now, _leases.c.urgency <= at_most_urgency)
+    if grants:
+        due = due.where(of_grants(db, grants))
+    due = due.order_by(_leases.c.urgency, _leases.c.next_attempt_at).limit(limit).with_for_update(skip_locked=True)
+    claim = (
+        update(_leases)
+        .where(_leases.c.id.in_(due), _leases.c.next_attempt_at <= now)
+        .values(next_attempt_at=again_at, fence=_leases.c.fence + 1)
+        .returning(*(_leases.c[name] for name in _NAMES))
+    )
+    return sorted((lease_of(row) for row in db.execute(claim)), key=lambda lease: (lease.urgency, lease.id))
+
+
+def note(db: Connection, lease_id: str, *where: ColumnElement[bool], **values: Any) -> bool:
+    """Write what is known of a lease without moving it; whether it was there to be written to."""
+    statement = update(_leases).where(_leases.c.id == lease_id, *where).values(**values).returning(_leases.c.id)
+    return db.execute(statement).one_or_none() is not None
+
+
+def abandoned_intents(db: Connection, *, now: datetime, limit: int) -> list[Lease]:
+    """Intents whose issuer had all the time there is, and neither confirmed nor gave up."""
+    statement = _SELECT.where(_INTENDED, _leases.c.issue_by <= now).order_by(_leases.c.issue_by).limit(limit)
+    return [lease_of(row) for row in db.execute(statement)]
+
+
+def open_leases(db: Connection, provider: str) -> list[Lease]:
+    """Every lease of a provider that is not released."""
+    return [lease_of(row) for row in db.execute(_SELECT.where(_OPEN, _leases.c.provider == provider))]
+
+
+def open_settings(db: Connection, provider: str) -> list[Mapping[str, Any]]:
+    """The settings of every source that a lease which is not released came from."""
+    statement = select(_leases.c.settings).where(_OPEN, _leases.c.provider == provider)
+    seen = {json.dumps(settings, sort_keys=True): settings for settings in db.execute(statement).scalars()}
+    return list(seen.values())
+
+
+def open_references(db: Connection, provider: str, references: Collection[str]) -> set[str]:
+    """Those of the references that a lease which is not released accounts for."""
+    if not references:
+        return set()
+    if db.dialect.name == "postgresql":
+        named: Any = _leases.c.reference == func.any(bindparam(None, list(references), type_=postgresql.ARRAY(String)))
+    else:
+        listed = func.json_each(json.dumps(list(references))).table_valued("value")
+        named = _leases.c.reference.in_(select(listed.c.value))
+    statement = select(_leases.c.reference).where(_OPEN, _leases.c.provider == provider, named)
+    return set(db.execute(statement).scalars())
+
+
+def unalerted(db: Connection, *, limit: int) -> list[Lease]:
+    """Stuck leases nobody was told of yet."""
+    stuck = (in_state(LeaseState.STUCK), _leases.c.alerted_at.is_(None), _leases.c.abandoned_at.is_(None))
+    return [lease_of(row) for row in db.execute(_SELECT.where(_OWED, *stuck).order_by(_leases.c.id).limit(limit))]
+
+
+def count_by_state(db: Connection) -> dict[tuple[str, str], int]:
+    """How many leases that are not released there are, by (provider, state)."""
+    statement = (
+        select(_leases.c.provider, _leases.c.state, func.count())
+        .where(_OPEN)
+        .group_by(_leases.c.provider, _leases.c.state)
+    )
+    return {(provider, state): count for provider, state, count in db.execute(statement)}
+
+
+def matching(*, state: str | None = None, provider: str | None = None, grant: str | None = None) -> list[Any]:
+    wanted = {"state": state, "provider": provider, "grant_id": grant}
+    return [_leases.c[name] == value for name, value in wanted.items() if value is not None]
+
+
+def page_of_leases(
+    db: Connection, *, where: Iterable[ColumnElement[bool]], before: str | None, limit: int
+) -> list[Lease]:
+    """Newest first, below the id `before`."""
+    statement = _SELECT.where(*where).order_by(_leases.c.id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(_leases.c.id < before)
+    return [lease_of(row) for row in db.execute(statement)]
+
+
+# --- When a provider was last compared with our rows ----------------------------------------------------------------
+
+
+def last_look(db: Connection, provider: str) -> tuple[int, datetime] | None:
+    """(how many looks there were, when the last began)."""
+    row = db.execute(select(_looks.c.number, _looks.c.began_at).where(_looks.c.provider == provider)).one_or_none()
+    return None if row is None else (row.number, row.began_at)
+
+
+def looked(db: Connection, provider: str, *, began_at: datetime) -> int:
+    """Note a look that is complete; answers how many there were."""
+    dialect = postgresql if db.dialect.name == "postgresql" else sqlite
+    insert = dialect.insert(_looks).values(provider=provider, number=1, began_at=began_at)
+    later = func.greatest if db.dialect.name == "postgresql" else func.max
+    statement = insert.on_conflict_do_update(
+        index_elements=[_looks.c.provider],
+        set_={"number": _looks.c.number + 1, "began_at": later(_looks.c.began_at, insert.excluded.began_at)},
+    ).returning(_looks.c.number)
+    return int(db.execute(statement).scalar_one())
