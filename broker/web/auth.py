@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from flask import g, request
-
 from broker.domain.errors import Unauthenticated
 from broker.domain.identity import Caller
 from broker.services.standing import current_caller
-from broker.web.context import broker
-from broker.web.reading import single_header
+from broker.web.context import broker, current
 
 _SCHEME = "Bearer "
 
@@ -18,7 +15,7 @@ def caller(*, looks_again: bool = False) -> Caller:
 
     A verb that `looks_again`, in its own transaction, saves the look here.
     """
-    header = single_header("Authorization")
+    header = current().header("Authorization")
     if header is None:
         raise Unauthenticated("no Authorization header")
     if header[: len(_SCHEME)].lower() != _SCHEME.lower():
@@ -29,11 +26,11 @@ def caller(*, looks_again: bool = False) -> Caller:
 
 def authenticate(token: str) -> Caller:
     """The caller that a workload token proves, under the configuration this process saw last: garbage costs no look."""
-    house = broker()
+    call, house = current(), broker()
     found: Caller = house.authenticator.authenticate(
-        token, house.standing.last_known().catalogue, now=house.clock(), trace_id=g.trace_id
+        token, house.standing.last_known().catalogue, now=house.clock(), trace_id=call.trace_id
     )
-    g.caller = found.name
+    call.caller = found.name
     return found
 
 
@@ -44,11 +41,11 @@ def known_now(caller: Caller) -> Caller:
 
 def proven_key() -> str | None:
     """The thumbprint of the key a `DPoP` header proves (RFC 9449), None without one; the proof is used up by it."""
-    proof = single_header("DPoP")
+    call, house = current(), broker()
+    proof = call.header("DPoP")
     if proof is None:
         return None
-    house = broker()
     jkt: str = house.proofs.verify_dpop(
-        proof, method=request.method, url=house.settings.issuer + request.path, now=house.clock()
+        proof, method=call.method, url=house.settings.issuer + call.path, now=house.clock()
     )
     return jkt

@@ -6,25 +6,23 @@ Declared in one breath, so that the document cannot say anything else than the c
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from broker.domain.errors import Invalid
 from broker.domain.identity import Caller, is_id
 from broker.web import auth
+from broker.web.answers import Answer, json_response
+from broker.web.context import current
 from broker.web.reading import json_body, query, raw_body
 from broker.web.shapes import NoQuery, ProblemAnswer
-
-_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 Handler = Callable[..., tuple[int, Any]]
 
@@ -93,22 +91,22 @@ class Operations:
         return declare
 
 
-def _route(operation: Operation, handler: Handler) -> Callable[..., Response]:
+def _route(operation: Operation, handler: Handler) -> Callable[..., Answer | Response]:
     optional_body = operation.body is not None and not any(
         field.is_required() for field in operation.body.model_fields.values()
     )
 
     @wraps(handler)
-    def route(**ids: str) -> Response:
+    def route(**ids: str) -> Answer | Response:
+        call = current()
         caller: Caller = auth.caller(looks_again=operation.looks_again)
         given: dict[str, Any] = {}
-        if operation.query is not NoQuery or request.query_string:
+        if operation.query is not NoQuery or call.query_string:
             read = query(operation.query)
             if operation.query is not NoQuery:
                 given["query"] = read
         if operation.method in ("POST", "PUT"):
-            raw = raw_body(request, caller, ends=operation.ends)
-            g.raw_body = raw
+            raw = call.raw_body = raw_body(caller, ends=operation.ends)
             if operation.body is not None:
                 given["body"] = json_body(operation.body, raw, optional=optional_body)
             elif raw.strip() not in (b"", b"{}"):
@@ -119,21 +117,6 @@ def _route(operation: Operation, handler: Handler) -> Callable[..., Response]:
         return json_response(answer, status)
 
     return route
-
-
-def json_response(answer: Any, status: int = 200) -> Response:
-    response = Response(_compact(answer), status, mimetype="application/json")
-    response.headers["Cache-Control"] = "no-store"
-    return response
-
-
-def kept_response(document: bytes, *, kept_for_s: int, media_type: str = "application/json") -> Response:
-    """A public document that may be kept for so long, and is asked for again by its ETag."""
-    response = Response(document, mimetype=media_type)
-    response.headers["Cache-Control"] = f"public, max-age={kept_for_s}"
-    response.set_etag(hashlib.sha256(document).hexdigest()[:32])
-    response.make_conditional(request)
-    return response
 
 
 def page(items: Sequence[Any], shown: Sequence[Any], limit: int, *, by: str = "id") -> dict[str, Any]:

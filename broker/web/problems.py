@@ -11,8 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flask import Response
-
 from broker.domain.errors import (
     BrokerError,
     Conflict,
@@ -27,6 +25,7 @@ from broker.domain.errors import (
     Unauthenticated,
     Unavailable,
 )
+from broker.web.answers import Answer
 
 # The first class that matches decides, so the narrow ones come first.
 _STATUS: tuple[tuple[type[BrokerError], int], ...] = (
@@ -73,7 +72,7 @@ def status_of(problem: BrokerError) -> int:
     return next((status for kind, status in _STATUS if isinstance(problem, kind)), 500)
 
 
-def problem_response(problem: BrokerError, issuer: str, trace_id: str | None) -> Response:
+def problem_response(problem: BrokerError, issuer: str, trace_id: str | None) -> Answer:
     """A BrokerError as `application/problem+json`."""
     status = status_of(problem)
     more: dict[str, Any] = {}
@@ -96,7 +95,7 @@ def document(
     *,
     headers: Mapping[str, str] | None = None,
     **more: Any,
-) -> Response:
+) -> Answer:
     body = {
         "type": f"{issuer}/problems/{code}",
         "title": TITLES[code],
@@ -106,9 +105,7 @@ def document(
         "trace_id": trace_id,
         **more,
     }
-    response = Response(json.dumps(body), status, mimetype="application/problem+json")
-    response.headers.update(headers or {})
-    return response
+    return Answer(json.dumps(body), status, media_type="application/problem+json", headers=headers)
 
 
 def _headers(problem: BrokerError, issuer: str) -> dict[str, str]:
@@ -145,10 +142,15 @@ class OAuthError(Exception):
         self.status = status
 
 
-def oauth_response(problem: BrokerError | OAuthError, issuer: str, authorization: str = "") -> Response:
+def oauth_response(
+    problem: BrokerError | OAuthError,
+    issuer: str,
+    authorization: str = "",
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
     """A refusal as RFC 6749 section 5.2 wants it: with the scheme of the `Authorization` header that was tried."""
     if isinstance(problem, OAuthError):
-        return _oauth(problem.error, problem.description, problem.status, {})
+        return _oauth(problem.error, problem.description, problem.status, headers or {})
     if isinstance(problem, Unauthenticated):
         scheme = "Basic" if authorization[:6].lower() == "basic " else "Bearer"
         return _oauth("invalid_client", problem.detail, 401, {"WWW-Authenticate": f'{scheme} realm="{issuer}"'})
@@ -157,11 +159,9 @@ def oauth_response(problem: BrokerError | OAuthError, issuer: str, authorization
     return _oauth(code, problem.detail, status_of(problem) if overloaded else 400, _headers(problem, issuer))
 
 
-def _oauth(error: str, description: str, status: int, headers: Mapping[str, str]) -> Response:
+def _oauth(error: str, description: str, status: int, headers: Mapping[str, str]) -> Answer:
     plain = _NOT_IN_A_DESCRIPTION.sub("'", description)[:1000]
-    response = Response(json.dumps({"error": error, "error_description": plain}), status, mimetype="application/json")
-    response.headers.update({"Cache-Control": "no-store", **headers})
-    return response
+    return Answer(json.dumps({"error": error, "error_description": plain}), status, headers=headers)
 
 
 REMEDIES: Mapping[str, str] = {

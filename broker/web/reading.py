@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from flask import Request, g, request
 from pydantic import BaseModel, ValidationError
+from werkzeug.wsgi import get_input_stream
 
 from broker.domain import strict_json
 from broker.domain.errors import Invalid
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.identity import Caller
-from broker.web.context import bodies
+from broker.web.context import bodies, current
 from broker.web.plain import NOT_PLAIN
 
 MAX_BODY_BYTES = 65_536
@@ -46,17 +46,19 @@ class TooLarge(Exception):
     """The body is longer than `MAX_BODY_BYTES`."""
 
 
-def raw_body(request: Request, caller: Caller | None, *, ends: bool = False) -> bytes:
+def raw_body(caller: Caller | None, *, ends: bool = False) -> bytes:
     """The whole body; refused before it can fill memory, and never cut off: half a request is another request.
 
     `caller` and `ends` say in which lane it is waited for (`broker.web.bodies`).
     """
-    length = request.content_length
+    call = current()
+    length = call.content_length
     if length is not None and length > MAX_BODY_BYTES:
         raise TooLarge
-    if not length and "Transfer-Encoding" not in request.headers:
+    if not length and call.header("Transfer-Encoding") is None:
         return b""
-    stream = request.stream
+    # One more, because a body without a length is cut off there without a word, and we must see that there was more.
+    stream = get_input_stream(call.environ, max_content_length=MAX_BODY_BYTES + 1)
 
     def read() -> bytes:
         raw = bytearray()
@@ -66,7 +68,7 @@ def raw_body(request: Request, caller: Caller | None, *, ends: bool = False) -> 
         return bytes(raw)
 
     raw = bodies().read(read, caller, ends=ends)
-    g.body_was_read = True
+    call.body_was_read = True
     if len(raw) > MAX_BODY_BYTES:
         raise TooLarge
     if length is not None and len(raw) != length:
@@ -78,7 +80,7 @@ def json_body(model: type[Body], raw: bytes, *, optional: bool) -> Body:
     """The body as `model`; an empty one counts as `{}` where every member is optional."""
     if not raw and optional:
         return model()
-    if request.mimetype != "application/json":
+    if current().mimetype != "application/json":
         raise UnsupportedMediaType("application/json")
     value = strict_json.loads(raw, max_bytes=MAX_BODY_BYTES)
     if not isinstance(value, dict):
@@ -91,7 +93,7 @@ def json_body(model: type[Body], raw: bytes, *, optional: bool) -> Body:
 
 def query(model: type[Body]) -> Body:
     """The query string as `model`."""
-    given = _once(_pairs(request.query_string, "the query is not well-formed text in UTF-8"))
+    given = _once(_pairs(current().query_string, "the query is not well-formed text in UTF-8"))
     try:
         return model.model_validate(given)
     except ValidationError as problems:
@@ -100,9 +102,10 @@ def query(model: type[Body]) -> Body:
 
 def form(raw: bytes) -> dict[str, str]:
     """The parameters of an OAuth request. Unknown ones are ignored, as RFC 6749 section 3.2 asks."""
-    if request.query_string:
+    call = current()
+    if call.query_string:
         raise Invalid("parameters belong into the body: a query string ends up in logs")
-    if request.mimetype != "application/x-www-form-urlencoded":
+    if call.mimetype != "application/x-www-form-urlencoded":
         raise Invalid("send the parameters as application/x-www-form-urlencoded")
     values = _once(_pairs(raw, "the body is not well-formed application/x-www-form-urlencoded text in UTF-8"))
     for name, value in values.items():
@@ -135,27 +138,20 @@ def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
     return values
 
 
-def idempotency(raw: bytes) -> IdempotencyClaim | None:
+def idempotency() -> IdempotencyClaim | None:
     """The Idempotency-Key with what it stands for: this path and this body."""
-    key = request.headers.get("Idempotency-Key")
+    call = current()
+    key = call.header("Idempotency-Key")
     if key is None:
         return None
     if not _IDEMPOTENCY_KEY.fullmatch(key):
         raise Invalid(
             "Idempotency-Key is one to 255 printable ASCII characters without a blank", member="Idempotency-Key"
         )
-    whole = f"{request.path}\n".encode() + raw
+    whole = f"{call.path}\n".encode() + call.raw_body
     return IdempotencyClaim(
         key_sha256=hashlib.sha256(key.encode()).hexdigest(), request_sha256=hashlib.sha256(whole).hexdigest()
     )
-
-
-def single_header(name: str) -> str | None:
-    """A header that may come once."""
-    values = request.headers.getlist(name)
-    if len(values) > 1:
-        raise Invalid(f"the header {name} is given more than once", member=name)
-    return values[0] if values else None
 
 
 def trace_id_of(traceparent: str) -> str | None:

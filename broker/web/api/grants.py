@@ -5,8 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from flask import g
-
 from broker.domain.grant import GrantRequest
 from broker.domain.identity import Caller
 from broker.domain.scope import scope_set
@@ -38,7 +36,7 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
         ttl=None if body.ttl_s is None else timedelta(seconds=body.ttl_s),
         intent=body.intent,
         claimed=body.context,
-        idempotency=idempotency(g.raw_body),
+        idempotency=idempotency(),
         jkt=proven_key(),
     )
     return 201, shapes.of_issued(broker().issuance.issue(request))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import g
-
 from broker.domain.identity import Caller
 from broker.domain.refusal import selector
 from broker.web import shapes
@@ -34,7 +32,7 @@ def revoke_along(caller: Caller, body: shapes.Revoke) -> tuple[int, Any]:
         reason=body.reason,
         dry_run=body.dry_run,
         lockdown=body.lockdown,
-        idempotency=idempotency(g.raw_body),
+        idempotency=idempotency(),
     )
     live = {grant.id: outcome.dry_run for grant in outcome.samples}
     return 200, shapes.of_revocation(outcome, live)
@@ -61,9 +59,7 @@ def list_lockdowns(caller: Caller, query: shapes.LockdownQuery) -> tuple[int, An
 )
 def set_lockdown(caller: Caller, body: shapes.SetLockdown) -> tuple[int, Any]:
     axis, value = selector(body.members())
-    lockdown = broker().revocation.set_lockdown(
-        caller, axis, value, reason=body.reason, idempotency=idempotency(g.raw_body)
-    )
+    lockdown = broker().revocation.set_lockdown(caller, axis, value, reason=body.reason, idempotency=idempotency())
     return 201, shapes.of_lockdown(lockdown)
 
 

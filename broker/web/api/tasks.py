@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from flask import g
-
 from broker.domain.errors import Invalid
 from broker.domain.identity import Caller
 from broker.domain.lifecycle import TaskState
@@ -30,7 +28,7 @@ def open_task(caller: Caller, body: shapes.OpenTask) -> tuple[int, Any]:
         heartbeat=None if body.heartbeat_s is None else timedelta(seconds=body.heartbeat_s),
         ceiling=_ceiling(body),
         labels=body.labels,
-        idempotency=idempotency(g.raw_body),
+        idempotency=idempotency(),
     )
     return 201, shapes.of_task(broker().tasks.open(request))
 

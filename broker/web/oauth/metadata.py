@@ -12,8 +12,8 @@ from broker.domain.catalogue import Catalogue
 from broker.domain.errors import NotFound
 from broker.domain.receipt import OFFLINE_BOUND
 from broker.services.proofs import DPOP_ALGORITHMS
+from broker.web.answers import Answer, json_response, kept_response
 from broker.web.context import broker
-from broker.web.operations import json_response, kept_response
 
 metadata = Blueprint("metadata", __name__)
 
@@ -88,7 +88,7 @@ def jwks() -> Response:
 
 
 @metadata.get("/status-lists")
-def status_lists() -> Response:
+def status_lists() -> Answer:
     return json_response(dict(broker().verification.status_lists()))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response
 
 from broker.domain import strict_json
 from broker.domain.clock import epoch
@@ -18,11 +18,11 @@ from broker.domain.errors import Invalid, InvalidTarget, InvalidTaskDetails, Una
 from broker.domain.grant import Authority, GrantRequest, Issued
 from broker.domain.identity import Caller, Role
 from broker.domain.scope import parse_scope
+from broker.web.answers import Answer, json_response
 from broker.web.auth import authenticate, known_now, proven_key
-from broker.web.context import broker
-from broker.web.operations import json_response
+from broker.web.context import broker, current
 from broker.web.problems import OAuthError
-from broker.web.reading import form, raw_body, single_header
+from broker.web.reading import form, raw_body
 
 token = Blueprint("token", __name__)
 
@@ -41,8 +41,8 @@ _DETAILS_MEMBERS = {"type", "task_id", "purpose"}
 
 
 @token.post("/oauth2/token")
-def issue_token() -> Response:
-    given = form(raw_body(request, None))
+def issue_token() -> Answer:
+    given = form(raw_body(None))
     grant_type = given.get("grant_type")
     if grant_type is None:
         raise Invalid("grant_type is missing", member="grant_type")
@@ -57,7 +57,7 @@ def issue_token() -> Response:
 
 
 @token.post("/oauth2/introspect")
-def introspect() -> Response:
+def introspect() -> Answer:
     caller, given = _proven_form(ends=False)
     if not caller.has(Role.VERIFIER):
         return json_response({"active": False})
@@ -76,7 +76,7 @@ def revoke() -> Response:
     return Response(status=200)
 
 
-def _exchange(given: Mapping[str, str]) -> Response:
+def _exchange(given: Mapping[str, str]) -> Answer:
     """RFC 8693: a workload's own token for a credential, or a live credential for its renewal."""
     subject = _required(given, "subject_token")
     subject_type = _required(given, "subject_token_type")
@@ -97,7 +97,7 @@ def _exchange(given: Mapping[str, str]) -> Response:
     return _issue(_bearer(given, "subject_token", client), given, sent_as="subject_token", exchanged=True)
 
 
-def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Response:
+def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Answer:
     if _target(given, default=grant.resource) != grant.resource:
         raise InvalidTarget("a renewal keeps its resource: ask for a new grant instead", member="resource")
     if "scope" in given and parse_scope(given["scope"]) != frozenset(grant.scopes):
@@ -111,7 +111,7 @@ def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Respon
 
 def _issue(
     caller: Caller, given: Mapping[str, str], *, sent_as: str = "client_assertion", exchanged: bool = False
-) -> Response:
+) -> Answer:
     """`sent_as` is the parameter that held the caller's workload token."""
     details = _task_details(given.get("authorization_details"))
     grant_request = GrantRequest(
@@ -135,7 +135,7 @@ def _task_of(given: Mapping[str, str], details: Mapping[str, str]) -> str | None
     return task_id
 
 
-def _answer(issued: Issued, *, exchanged: bool) -> Response:
+def _answer(issued: Issued, *, exchanged: bool) -> Answer:
     credential, grant = issued.credential, issued.grant
     answer: dict[str, Any] = {
         "access_token": credential.token.reveal(),
@@ -182,7 +182,7 @@ def _require_subject(given: Mapping[str, str], caller: Caller) -> None:
 def _sends_a_secret(given: Mapping[str, str]) -> bool:
     # Any Authorization header, not only one of a scheme Werkzeug can parse: a client that believes it authenticated
     # by "Basic ..." must not be taken for another one by what else it sent.
-    return single_header("Authorization") is not None or "client_secret" in given
+    return current().header("Authorization") is not None or "client_secret" in given
 
 
 def _proven_form(*, ends: bool) -> tuple[Caller, Mapping[str, str]]:
@@ -190,12 +190,12 @@ def _proven_form(*, ends: bool) -> tuple[Caller, Mapping[str, str]]:
 
     Who sends its token as a header is known before its body is waited for, and waits with no stranger.
     """
-    header = single_header("Authorization")
+    header = current().header("Authorization")
     if header is None or header[:7].lower() != "bearer ":
-        given = form(raw_body(request, None, ends=ends))
+        given = form(raw_body(None, ends=ends))
         return _client(given), given
     caller = authenticate(header[7:])
-    given = form(raw_body(request, caller, ends=ends))
+    given = form(raw_body(caller, ends=ends))
     if "client_assertion" in given:
         raise Invalid("authenticate once: with client_assertion or with the Authorization header")
     return caller, given
@@ -212,7 +212,7 @@ def _bearer(given: Mapping[str, str], member: str, client: Caller | None) -> Cal
     with _judged(member):
         caller = authenticate(workload_token)
         if client is not None and client.name != caller.name:
-            g.caller = client.name
+            current().caller = client.name
             raise Unauthenticated(f"{member} is not the client's own")
     _require_subject(given, caller)
     return caller
