@@ -11,6 +11,7 @@ from broker.domain.clock import Clock, system_clock
 from broker.domain.errors import ConfigurationError
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
+from broker.providers.vault.administration import VaultSetup, brokered
 from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
 from broker.services.audit_trail import AuditTrail
@@ -120,6 +121,16 @@ def _master_key(settings: Settings) -> bytes:
             ["keys.vault_transit: no key is kept in Vault yet; write keys.master_key_file instead"]
         )
     return read_master_key(settings.master_key_file)
+
+
+def vault_setup(settings: Settings) -> VaultSetup:
+    """What these settings need at Vault, and the hand that sets it up and proves it."""
+    of_vault = (resource for resource in settings.catalogue.resources if resource.provider == "vault")
+    found = brokered((resource.identifier, resource.settings, resource.max_ttl_s) for resource in of_vault)
+    if settings.vault is None or not found:
+        missing = "no section [vault]" if settings.vault is None else 'no resource with provider = "vault"'
+        raise ConfigurationError([f"{settings.source}: there is {missing}; add one, docs/how-to/vault.md shows it"])
+    return VaultSetup(settings=settings.vault, resources=found, clock=system_clock)
 
 
 def dev_issuer(directory: Path) -> DevIssuer:

@@ -56,7 +56,8 @@ class Layout:
 
     @property
     def token_roles(self) -> tuple[str, ...]:
-        return tuple(sorted({self.token_role, *(s.token_role for s in self.sources if s.token_role)}))
+        """Those that open something: Vault takes no policy that allows nothing."""
+        return tuple(sorted({source.token_role or self.token_role for source in self.sources}))
 
     def sources_of(self, token_role: str) -> tuple[SecretSource, ...]:
         return tuple(source for source in self.sources if (source.token_role or self.token_role) == token_role)
