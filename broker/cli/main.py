@@ -30,6 +30,7 @@ _COMMANDS: Mapping[str, str] = {
     "scheduler": "broker.cli.server",
     "serve": "broker.cli.server",
     "task": "broker.cli.task",
+    "vault": "broker.cli.vault",
 }
 
 

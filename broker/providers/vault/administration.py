@@ -206,11 +206,15 @@ class VaultSetup:
             "#!/bin/sh",
             "# What the broker needs at Vault. Run it as the administrator of Vault; it may be repeated.",
             "set -eu",
-            f': "${{VAULT_ADDR:={self.settings.address}}}"',
-            "export VAULT_ADDR",
         ]
-        if self.settings.namespace:
-            lines.append(f"export VAULT_NAMESPACE={shlex.quote(self.settings.namespace)}")
+        at = {
+            "VAULT_ADDR": self.settings.address,
+            "VAULT_NAMESPACE": self.settings.namespace,
+            "VAULT_CACERT": self.settings.ca_file,
+        }
+        for name, value in at.items():
+            if value:
+                lines += [f"{name}=${{{name}:-{shlex.quote(value)}}}", f"export {name}"]
         if target is not None:
             lines.append(f': "${{{PASSWORD}:?set it to the password of {target.administrator} in the database}}"')
         for request in self._base():
