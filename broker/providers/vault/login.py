@@ -70,6 +70,15 @@ class Login:
         with self._guard:
             return self._tended(self._clock())
 
+    def speak(self, ask: Callable[[Secret], Answer]) -> Answer:
+        """Ask with the broker's own token; once more with a new one if Vault does not know it any more."""
+        token = self.token()
+        answer = ask(token)
+        # Refused before anything was done, so asking again does nothing twice.
+        if answer.status == 403 and self.was_refused(token):
+            return ask(self.token())
+        return answer
+
     def was_refused(self, token: Secret) -> bool:
         """Whether it is worth asking again with a new token: Vault may have lost the old one, as after a restore."""
         now = self._clock()

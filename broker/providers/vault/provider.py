@@ -175,7 +175,7 @@ class VaultProvider:
     def capabilities(self, paths: Iterable[str]) -> Mapping[str, frozenset[str]]:
         """What the broker's own token may do at each of these paths, as Vault judges it."""
         asked = list(paths)
-        answer = self._as_ourselves(
+        answer = self._login.speak(
             lambda token: self._connection.call("post", "sys/capabilities-self", token=token, body={"paths": asked})
         )
         if not answer.ok:
@@ -196,7 +196,7 @@ class VaultProvider:
         child = self._child_token(role, grant_id, TRIAL_S)
         body = {"accessor": child.value, "paths": asked}
         try:
-            answer = self._as_ourselves(
+            answer = self._login.speak(
                 lambda token: self._connection.call("post", "sys/capabilities-accessor", token=token, body=body)
             )
         finally:
@@ -229,7 +229,7 @@ class VaultProvider:
                 )
             )
 
-        answer = self._as_ourselves(create)
+        answer = self._login.speak(create)
         if not answer.ok:
             answer.fail("make a token for this grant", f"auth/token/create/{role}")
         auth = answer.table("auth")
@@ -247,18 +247,9 @@ class VaultProvider:
             opens=Secret(auth["client_token"]),
         )
 
-    def _as_ourselves(self, ask: Callable[[Secret], Answer]) -> Answer:
-        """Ask with the broker's own token; once more with a new one if Vault does not know it any more."""
-        token = self._login.token()
-        answer = ask(token)
-        # Refused before anything was done, so asking again does nothing twice.
-        if answer.status == 403 and self._login.was_refused(token):
-            return ask(self._login.token())
-        return answer
-
     def _revoke_accessor(self, accessor: str) -> None:
         _require(_ACCESSOR, accessor, "handle")
-        answer = self._as_ourselves(
+        answer = self._login.speak(
             lambda token: self._connection.call(
                 "post", "auth/token/revoke-accessor", token=token, body={"accessor": accessor}
             )
@@ -269,13 +260,13 @@ class VaultProvider:
     def _revoke_lease(self, reference: str) -> None:
         # By path and not by body, so that Vault's policy can keep the broker to the leases of its own roles (INV-29).
         path = f"sys/leases/revoke/{_path_of_lease(reference)}"
-        answer = self._as_ourselves(lambda token: self._connection.call("put", path, token=token, body={"sync": True}))
+        answer = self._login.speak(lambda token: self._connection.call("put", path, token=token, body={"sync": True}))
         if not answer.ok and not _says(answer, "invalid lease"):
             answer.fail("revoke the lease", path)
 
     def _is_token_dead(self, accessor: str) -> bool:
         _require(_ACCESSOR, accessor, "handle")
-        answer = self._as_ourselves(
+        answer = self._login.speak(
             lambda token: self._connection.call(
                 "post", "auth/token/lookup-accessor", token=token, body={"accessor": accessor}
             )
@@ -290,7 +281,7 @@ class VaultProvider:
     def _lease(self, reference: str) -> Mapping[str, Any] | None:
         """What Vault knows of a lease; None only if it says that there is none."""
         _path_of_lease(reference)
-        answer = self._as_ourselves(
+        answer = self._login.speak(
             lambda token: self._connection.call("put", "sys/leases/lookup", token=token, body={"lease_id": reference})
         )
         if _says(answer, "invalid lease"):
@@ -301,7 +292,7 @@ class VaultProvider:
         raise answer.unknown("look up the lease", "sys/leases/lookup")
 
     def _leases_under(self, prefix: str, depth: int) -> Iterable[str]:
-        answer = self._as_ourselves(
+        answer = self._login.speak(
             lambda token: self._connection.call("list", f"sys/leases/lookup/{prefix}", token=token)
         )
         # An empty list is a 404 with no errors; any other 404 says nothing about leases.
