@@ -269,14 +269,24 @@ def connect(bao: OpenBao, data: Mapping[str, Any]) -> psycopg.Connection:
 
 
 @contextmanager
-def running(orders: str) -> Iterator[OpenBao]:
-    """A server that makes users of the database `orders`; both are left as they were."""
+def fresh(orders: str) -> Iterator[OpenBao]:
+    """A server that was initialised and unsealed, and no more, for the database `orders`."""
     with tempfile.TemporaryDirectory(prefix="broker-openbao-") as directory:
         bao = OpenBao(Path(directory))
         bao.orders = orders
         try:
             bao.start()
             bao.initialise()
+            yield bao
+        finally:
+            bao.end()
+
+
+@contextmanager
+def running(orders: str) -> Iterator[OpenBao]:
+    """A server that makes users of the database `orders`; both are left as they were."""
+    with fresh(orders) as bao:
+        try:
             set_up(bao)
             yield bao
         finally:

@@ -141,11 +141,11 @@ def setup(
     hint = {target.config_path: "was done what --sql prints, and is the password right?"} if target else {}
     with _asking_vault(hint):
         done = made.apply(token, target, password, address=at)
-    rows = [*(("Vault", path, "written") for path in done.paths), *(("file", *kept) for kept in done.files.items())]
+    rows = [*(("Vault", *written) for written in done.paths.items()), *(("file", *kept) for kept in done.files.items())]
     value = {
         "applied": True,
         "address": at,
-        "written": list(done.paths),
+        "vault": dict(done.paths),
         "files": dict(done.files),
         "left_to_do": made.left_to_do,
     }

@@ -5,7 +5,6 @@ import os
 import secrets
 import stat
 import subprocess
-import tempfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from broker.domain.identity import new_id
 from broker.providers.base import SecretRequest
 from broker.providers.vault import SecretSource, VaultProvider
 from broker.providers.vault.setup import Layout
+from tests import openbao
 from tests.cli.conftest import command
 from tests.conftest import postgres_database
-from tests.openbao import OpenBao
 from tests.processes import free_port
 from tests.test_config import CERTIFICATE
 
@@ -62,20 +61,13 @@ vault = { engine = "database", role = "jit-desk-rw", token_role = "jit-rw" }
 
 @pytest.fixture(scope="module")
 def fresh(postgres):
-    """A server that was initialised and unsealed, and no more, beside a database that nobody prepared."""
-    with postgres_database(postgres) as url, tempfile.TemporaryDirectory(prefix="broker-openbao-") as directory:
-        bao = OpenBao(Path(directory))
-        bao.orders = url
-        try:
-            bao.start()
-            bao.initialise()
-            yield bao
-        finally:
-            bao.end()
-            with bao.superuser() as db:
-                named = "rolname LIKE 'jit_desk%' OR rolname LIKE 'desk%' OR rolname LIKE 'jit-%'"
-                for (name,) in db.execute(f"SELECT rolname FROM pg_roles WHERE {named}").fetchall():
-                    db.execute(f'DROP OWNED BY "{name}" CASCADE; DROP ROLE "{name}"')
+    """A server that nobody set up, beside a database that nobody prepared."""
+    with postgres_database(postgres) as url, openbao.fresh(url) as bao:
+        yield bao
+        with bao.superuser() as db:
+            named = "rolname LIKE 'jit_desk%' OR rolname LIKE 'desk%'"
+            for (name,) in db.execute(f"SELECT rolname FROM pg_roles WHERE {named}").fetchall():
+                db.execute(f'DROP OWNED BY "{name}" CASCADE; DROP ROLE "{name}"')
 
 
 class Place:
@@ -309,7 +301,11 @@ def test_with_a_fresh_vault_and_the_commands_alone_a_login_works_and_dies(place)
         db.execute('GRANT SELECT ON ALL TABLES IN SCHEMA public TO "jit_desk_ro"')
     (place.directory / "password").write_text(f"{PASSWORD}\n")
     done = place.apply(*database, "--database-password-file", place.directory / "password", "--json")
-    assert json.loads(done.stdout)["written"][-2:] == ["database/config/jit-desk-ro", "database/roles/jit-desk-ro"]
+    assert list(json.loads(done.stdout)["vault"].items())[-3:] == [
+        ("sys/mounts/database", "enabled"),
+        ("database/config/jit-desk-ro", "written"),
+        ("database/roles/jit-desk-ro", "written"),
+    ]
     place.run("check")
 
     login_works_and_dies(place)

@@ -85,6 +85,10 @@ def fragment(text: str, place: Path):
         for name in ("jwks_file", "spiffe_bundle_file"):
             if name in issuer:
                 (place / issuer[name]).write_text(json.dumps(KEY_SET))
+    for name, file in declared.get("vault", {}).get("auth", {}).items():
+        if name.endswith("_file"):
+            (place / file).touch(mode=0o600)
+            (place / file).write_text("one-word\n")
     named = {issuer["name"] for issuer in declared.get("issuers", [])}
     missing = {principal["issuer"] for principal in declared.get("principals", [])} - named
     more = "".join(

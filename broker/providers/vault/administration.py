@@ -99,9 +99,9 @@ class DatabaseTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What was written: paths of Vault in order, and files with whether they were there already and good."""
+    """What became of each path of Vault, in order: written, or enabled, be it before; of each file: written or kept."""
 
-    paths: tuple[str, ...]
+    paths: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -268,7 +268,8 @@ class VaultSetup:
                 apply([request], connection, token)
         finally:
             connection.close()
-        return Applied(paths=tuple(request.path for request in self.requests(target)), files=files)
+        paths = {request.path: "enabled" if request.once else "written" for request in self.requests(target)}
+        return Applied(paths=paths, files=files)
 
     def _require_places(self) -> None:
         """Refuse before anything is written at Vault what could not be kept afterwards."""
