@@ -25,7 +25,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         swept = broker.sweeper.sweep()
         telemetry.swept(asdict(swept), time.perf_counter() - started)
 
-    return (("sweep", sweep, 1), ("look again", broker.look_again, 1))
+    return (("sweep", sweep, 1), ("look again", broker.look_again, 1), ("confirm keys", broker.keys.tend, 10))
 
 
 def start(broker: Broker, *, only: tuple[str, ...] | None = None) -> BackgroundScheduler:

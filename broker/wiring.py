@@ -12,12 +12,13 @@ from broker.domain.errors import ConfigurationError
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
 from broker.providers.vault.administration import VaultSetup, brokered
+from broker.providers.vault.transit import TransitKey
 from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
 from broker.services.issuance import Issuance
-from broker.services.keys import Keys, MasterKey
+from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.proofs import Proofs
 from broker.services.revocation import Revocation
 from broker.services.standing import StandingReader
@@ -69,6 +70,7 @@ class Broker:
         self.standing.now()
 
     def close(self) -> None:
+        self.keys.close()
         self.database.close()
 
 
@@ -80,7 +82,7 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
         clock = system_clock if database.is_sqlite else DatabaseClock(database)
     keys = Keys(
         database=database,
-        master_key=MasterKey(_master_key(settings)),
+        sealing=_sealing(settings, clock),
         clock=clock,
         rotate_every=settings.rotate_every,
         max_ttl=settings.limits.max_ttl,
@@ -115,12 +117,12 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
     )
 
 
-def _master_key(settings: Settings) -> bytes:
+def _sealing(settings: Settings, clock: Clock) -> Sealing:
+    if settings.vault_transit is not None and settings.vault is not None:
+        return Envelope(TransitKey(settings.vault, settings.vault_transit, clock))
     if settings.master_key_file is None:
-        raise ConfigurationError(
-            ["keys.vault_transit: no key is kept in Vault yet; write keys.master_key_file instead"]
-        )
-    return read_master_key(settings.master_key_file)
+        raise ConfigurationError(["keys: neither a master_key_file nor a vault_transit with a section [vault]"])
+    return MasterKey(read_master_key(settings.master_key_file))
 
 
 def vault_setup(settings: Settings) -> VaultSetup:

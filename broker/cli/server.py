@@ -215,9 +215,11 @@ def _application(settings: Settings, sweeping: bool) -> Callable[..., Any]:
 def _built(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     _stay_on_one_core()
     house = build(settings)
+    # Before anything is read of them: what Vault has opened once needs no trust in a row.
+    house.keys.tend()
     # Fetched before the first request needs them; an issuer that is down now is tried again when its token comes.
     house.key_sets.refresh(house.standing.now().catalogue.issuers, house.clock())
-    scheduling.start(house, only=None if sweeping else ("look again",))
+    scheduling.start(house, only=None if sweeping else ("look again", "confirm keys"))
     server = settings.server
     if server.metrics_host is not None and server.metrics_port is not None:
         telemetry.serve_metrics(server.metrics_host, server.metrics_port, server.workers)

@@ -25,7 +25,7 @@ class SignedReceipt:
 def signed_receipt(receipt: Receipt, standing: StandingReader, issuer: str, now: datetime) -> SignedReceipt:
     claims = {"iss": issuer, "iat": epoch(now), "sub": receipt.task_id, "receipt": receipt.as_json()}
     try:
-        jws = standing.now().keys.current("ES256").sign(claims, typ="receipt+jwt")
+        jws = standing.now().keys.attesting("ES256").sign(claims, typ="receipt+jwt")
     except BrokerError as problem:
         _log.error("a receipt was not signed", extra={"fields": {"detail": problem.detail}})
         return SignedReceipt(receipt=receipt, jws=None)

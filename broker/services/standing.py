@@ -46,14 +46,14 @@ class StandingReader:
         Rows may be newer than `era` says, never older: the next look finds the era turned and reads again.
         """
         newest = self._newest
-        if newest is not None and newest.era == era:
+        if newest is not None and newest.era == era and newest.keys.generation == self._keys.generation:
             return newest
         with self._guard:
             newest = self._newest
-            if newest is not None and newest.era == era:
+            if newest is not None and newest.era == era and newest.keys.generation == self._keys.generation:
                 return newest
             read = self._read(db, era)
-            if newest is None or newest.era < era:
+            if newest is None or newest.era <= era:
                 self._newest = read
             return read
 

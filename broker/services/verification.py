@@ -208,7 +208,7 @@ class Verification:
             lst=encode(bits=2, size=STATUS_LIST_SIZE, invalid=invalid),
             bits=2,
         )
-        token = standing.keys.current("ES256").sign({"iss": self._issuer, **claims}, typ="statuslist+jwt")
+        token = standing.keys.attesting("ES256").sign({"iss": self._issuer, **claims}, typ="statuslist+jwt")
         built = _List(era=standing.era, built_at=now, token=token)
         if len(self._lists) >= _LISTS_REMEMBERED:
             self._lists.clear()

@@ -42,7 +42,7 @@ def clock():
 
 
 def keys_of(database, clock, master=MASTER):
-    return Keys(database=database, master_key=MasterKey(master), clock=clock, rotate_every=DAY, max_ttl=HOUR)
+    return Keys(database=database, sealing=MasterKey(master), clock=clock, rotate_every=DAY, max_ttl=HOUR)
 
 
 @pytest.fixture
