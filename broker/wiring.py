@@ -129,10 +129,12 @@ def vault_setup(settings: Settings) -> VaultSetup:
     """What these settings need at Vault, and the hand that sets it up and proves it."""
     of_vault = (resource for resource in settings.catalogue.resources if resource.provider == "vault")
     found = brokered((resource.identifier, resource.settings, resource.max_ttl_s) for resource in of_vault)
-    if settings.vault is None or not found:
+    if settings.vault is None or not (found or settings.vault_transit):
         missing = "no section [vault]" if settings.vault is None else 'no resource with provider = "vault"'
         raise ConfigurationError([f"{settings.source}: there is {missing}; add one, docs/how-to/vault.md shows it"])
-    return VaultSetup(settings=settings.vault, resources=found, clock=system_clock)
+    return VaultSetup(
+        settings=settings.vault, resources=found, clock=system_clock, wrapping_key=settings.vault_transit
+    )
 
 
 def dev_issuer(directory: Path) -> DevIssuer:

@@ -279,6 +279,27 @@ def test_a_token_role_of_a_resource_is_made_too_and_one_that_nobody_uses_is_not(
     assert Layout(sources=(mine,)).token_roles == ("other",)
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_key_that_wraps_the_brokers_own_is_made_and_can_be_used_and_no_more(place, by_hand):
+    text = place.file.read_text().replace('master_key_file = "master.key"', 'vault_transit = "transit/keys/broker"')
+    for changed in (text, text[: text.index("[[resources]]")]):
+        place.file.write_text(changed)
+        if by_hand:
+            ran = shell(place.run("setup").stdout, place.directory, VAULT_TOKEN=place.bao.root_token)
+            assert ran.returncode == 0, ran.stderr
+        else:
+            place.apply()
+        found = {item["what"] for item in json.loads(place.run("check", "--json").stdout)["findings"]}
+        assert {"the broker can unwrap its own keys", "the broker cannot export the key that wraps its own"} <= found
+    key = place.bao.root("get", "transit/keys/broker")["data"]
+    assert (key["exportable"], key["deletion_allowed"], key["latest_version"]) == (False, False, 1)
+    place.bao.root("put", "sys/policies/acl/more", {"policy": 'path "transit/*" { capabilities = ["update"] }'})
+    place.bao.root("post", "auth/approle/role/jit-broker", {"token_policies": ["jit-broker", "more"]})
+    wrong = [item for item in json.loads(place.run("check", "--json", ends=1).stdout)["findings"] if not item["ok"]]
+    assert len(wrong) == 5
+    place.apply()
+
+
 # --- the database ---------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from broker.providers.vault.setup import (
     apply,
     check,
     policies_and_token_roles,
+    wrapping_key,
 )
 from broker.providers.vault.sources import SecretSource
 
@@ -112,6 +113,7 @@ class VaultSetup:
     settings: VaultSettings
     resources: tuple[BrokeredResource, ...]
     clock: Clock
+    wrapping_key: str | None = None
 
     @property
     def layout(self) -> Layout:
@@ -121,7 +123,8 @@ class VaultSetup:
             token_role=name,
             broker_policy=f"{name}-broker",
             child_policy=f"{name}-secrets",
-            max_ttl=max(resource.max_ttl for resource in self.resources),
+            max_ttl=max((resource.max_ttl for resource in self.resources), default=timedelta(hours=1)),
+            wrapping_key=self.wrapping_key,
         )
 
     # --- what is to be there -----------------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ class VaultSetup:
     def _base(self) -> tuple[VaultRequest, ...]:
         auth, layout = self.settings.auth, self.layout
         login = app_role(layout, name=layout.broker_policy, mount=auth.mount) if auth.method == "approle" else ()
-        return (*policies_and_token_roles(layout), *login)
+        return (*policies_and_token_roles(layout), *wrapping_key(layout), *login)
 
     def _engine(self, target: DatabaseTarget | None) -> tuple[VaultRequest, ...]:
         if target is None:

@@ -17,7 +17,7 @@ from broker.domain.identity import GrantId
 from broker.domain.secret import Secret
 from broker.providers.vault.connection import Connection
 from broker.providers.vault.provider import VaultProvider
-from broker.providers.vault.settings import component_of
+from broker.providers.vault.settings import component_of, path_of
 from broker.providers.vault.sources import SecretSource
 
 # A child token may live as long as the longest grant and what revoking it takes.
@@ -49,10 +49,18 @@ class Layout:
     broker_policy: str = "jit-broker"
     child_policy: str = "jit-secrets"
     max_ttl: timedelta = timedelta(hours=1)
+    wrapping_key: str | None = None  # <mount>/keys/<name> of the transit engine, for the broker's own keys
 
     def __post_init__(self) -> None:
         for name in ("token_role", "broker_policy", "child_policy"):
             component_of(getattr(self, name), name)
+        if self.wrapping_key is not None:
+            path_of(self.wrapping_key, "wrapping_key")
+
+    def transit(self, operation: str) -> str:
+        """The path of an operation with the wrapping key."""
+        mount, _, name = (self.wrapping_key or "").rpartition("/keys/")
+        return f"{mount}/{operation}/{name}"
 
     @property
     def token_roles(self) -> tuple[str, ...]:
@@ -85,6 +93,9 @@ def broker_policy(layout: Layout) -> str:
     for prefix in sorted({source.lease_prefix for source in layout.sources if source.lease_prefix}):
         lines.append(_rule(f"sys/leases/lookup/{prefix}*", ["list", "sudo"]))
         lines.append(_rule(f"sys/leases/revoke/{prefix}*", ["create", "update"]))
+    if layout.wrapping_key is not None:
+        # Without "create", which would make a key of any kind under this name where it is missing.
+        lines += [_rule(layout.transit(operation), ["update"]) for operation in ("encrypt", "decrypt")]
     # How the broker keeps its own token, and how it shows what it and its children may do.
     lines.append(_rule("auth/token/lookup-self", ["read"]))
     lines.append(_rule("auth/token/renew-self", ["create", "update"]))
@@ -126,6 +137,17 @@ def policies_and_token_roles(layout: Layout) -> tuple[VaultRequest, ...]:
             )
         )
     return tuple(requests)
+
+
+def wrapping_key(layout: Layout) -> tuple[VaultRequest, ...]:
+    """The key that wraps the broker's own: it can neither be exported nor deleted. One that is there stays as it is."""
+    if layout.wrapping_key is None:
+        return ()
+    mount = layout.wrapping_key.rpartition("/keys/")[0]
+    return (
+        VaultRequest(path=f"sys/mounts/{mount}", body={"type": "transit"}, once=True),
+        VaultRequest(path=layout.wrapping_key, body={"type": "aes256-gcm96", "exportable": False}),
+    )
 
 
 def app_role(layout: Layout, *, name: str = "jit-broker", mount: str = "approle") -> tuple[VaultRequest, ...]:
@@ -365,6 +387,9 @@ def _needed(layout: Layout) -> dict[str, tuple[frozenset[str], str]]:
         "sys/leases/lookup": (update, "see that a lease is dead"),
         "auth/token/renew-self": (update, "keep its own token"),
     }
+    if layout.wrapping_key is not None:
+        needed[layout.transit("encrypt")] = (update, "wrap its own keys")
+        needed[layout.transit("decrypt")] = (update, "unwrap its own keys")
     for source in layout.sources:
         if source.lease_prefix:
             listing = f"sys/leases/lookup/{source.lease_prefix}"
@@ -384,6 +409,14 @@ def _forbidden(layout: Layout) -> dict[str, str]:
     for role in layout.token_roles:
         forbidden[f"auth/token/roles/{role}"] = "change what child tokens may be"
         forbidden[f"sys/policies/acl/{layout.child_policy_of(role)}"] = "change what child tokens may do"
+    if layout.wrapping_key is not None:
+        forbidden |= {
+            layout.wrapping_key: "make or delete the key that wraps its own",
+            f"{layout.wrapping_key}/config": "change the key that wraps its own",
+            f"{layout.wrapping_key}/rotate": "rotate the key that wraps its own",
+            layout.transit("export/encryption-key"): "export the key that wraps its own",
+            layout.transit("encrypt").replace("/encrypt/", "/encrypt/jit-probe-"): "use another key",
+        }
     for source in layout.sources:
         forbidden[source.path] = "take a secret itself"
         for kind in ("config", "roles"):
