@@ -25,7 +25,21 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         swept = broker.sweeper.sweep()
         telemetry.swept(asdict(swept), time.perf_counter() - started)
 
-    return (("sweep", sweep, 1), ("look again", broker.look_again, 1), ("confirm keys", broker.keys.tend, 10))
+    def pay() -> None:
+        broker.debts.recover()
+        broker.debts.pay()
+
+    def reconcile() -> None:
+        broker.reconciliation.run()
+
+    # Each its own, so that a provider that hangs delays neither what time ends nor what another is owed.
+    return (
+        ("sweep", sweep, 1),
+        ("pay", pay, 1),
+        ("reconcile", reconcile, 1),
+        ("look again", broker.look_again, 1),
+        ("confirm keys", broker.keys.tend, 10),
+    )
 
 
 def start(broker: Broker, *, only: tuple[str, ...] | None = None) -> BackgroundScheduler:

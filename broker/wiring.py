@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,18 +10,24 @@ from broker import telemetry
 from broker.config import Settings, read_master_key
 from broker.domain.clock import Clock, system_clock
 from broker.domain.errors import ConfigurationError
+from broker.providers.base import Provider
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
+from broker.providers.vault import SecretSource, VaultProvider
 from broker.providers.vault.administration import VaultSetup, brokered
 from broker.providers.vault.transit import TransitKey
 from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
+from broker.services.debts import Debts
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
+from broker.services.leases import Leases
 from broker.services.proofs import Proofs
+from broker.services.reconciliation import Reconciliation, settings_in_use
 from broker.services.revocation import Revocation
+from broker.services.secrets import Secrets
 from broker.services.standing import StandingReader
 from broker.services.status_indexes import StatusIndexes
 from broker.services.sweeper import Sweeper
@@ -46,6 +53,9 @@ class Broker:
     issuance: Issuance
     tasks: TaskService
     revocation: Revocation
+    leases: Leases
+    debts: Debts
+    reconciliation: Reconciliation
     verification: Verification
     administration: Administration
     audit_trail: AuditTrail
@@ -68,14 +78,19 @@ class Broker:
         if isinstance(self.clock, DatabaseClock):
             self.clock.look()
         self.standing.now()
+        self.reconciliation.begin()
 
     def close(self) -> None:
+        self.debts.close()
         self.keys.close()
         self.database.close()
 
 
-def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
-    """A broker of these settings. Opens files and connections as they are needed; starts nothing."""
+def build(settings: Settings, *, clock: Clock | None = None, providers: Mapping[str, Provider] | None = None) -> Broker:
+    """A broker of these settings. Opens files and connections as they are needed; starts nothing.
+
+    `providers` stand in for those that the settings name.
+    """
     database = Database(settings.store_url, committed=telemetry.committed)
     if clock is None:
         # One clock decides (INV-09): on SQLite there is one process and its own will do.
@@ -92,8 +107,13 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
     issuer, limits = settings.issuer, settings.limits
     indexes = StatusIndexes(database=database, longest_life=2 * limits.max_ttl)
     wakeups = Wakeups(settings.redis_url)
+    if providers is None:
+        providers = _providers(settings, database, standing, clock)
+    reconciliation = Reconciliation(database=database, providers=providers, clock=clock)
+    debts = Debts(database=database, providers=providers, clock=clock)
+    secrets = Secrets(database=database, standing=standing, providers=providers, clock=clock)
     revocation = Revocation(
-        database=database, standing=standing, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
+        database=database, standing=standing, debts=debts, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
     )
     return Broker(
         settings=settings,
@@ -105,10 +125,20 @@ def build(settings: Settings, *, clock: Clock | None = None) -> Broker:
         authenticator=Authenticator(database=database, key_sets=key_sets, audience=issuer),
         proofs=Proofs(database),
         issuance=Issuance(
-            database=database, standing=standing, indexes=indexes, limits=limits, issuer=issuer, clock=clock
+            database=database,
+            standing=standing,
+            indexes=indexes,
+            reconciliation=reconciliation,
+            secrets=secrets,
+            limits=limits,
+            issuer=issuer,
+            clock=clock,
         ),
-        tasks=TaskService(database=database, standing=standing, limits=limits, issuer=issuer, clock=clock),
+        tasks=TaskService(database=database, standing=standing, debts=debts, limits=limits, issuer=issuer, clock=clock),
         revocation=revocation,
+        leases=Leases(database=database, clock=clock),
+        debts=debts,
+        reconciliation=reconciliation,
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
         administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
@@ -135,6 +165,19 @@ def vault_setup(settings: Settings) -> VaultSetup:
     return VaultSetup(
         settings=settings.vault, resources=found, clock=system_clock, wrapping_key=settings.vault_transit
     )
+
+
+def _providers(
+    settings: Settings, database: Database, standing: StandingReader, clock: Clock
+) -> Mapping[str, Provider]:
+    """Every system outside that makes secrets, by the name that a resource says."""
+    if settings.vault is None:
+        return {}
+
+    def sources() -> Iterable[SecretSource]:
+        return map(SecretSource.parse, settings_in_use(database, standing, "vault"))
+
+    return {"vault": VaultProvider(settings.vault, clock, sources)}
 
 
 def dev_issuer(directory: Path) -> DevIssuer:

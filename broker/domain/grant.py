@@ -8,8 +8,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from broker.domain.identity import Caller, Principal
+from broker.domain.lease import Lease
 from broker.domain.lifecycle import GrantState
-from broker.domain.secret import Secret
+from broker.domain.secret import Secret, SecretData
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,11 @@ class Grant(Authority):
 
 @dataclass(frozen=True, kw_only=True)
 class GrantRequest:
-    """What one caller asks for. `task_id` absent asks for an implicit task."""
+    """What one caller asks for. `task_id` absent asks for an implicit task.
+
+    `parameters` are for the provider of the resource, which has a closed set of them. `takes_secrets` says that the
+    answer can carry something else than a token.
+    """
 
     caller: Caller
     resource: str
@@ -98,6 +103,8 @@ class GrantRequest:
     intent: str | None = None
     claimed: Mapping[str, Any] = field(default_factory=dict)
     jkt: str | None = None
+    parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
+    takes_secrets: bool = False
     idempotency: IdempotencyClaim | None = None
 
 
@@ -111,7 +118,7 @@ class IdempotencyClaim:
 
 @dataclass(frozen=True, kw_only=True)
 class Credential:
-    """The secret itself: it exists in memory, once, and is handed out only after its grant is durable (INV-01)."""
+    """A token of ours: it exists in memory, once, and is handed out only after its grant is durable (INV-01)."""
 
     type: str
     token: Secret
@@ -120,6 +127,23 @@ class Credential:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DynamicSecret:
+    """A secret from outside, under the same rule. `type` is the engine that made it."""
+
+    type: str
+    data: SecretData
+    expires_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Issued:
     grant: Grant
-    credential: Credential
+    credential: Credential | DynamicSecret
+    lease: Lease | None = None
+
+    @property
+    def token(self) -> Credential:
+        """The credential where it must be a token: whoever asks for one refuses other resources before."""
+        if not isinstance(self.credential, Credential):
+            raise TypeError(f"the credential of {self.grant.id} is no token")
+        return self.credential

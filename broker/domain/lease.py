@@ -74,16 +74,12 @@ class Lease:
     def confirmed_dead_at(self) -> datetime | None:
         return self.dead_at if self.state is LeaseState.RELEASED else None
 
-    def as_json(self) -> dict[str, Any]:
-        """What of it a grant shows: never the handle, the reference or the settings."""
-        return {
-            "id": self.id,
-            "state": str(self.state),
-            "attempts": self.attempts,
-            "confirmed_dead_at": self.confirmed_dead_at,
-            "last_error": self.last_error,
-            "abandoned_at": self.abandoned_at,
-        }
+    def exposed_until(self, now: datetime) -> datetime | None:
+        """When it opens nothing any more at the latest; None if that is past, or if nobody can say (INV-04)."""
+        if self.state is LeaseState.RELEASED:
+            return None
+        until = self.dead_at or self.expires_at
+        return until if until > now else None
 
 
 def dead_at(lease: Lease, *, confirmed_at: datetime) -> datetime:

@@ -1,7 +1,8 @@
 """What ending authority answers: each credential, when its authority ended, and until when it is exposed.
 
 Authority ends at one commit, and introspection refuses from there. A verifier that works offline learns of it
-within `OFFLINE_BOUND`; until then the credential counts as exposed, and nobody is told otherwise.
+within `OFFLINE_BOUND`; until then the credential counts as exposed, and nobody is told otherwise. A secret from outside
+is dead when its lease says so; where neither a time of death nor an end of exposure is told, nobody knows one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from broker.domain.clock import rfc3339
+from broker.domain.lease import Lease, RevocationClass
 
 # The published bound: how old a status list may be, its time in our own memory included.
 OFFLINE_BOUND = timedelta(seconds=15)
@@ -87,13 +89,26 @@ class ReceiptFacts(Protocol):
 RECEIPT_FACTS = ("id", "agent", "resource", "provider", "expires_at", "revoked_at")
 
 
-def receipt_line(grant: ReceiptFacts, *, ended_at: datetime | None, now: datetime) -> ReceiptLine:
+def receipt_line(
+    grant: ReceiptFacts, *, ended_at: datetime | None, now: datetime, lease: Lease | None = None
+) -> ReceiptLine:
     """One issued grant as it stands at `now`. `ended_at` is when its task or a revocation over it ended it, if one did.
 
-    A token dies by its own expiry at the latest, and without a revocation exactly then.
+    A token dies by its own expiry at the latest, and without a revocation exactly then; a secret with its `lease`.
     """
     ends = [at for at in (ended_at, grant.revoked_at, grant.expires_at if grant.expires_at <= now else None) if at]
     authority_ended_at = min(ends) if ends else None
+    if lease is not None:
+        return ReceiptLine(
+            grant_id=grant.id,
+            agent=grant.agent,
+            resource=grant.resource,
+            provider=grant.provider,
+            revocation_class=lease.revocation_class or str(RevocationClass.TTL_ONLY),
+            authority_ended_at=authority_ended_at,
+            confirmed_dead_at=lease.confirmed_dead_at,
+            exposed_until=lease.exposed_until(now),
+        )
     exposed_until = grant.expires_at
     if authority_ended_at is not None:
         exposed_until = min(grant.expires_at, authority_ended_at + OFFLINE_BOUND)

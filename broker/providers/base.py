@@ -15,7 +15,6 @@ takes the provider's settings and the clock and answers a `Provider`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -27,52 +26,11 @@ from broker.domain.errors import ConfigurationError
 from broker.domain.identity import GrantId
 from broker.domain.lease import RevocationClass as RevocationClass
 from broker.domain.secret import Secret
+from broker.domain.secret import SecretData as SecretData
 
 ENTRY_POINTS = "broker.providers"
 
 Setting = str | int | bool
-
-
-class SecretData:
-    """What the agent receives: a JSON object that only `reveal` shows. It cannot be printed, compared or pickled.
-
-    >>> data = SecretData({"username": "jit", "password": "hunter2"})
-    >>> str(data), data.names, data.reveal()["username"]
-    ('[secret]', ('password', 'username'), 'jit')
-    """
-
-    __slots__ = ("__names", "__sealed")
-
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        # As text: whoever reveals it gets a copy, and what was hashed is what is handed out.
-        self.__sealed = Secret(json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
-        self.__names = tuple(sorted(data))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.__names
-
-    def reveal(self) -> dict[str, Any]:
-        revealed: dict[str, Any] = json.loads(self.__sealed.reveal())
-        return revealed
-
-    def sha256(self) -> str:
-        """What may be kept of it: the hash of its members as compact JSON with sorted names."""
-        return self.__sealed.sha256()
-
-    def __repr__(self) -> str:
-        return "[secret]"
-
-    def __format__(self, spec: str) -> str:
-        return "[secret]"
-
-    def __eq__(self, other: object) -> bool:
-        raise TypeError("SecretData is not compared; compare its sha256() with hmac.compare_digest")
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> Any:
-        raise TypeError("SecretData is not pickled or copied")
 
 
 @dataclass(frozen=True, kw_only=True)

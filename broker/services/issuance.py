@@ -1,7 +1,8 @@
 """Issuing and renewing grants: one verb behind `/v1/grants` and `/oauth2/token`.
 
 The intent, the decision, the grant and its audit event are one commit; the credential leaves only after it (INV-01).
-A JWT owes nothing outside, so it needs no lease; providers that do owe something get theirs between two transactions.
+A JWT owes nothing outside, so it needs no lease. For a secret from outside the same commit is the intent, and what
+follows is `broker.services.secrets`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection
 
 from broker.domain.audit import Event
-from broker.domain.catalogue import Limits
+from broker.domain.catalogue import Limits, Resource
 from broker.domain.clock import Clock
 from broker.domain.errors import (
     BrokerError,
@@ -23,6 +24,7 @@ from broker.domain.errors import (
     IdempotencyConflict,
     Invalid,
     InvalidScope,
+    InvalidTarget,
     LimitExceeded,
     LockedDown,
     NotFound,
@@ -32,21 +34,27 @@ from broker.domain.errors import (
 )
 from broker.domain.grant import Grant, GrantRequest, Issued
 from broker.domain.identity import Caller, Principal, is_id, new_id
+from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.policy import PolicySet
 from broker.domain.task import Task
 from broker.services.batching import Batching
 from broker.services.credentials import signed
+from broker.services.endings import OWES_NOTHING, end_grants
+from broker.services.grant_events import grant_event, sentence
 from broker.services.idempotency import claimed
+from broker.services.reconciliation import Reconciliation
+from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
 from broker.services.terms import Terms, require_may_ask, terms
 from broker.store import gate, locks
 from broker.store.database import Database
-from broker.store.grants import count_live, find_grant, insert_grants, renew_grant, tasks_of_grants
-from broker.store.standing import made_under, release_key
+from broker.store.grants import count_live, find_grant, insert_grants, renew_grant, tasks_of_grants, with_id
+from broker.store.leases import insert_leases
+from broker.store.standing import made_under, release_key, repoint_key
 from broker.store.tasks import Tasks, insert_tasks
-from broker.store.transitions import record
+from broker.store.transitions import change_of, record
 
 _WAITING = 50  # callers; of the server's threads, some are always left for what ends authority
 
@@ -68,8 +76,9 @@ class _Batch:
 
     tasks: list[Task] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
+    leases: list[Lease] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    answers: dict[str, Issued | PolicyDenied] = field(default_factory=dict)
+    answers: dict[str, Issued | Intent | PolicyDenied] = field(default_factory=dict)
 
 
 class Issuance:
@@ -79,6 +88,8 @@ class Issuance:
         database: Database,
         standing: StandingReader,
         indexes: StatusIndexes,
+        reconciliation: Reconciliation,
+        secrets: Secrets,
         limits: Limits,
         issuer: str,
         clock: Clock,
@@ -86,19 +97,22 @@ class Issuance:
         self._database = database
         self._standing = standing
         self._indexes = indexes
+        self._reconciliation = reconciliation
+        self._secrets = secrets
         self._limits = limits
         self._issuer = issuer
         self._clock = clock
         self._tasks = Tasks()
-        self._batches: Batching[GrantRequest, Issued] = Batching(self._issue_all, waiting=_WAITING)
+        self._batches: Batching[GrantRequest, Issued | Intent] = Batching(self._issue_all, waiting=_WAITING)
 
     def issue(self, request: GrantRequest) -> Issued:
         """Decide, record and sign. Raises PolicyDenied with the decision, which is recorded too."""
         try:
-            return self._batches.submit(request)
+            made = self._batches.submit(request)
         except PolicyDenied as refusal:
             # After the commit: while it is searched for what would be allowed, nobody waits (INV-27).
             raise refusal.explained() from None
+        return made if isinstance(made, Issued) else self._secrets.obtain(made)
 
     def renew(self, caller: Caller, grant_id: str, *, ttl: timedelta | None, jkt: str | None = None) -> Issued:
         """A new token for the same grant, decided again, never past the grant's maximum."""
@@ -111,7 +125,7 @@ class Issuance:
 
     # --- Issuing ------------------------------------------------------------------------------------------------------
 
-    def _issue_all(self, requests: Sequence[GrantRequest]) -> Sequence[Issued | BrokerError]:
+    def _issue_all(self, requests: Sequence[GrantRequest]) -> Sequence[Issued | Intent | BrokerError]:
         self._indexes.reserve(len(requests), self._clock())
         with self._database.begin_issuing() as db:
             moment = self._moment(db, requests)
@@ -119,6 +133,7 @@ class Issuance:
             outcomes = [self._outcome(request, moment, batch) for request in requests]
             insert_tasks(db, batch.tasks)
             insert_grants(db, batch.grants)
+            insert_leases(db, batch.leases)
             record(db, batch.events)
         return outcomes
 
@@ -140,14 +155,14 @@ class Issuance:
         live = count_live(db, agents, now=now, at_most=self._limits.max_live_per_agent)
         return _Moment(now=now, db=db, standing=standing, tasks=tasks, live=live)
 
-    def _outcome(self, request: GrantRequest, moment: _Moment, batch: _Batch) -> Issued | BrokerError:
+    def _outcome(self, request: GrantRequest, moment: _Moment, batch: _Batch) -> Issued | Intent | BrokerError:
         """What one request comes to; a refusal is an answer, and recorded like one."""
         grant_id = new_id("grt", moment.now)
         try:
             if request.idempotency is not None:
                 made_id = claimed(moment.db, request.caller, request.idempotency, grant_id, moment.now)
                 if made_id != grant_id:
-                    return self._again(request, made_id, moment, batch)
+                    return self._again(request, grant_id, made_id, moment, batch)
             return self._issued(request, grant_id, moment, batch)
         except BrokerError as refusal:
             kept = isinstance(refusal, PolicyDenied) and refusal.grant_id is not None
@@ -163,11 +178,17 @@ class Issuance:
                 batch.events.append(_refused(request, moment, refusal))
             return refusal
 
-    def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued:
+    def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued | Intent:
         now, standing = moment.now, moment.standing
         principal = _known(request.caller, moment)
         resource = standing.catalogue.resource(request.resource)
         require_may_ask(principal, resource, request.scopes, request.jkt)
+        outside = resource.provider != OWES_NOTHING
+        if outside:
+            _require_fits(request, resource)
+            self._reconciliation.require_reconciled(moment.db, resource.provider, now)
+        elif request.parameters:
+            raise Invalid(f"{resource.identifier} takes no parameters: leave them out", member="parameters")
         task = self._task_for(request, principal, moment)
         if moment.live[principal.name] >= self._limits.max_live_per_agent:
             raise LimitExceeded(
@@ -185,7 +206,7 @@ class Issuance:
             now=now,
         )
         # Taken before it is sure to be used: a place in a status list may be lost, never shared.
-        place = self._indexes.take(task.id, now) if found.allowed else (None, None)
+        place = self._indexes.take(task.id, now) if found.allowed and not outside else (None, None)
         grant = self._granted(request, grant_id, principal, task, found, standing, place, now)
         refusal = standing.refusals.over(grant)
         if refusal is not None:
@@ -198,12 +219,34 @@ class Issuance:
             task = replace(task, deadline_at=grant.expires_at)
             batch.tasks.append(task)
             batch.events.append(_task_opened(task, request.caller, now))
+        if outside:
+            return self._intended(request, grant, resource, moment, batch)
         issued = signed(grant, standing, issuer=self._issuer, issued_at=now, expires_at=grant.expires_at)
         batch.grants.append(issued.grant)
-        batch.events.append(_event_of(issued.grant, request.caller, now, "grant.issued"))
+        batch.events.append(grant_event(issued.grant, request.caller, now, "grant.issued"))
         batch.answers[grant_id] = issued
         moment.live[principal.name] += 1
         return issued
+
+    def _intended(
+        self, request: GrantRequest, grant: Grant, resource: Resource, moment: _Moment, batch: _Batch
+    ) -> Intent:
+        """Nothing is asked of the outside before this is durable (INV-02)."""
+        now, caller = moment.now, request.caller
+        lease = intended_lease(grant, resource.settings, now)
+        batch.grants.append(grant)
+        batch.leases.append(lease)
+        batch.events.append(grant_event(grant, caller, now, "grant.approved", lease_id=lease.id))
+        intent = Intent(
+            grant=grant,
+            lease=lease,
+            caller=caller,
+            catalogue_version=moment.standing.catalogue.version,
+            parameters=request.parameters,
+        )
+        batch.answers[grant.id] = intent
+        moment.live[grant.agent] += 1
+        return intent
 
     def _granted(
         self,
@@ -218,11 +261,14 @@ class Issuance:
     ) -> Grant:
         """The row these terms make, before it has a token; `place` is (status list, index)."""
         allowed = found.allowed
+        resource = found.asked.resource
+        signed_here = allowed and resource.provider == OWES_NOTHING
+        allowed_as = GrantState.ACTIVE if signed_here else GrantState.APPROVED
         return Grant(
             id=grant_id,
             task_id=task.id,
             era=standing.era,
-            state=GrantState.ACTIVE if allowed else GrantState.DENIED,
+            state=allowed_as if allowed else GrantState.DENIED,
             agent=principal.name,
             issuer=principal.issuer,
             subject=principal.subject,
@@ -231,17 +277,17 @@ class Issuance:
             parent_grant_id=None,
             resource=request.resource,
             scopes=tuple(sorted(request.scopes)),
-            provider=found.asked.resource.provider,
-            jti=secrets.token_urlsafe(16) if allowed else None,
-            kids=(standing.keys.current(found.asked.resource.signing_algorithm).kid,) if allowed else (),
+            provider=resource.provider,
+            jti=secrets.token_urlsafe(16) if signed_here else None,
+            kids=(standing.keys.current(resource.signing_algorithm).kid,) if signed_here else (),
             jkt=request.jkt,
             credential_sha256=None,
             status_list=place[0],
             status_index=place[1],
             created_at=now,
-            issued_at=now if allowed else None,
+            issued_at=now if signed_here else None,
             expires_at=now + found.ttl,
-            renewable_until=min(now + self._limits.max_ttl, task.deadline_at) if allowed else None,
+            renewable_until=min(now + self._limits.max_ttl, task.deadline_at) if signed_here else None,
             ttl_s=int(found.ttl.total_seconds()),
             ttl_decided_by=found.decided_by,
             intent=request.intent,
@@ -262,7 +308,7 @@ class Issuance:
         now: datetime,
         batch: _Batch,
     ) -> PolicyDenied:
-        event = _event_of(grant, request.caller, now, "grant.denied")
+        event = grant_event(grant, request.caller, now, "grant.denied")
         if request.task_id is None:
             # No task is opened for what came to nothing; the event still says who asked for what, and why not.
             batch.events.append(replace(event, grant_id=None, task_id=None))
@@ -306,12 +352,16 @@ class Issuance:
 
     # --- The same request again ---------------------------------------------------------------------------------------
 
-    def _again(self, request: GrantRequest, made_id: str, moment: _Moment, batch: _Batch) -> Issued:
+    def _again(
+        self, request: GrantRequest, grant_id: str, made_id: str, moment: _Moment, batch: _Batch
+    ) -> Issued | Intent:
         """What a request comes to whose idempotency key already stands for a grant: that grant, or why not (INV-06)."""
         principal = _known(request.caller, moment)
         answer = batch.answers.get(made_id)
         if isinstance(answer, PolicyDenied):
             raise answer
+        if isinstance(answer, Intent):
+            raise _just_being_answered()
         grant = answer.grant if answer is not None else find_grant(moment.db, made_id, lock=True)
         if grant is None or not grant.is_held_by(principal):
             raise Conflict("what this Idempotency-Key was first used for left no grant of yours: use a new key")
@@ -322,15 +372,21 @@ class Issuance:
         if answer is not None:
             return answer
         if grant.state is GrantState.DENIED:
-            raise PolicyDenied(_sentence(grant.decision), decision=grant.decision, grant_id=grant.id)
+            raise PolicyDenied(sentence(grant.decision), decision=grant.decision, grant_id=grant.id)
         task = moment.tasks.get(grant.task_id)
         if task is None:
             # It was opened between our look and our lock: the next try finds it.
-            raise Unavailable("the first request with this Idempotency-Key is just being answered: try again")
+            raise _just_being_answered()
+        if grant.provider != OWES_NOTHING and grant.state in (GrantState.APPROVED, GrantState.FAILED):
+            if grant.state is GrantState.APPROVED and grant.expires_at > moment.now:
+                raise _just_being_answered()
+            return self._anew(request, grant_id, grant, moment, batch)
         try:
             _require_live(grant, task, moment.standing, moment.now)
         except (Conflict, Forbidden) as ended:
             raise Conflict(f"{ended.detail}; it was made with this Idempotency-Key: use a new one") from None
+        if grant.provider != OWES_NOTHING:
+            return self._anew(request, grant_id, grant, moment, batch)
         resource = moment.standing.catalogue.resource(grant.resource)
         require_may_ask(principal, resource, frozenset(grant.scopes), grant.jkt)
         expires_at = min(grant.expires_at, request.caller.proof_expires_at)
@@ -344,8 +400,36 @@ class Issuance:
         )
         issued = signed(another, moment.standing, issuer=self._issuer, issued_at=moment.now, expires_at=expires_at)
         renew_grant(moment.db, issued.grant)
-        batch.events.append(_event_of(issued.grant, request.caller, moment.now, "grant.reissued"))
+        batch.events.append(grant_event(issued.grant, request.caller, moment.now, "grant.reissued"))
         return issued
+
+    def _anew(
+        self, request: GrantRequest, grant_id: str, earlier: Grant, moment: _Moment, batch: _Batch
+    ) -> Issued | Intent:
+        """Another secret instead of one that nobody may have received: the first dies, so that one is live (INV-06)."""
+        now, claim = moment.now, request.idempotency
+        if claim is None or not repoint_key(
+            moment.db,
+            principal=request.caller.name,
+            key_sha256=claim.key_sha256,
+            made_id=earlier.id,
+            instead=grant_id,
+        ):
+            raise _just_being_answered()
+        why = "asked for again with its Idempotency-Key"
+        event = change_of(now, request.caller.name, "grant.revoked", reason=why, trace_id=request.caller.trace_id)
+        values = {"revoked_at": now, "revoked_by": request.caller.name, "reason": why}
+        ended = end_grants(
+            moment.db,
+            GrantState.REVOKED,
+            with_id(earlier.id),
+            now=now,
+            urgency=Urgency.ENDED,
+            event=event,
+            **values,
+        )
+        moment.live[earlier.agent] -= len(ended)
+        return self._issued(request, grant_id, moment, batch)
 
     # --- Renewing -----------------------------------------------------------------------------------------------------
 
@@ -370,7 +454,7 @@ class Issuance:
                     record(db, [_renewal_refused(grant, caller, now, refusal)])
                 return refusal
             renew_grant(db, issued.grant)
-            record(db, [_event_of(issued.grant, caller, now, "grant.renewed")])
+            record(db, [grant_event(issued.grant, caller, now, "grant.renewed")])
         return issued
 
     def _renewed(
@@ -385,6 +469,8 @@ class Issuance:
         now: datetime,
     ) -> Issued:
         _require_live(grant, task, standing, now)
+        if grant.provider != OWES_NOTHING:
+            raise Invalid(f"a secret of {grant.resource} is not renewed: ask for a new one, and hand this one back")
         if grant.jkt is not None and jkt != grant.jkt:
             # INV-21: without the key it was bound to, a stolen workload token would renew it into a bearer's hand.
             raise Forbidden("this grant is bound to a key: send a DPoP proof made with that key")
@@ -432,6 +518,20 @@ class Issuance:
         return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
 
 
+def _require_fits(request: GrantRequest, resource: Resource) -> None:
+    """What makes no sense for a secret from outside is refused and not ignored."""
+    if not request.takes_secrets:
+        raise InvalidTarget(
+            f"a credential of {resource.identifier} is no token: ask for it at POST /v1/grants", member="resource"
+        )
+    if request.jkt is not None:
+        raise Invalid(f"a secret of {resource.identifier} cannot be bound to a key: leave the proof out", member="DPoP")
+
+
+def _just_being_answered() -> Unavailable:
+    return Unavailable("the first request with this Idempotency-Key is just being answered: try again")
+
+
 def _known(caller: Caller, moment: _Moment) -> Principal:
     principal = principal_of(caller, moment.standing)
     if principal.name not in moment.live:
@@ -463,44 +563,10 @@ def _with(names: Sequence[str], *more: str) -> tuple[str, ...]:
 def _denial(grant: Grant, found: Terms, policies: PolicySet, *, kept: bool) -> PolicyDenied:
     decision = found.decision.as_json()
     return PolicyDenied(
-        _sentence(decision),
+        sentence(decision),
         decision=decision,
         grant_id=grant.id if kept else None,
         hint=lambda: policies.explain(found.asked, found.decision),
-    )
-
-
-def _sentence(decision: Mapping[str, object]) -> str:
-    reasons = decision.get("reasons")
-    return " ".join(map(str, reasons)) if isinstance(reasons, list) and reasons else "no policy allows this"
-
-
-def _event_of(grant: Grant, caller: Caller, now: datetime, type_: str) -> Event:
-    allowed = grant.state is GrantState.ACTIVE
-    return Event(
-        id=new_id("evt", now),
-        at=now,
-        type=type_,
-        actor=caller.name,
-        outcome="ok" if allowed else "denied",
-        task_id=grant.task_id,
-        grant_id=grant.id,
-        agent=grant.agent,
-        user=grant.on_behalf_of,
-        resource=grant.resource,
-        reason=None if allowed else _sentence(grant.decision)[:1000],
-        policy_version=grant.policy_version,
-        trace_id=caller.trace_id,
-        data={
-            "issuer": grant.issuer,
-            "subject": grant.subject,
-            "scopes": list(grant.scopes),
-            "ttl_s": grant.ttl_s,
-            "policies": list(grant.policies),
-            "intent": grant.intent,
-            "jti": grant.jti,
-            "request_sha256": grant.request_sha256,
-        },
     )
 
 

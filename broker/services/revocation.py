@@ -18,20 +18,22 @@ from broker.domain.clock import Clock
 from broker.domain.errors import Conflict, NotFound, RoleMissing
 from broker.domain.grant import Grant, IdempotencyClaim
 from broker.domain.identity import Caller, Role, is_id, new_id
+from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState
 from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.refusal import Refusal, require_axis
 from broker.providers.wakeups import Wakeups
+from broker.services.debts import Debts
+from broker.services.endings import ACTOR, OWES_NOTHING, end_grants
 from broker.services.idempotency import claimed
 from broker.services.keys import Keys
 from broker.services.receipts import SignedReceipt, signed_receipt
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader
-from broker.store import gate, grants, models, standing
+from broker.store import gate, grants, leases, standing
 from broker.store.database import Database
-from broker.store.transitions import GRANT_FACTS, change_of, move, record
+from broker.store.transitions import change_of, record
 
-_ACTOR = "broker"
 _SAMPLES = 20
 _ROWS_AT_ONCE = 1000
 _ROWS_INLINE = 5000  # followed before the answer; the sweeper has time for the rest
@@ -79,6 +81,7 @@ class Revocation:
         *,
         database: Database,
         standing: StandingReader,
+        debts: Debts,
         keys: Keys,
         wakeups: Wakeups,
         issuer: str,
@@ -86,6 +89,7 @@ class Revocation:
     ) -> None:
         self._database = database
         self._standing = standing
+        self._debts = debts
         self._keys = keys
         self._wakeups = wakeups
         self._issuer = issuer
@@ -109,15 +113,20 @@ class Revocation:
             event = change_of(now, caller.name, "grant.revoked", reason=why, trace_id=caller.trace_id)
             values = {"revoked_at": now, "revoked_by": caller.name, "reason": why}
             where = (grants.with_id(grant.id), grants.unexpired(now))
-            move(db, models.Grant, GrantState.REVOKED, *where, event=event, returning=GRANT_FACTS, **values)
+            urgency = Urgency.ENDED if holds else Urgency.URGENT
+            end_grants(db, GrantState.REVOKED, *where, now=now, urgency=urgency, event=event, **values)
             grant = grants.find_grant(db, grant_id) or grant
+        if grant.provider != OWES_NOTHING:
+            self._debts.pay_now([grant.id])
+        with self._database.read() as db:
+            lease = leases.leases_of(db, [grant.id] if grant.provider != OWES_NOTHING else []).get(grant.id)
         answered_at = self._clock()
         expired = grant.state is GrantState.ACTIVE and grant.expires_at <= answered_at
         receipt = Receipt(
             task_id=grant.task_id,
             ended_at=grant.revoked_at or grant.expires_at,
             outcome=str(GrantState.EXPIRED if expired else grant.state),
-            lines=[receipt_line(grant, ended_at=None, now=answered_at)],
+            lines=[receipt_line(grant, ended_at=None, now=answered_at, lease=lease)],
         )
         return signed_receipt(receipt, self._standing, self._issuer, answered_at)
 
@@ -219,12 +228,19 @@ class Revocation:
             by_agent = grants.count_by_agent(db, *covered)
             samples = grants.page_of_grants(db, where=(grants.unended(), *covered), before=None, limit=_SAMPLES)
         self.follow(refusal, at_most=_ROWS_INLINE)
+        outside = [grant.id for grant in samples if grant.provider != OWES_NOTHING]
+        with self._database.read() as db:
+            owed = leases.leases_of(db, outside)
         now, total = self._clock(), sum(by_agent.values())
         receipt = Receipt(
             task_id=refusal.value if refusal.axis == "task" else None,
             ended_at=order.ordered_at,
             outcome="revoked",
-            lines=[receipt_line(grant, ended_at=order.ordered_at, now=now) for grant in samples if grant.issued_at],
+            lines=[
+                receipt_line(grant, ended_at=order.ordered_at, now=now, lease=owed.get(grant.id))
+                for grant in samples
+                if grant.issued_at or grant.id in owed
+            ],
             ended=total,
         )
         return BulkOutcome(
@@ -247,14 +263,13 @@ class Revocation:
                 now = self._clock()
                 covered, by = grants.covered_by(refusal), standing.who_revoked(db, refusal.id)
                 gone = grants.claimed(covered, grants.expired(now), limit=_ROWS_AT_ONCE)
-                expired = change_of(now, _ACTOR, "grant.expired")
-                moved = list(move(db, models.Grant, GrantState.EXPIRED, gone, event=expired, returning=GRANT_FACTS))
+                expired = change_of(now, ACTOR, "grant.expired")
+                urgent = Urgency.URGENT
+                moved = list(end_grants(db, GrantState.EXPIRED, gone, now=now, urgency=urgent, event=expired))
                 rest = grants.claimed(covered, limit=_ROWS_AT_ONCE)
                 revoked = change_of(now, by, "grant.revoked", reason=refusal.reason, data={"revocation": refusal.id})
                 values = {"revoked_at": now, "revoked_by": by, "reason": refusal.reason}
-                moved += move(
-                    db, models.Grant, GrantState.REVOKED, rest, event=revoked, returning=GRANT_FACTS, **values
-                )
+                moved += end_grants(db, GrantState.REVOKED, rest, now=now, urgency=urgent, event=revoked, **values)
                 # What others hold, they are ending or about to be refused; the refusal stands until none is left.
                 done = not moved and not grants.unended_ids(db, covered, limit=1)
                 if done and standing.followed(db, refusal.id, now=now):
@@ -361,4 +376,4 @@ def _bulk_event(caller: Caller, axis: str, value: str, reason: str, now: datetim
 
 def _followed_event(refusal: Refusal, now: datetime) -> Event:
     data = {"id": refusal.id, "axis": refusal.axis, "value": refusal.value}
-    return Event(id=new_id("evt", now), at=now, type="revocation.followed", actor=_ACTOR, data=data)
+    return Event(id=new_id("evt", now), at=now, type="revocation.followed", actor=ACTOR, data=data)

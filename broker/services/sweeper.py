@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from broker.domain.clock import Clock
+from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState, TaskState
+from broker.services.endings import ACTOR, end_grants
 from broker.services.keys import Keys
 from broker.services.revocation import Revocation
 from broker.services.tasks import end_tasks
-from broker.store import grants, models, standing, tasks
+from broker.store import grants, standing, tasks
 from broker.store.database import Database
-from broker.store.transitions import GRANT_FACTS, change_of, move
+from broker.store.transitions import change_of
 
 _TASKS_AT_ONCE = 100
 _GRANTS_AT_ONCE = 2000
 _ROWS_A_PASS = 100_000  # so that no pass runs for ever beside a flood; the next one comes in a second
-_ACTOR = "broker"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class Sweeper:
         ended = 0
         for together in _shares(due, below):
             with self._database.begin() as db:
-                ended += end_tasks(db, together, TaskState.EXPIRED, now=self._clock(), actor=_ACTOR, reason=reason)
+                ended += end_tasks(db, together, TaskState.EXPIRED, now=self._clock(), actor=ACTOR, reason=reason)
         return ended
 
     def _expire_grants(self, now: datetime) -> int:
@@ -95,8 +96,8 @@ class Sweeper:
                 return 0
         with self._database.begin() as db:
             due = grants.claimed(grants.expired(now), limit=_GRANTS_AT_ONCE)
-            event = change_of(now, _ACTOR, "grant.expired")
-            return len(move(db, models.Grant, GrantState.EXPIRED, due, event=event, returning=GRANT_FACTS))
+            event = change_of(now, ACTOR, "grant.expired")
+            return len(end_grants(db, GrantState.EXPIRED, due, now=now, urgency=Urgency.EXPIRED, event=event))
 
     def _forget(self, now: datetime) -> int:
         with self._database.begin() as db:

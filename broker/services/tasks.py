@@ -15,19 +15,20 @@ from broker.domain.clock import Clock
 from broker.domain.errors import Invalid, NotFound, RoleMissing, TaskNotActive
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.identity import Caller, Role, is_id, new_id
+from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.scope import require_offered, scope_set
 from broker.domain.task import Task
+from broker.services.debts import Debts
+from broker.services.endings import ACTOR, OWES_NOTHING, end_grants
 from broker.services.idempotency import claimed
 from broker.services.receipts import SignedReceipt, signed_receipt
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader, principal_of
-from broker.store import gate, grants, locks, models, tasks
+from broker.store import gate, grants, leases, locks, models, tasks
 from broker.store.database import Database
-from broker.store.transitions import GRANT_FACTS, change_of, move, record
-
-_ACTOR = "broker"  # of what time alone ended
+from broker.store.transitions import change_of, move, record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,11 @@ class TaskRequest:
 
 class TaskService:
     def __init__(
-        self, *, database: Database, standing: StandingReader, limits: Limits, issuer: str, clock: Clock
+        self, *, database: Database, standing: StandingReader, debts: Debts, limits: Limits, issuer: str, clock: Clock
     ) -> None:
         self._database = database
         self._standing = standing
+        self._debts = debts
         self._limits = limits
         self._issuer = issuer
         self._clock = clock
@@ -128,8 +130,10 @@ class TaskService:
             task, now = self._held(db, caller, task_id, admin=True)
             actor = caller.name
             if task.state is TaskState.ACTIVE and not task.is_open(now):
-                state, reason, actor = TaskState.EXPIRED, _why_expired(task, now), _ACTOR
+                state, reason, actor = TaskState.EXPIRED, _why_expired(task, now), ACTOR
             end_tasks(db, [task.id], state, now=now, actor=actor, reason=reason, trace_id=caller.trace_id)
+            owing = grants.owing_under(db, task.id)
+        self._debts.pay_now(owing)
         return self.receipt_for(task.id)
 
     def _held(self, db: Connection, caller: Caller, task_id: str, *, admin: bool) -> tuple[Task, datetime]:
@@ -175,6 +179,7 @@ class TaskService:
         with self._database.read() as db:
             task = tasks.find_task(db, task_id)
             below = grants.issued_under(db, task_id)
+            owed = leases.leases_of(db, [grant.id for grant in below if grant.provider != OWES_NOTHING])
         if task is None:
             raise NotFound(f"there is no task {task_id[:64]!r}")
         state, ended_at = task.state, task.ended_at
@@ -185,7 +190,7 @@ class TaskService:
             task_id=task.id,
             ended_at=ended_at,
             outcome=str(state),
-            lines=[receipt_line(grant, ended_at=ended_at, now=now) for grant in below],
+            lines=[receipt_line(grant, ended_at=ended_at, now=now, lease=owed.get(grant.id)) for grant in below],
         )
         return signed_receipt(receipt, self._standing, self._issuer, now)
 
@@ -220,11 +225,11 @@ def end_tasks(
         return 0
     below = grants.of_tasks([row.id for row in ended])
     why = f"task {state}"
-    expired = change_of(now, _ACTOR, "grant.expired", trace_id=trace_id)
-    move(db, models.Grant, GrantState.EXPIRED, below, grants.expired(now), event=expired, returning=GRANT_FACTS)
+    expired = change_of(now, ACTOR, "grant.expired", trace_id=trace_id)
+    end_grants(db, GrantState.EXPIRED, below, grants.expired(now), now=now, urgency=Urgency.ENDED, event=expired)
     revoked = change_of(now, actor, "grant.revoked", reason=why, trace_id=trace_id)
     values = {"revoked_at": now, "revoked_by": actor, "reason": why}
-    move(db, models.Grant, GrantState.REVOKED, below, event=revoked, returning=GRANT_FACTS, **values)
+    end_grants(db, GrantState.REVOKED, below, now=now, urgency=Urgency.ENDED, event=revoked, **values)
     return len(ended)
 
 

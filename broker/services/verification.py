@@ -12,22 +12,27 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import Connection
+
 from broker.domain.clock import Clock, epoch
 from broker.domain.errors import BrokerError, InvalidTarget, NotFound, Unauthenticated
 from broker.domain.grant import Authority, Grant
 from broker.domain.identity import Caller, Role, is_id
+from broker.domain.lease import Lease
 from broker.domain.lifecycle import is_live
 from broker.domain.receipt import OFFLINE_BOUND
 from broker.domain.status_list import claims as status_list_claims
 from broker.domain.status_list import encode
 from broker.providers.jwt import verify
 from broker.services.batching import Batching
+from broker.services.endings import OWES_NOTHING
 from broker.services.keys import KeyRing
 from broker.services.revocation import may_see
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.store import gate
 from broker.store.database import Database
 from broker.store.grants import find_authorities, find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
+from broker.store.leases import leases_of
 from broker.store.standing import STATUS_LIST_SIZE, status_list, status_lists
 
 # Our own memory, the verifier's, and what a commit may take after its time was read add up to the published bound.
@@ -109,20 +114,21 @@ class Verification:
             return None
         return LiveToken(claims=claims, grant=seen.grant, standing=seen.standing)
 
-    def find_grant(self, caller: Caller, grant_id: str) -> tuple[Grant, bool]:
-        """The grant and whether it is live; NotFound for those who may not see it (INV-28)."""
+    def find_grant(self, caller: Caller, grant_id: str) -> tuple[Grant, bool, Lease | None]:
+        """The grant, whether it is live, and its lease; NotFound for those who may not see it (INV-28)."""
         now = self._clock()
         with self._database.read() as db:
             found = find_with_tasks(db, [grant_id]).get(grant_id) if is_id(grant_id, "grt") else None
             standing = self._standing.at(db, gate.era_of(db))
+            lease = None if found is None else _leases_of(db, [found[0]]).get(grant_id)
         if found is None or not may_see(caller, found[0]):
             raise NotFound(f"there is no grant {grant_id[:64]!r} that you may see")
-        return found[0], _live(standing, now, *found)
+        return found[0], _live(standing, now, *found), lease
 
     def page_of_grants(
         self, caller: Caller, filters: Mapping[str, str], *, before: str | None, limit: int
-    ) -> list[tuple[Grant, bool]]:
-        """Newest first, below the id `before`, of those the caller may see; each with whether it is live."""
+    ) -> list[tuple[Grant, bool, Lease | None]]:
+        """Newest first, below the id `before`, of those the caller may see; each as `find_grant` answers it."""
         now = self._clock()
         where = matching(**filters)
         if not (caller.has(Role.ADMIN) or caller.has(Role.AUDITOR)):
@@ -130,8 +136,9 @@ class Verification:
         with self._database.read() as db:
             page = page_of_grants(db, where=where, before=before, limit=limit)
             found = find_with_tasks(db, [grant.id for grant in page])
+            owed = _leases_of(db, page)
             standing = self._standing.at(db, gate.era_of(db))
-        return [(grant, _live(standing, now, *found[grant.id])) for grant in page]
+        return [(grant, _live(standing, now, *found[grant.id]), owed.get(grant.id)) for grant in page]
 
     def jwks(self) -> Mapping[str, Any]:
         return self._standing.now().keys.jwks()
@@ -214,6 +221,10 @@ class Verification:
             self._lists.clear()
         self._lists[list_id] = built
         return built
+
+
+def _leases_of(db: Connection, page: Sequence[Grant]) -> Mapping[str, Lease]:
+    return leases_of(db, [grant.id for grant in page if grant.provider != OWES_NOTHING])
 
 
 def _live(standing: Standing, now: datetime, grant: Authority, task_state: Any, ends_at: datetime) -> bool:

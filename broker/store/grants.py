@@ -39,6 +39,7 @@ _tasks = models.table_of(models.Task)
 _NAMES = tuple(entry.name for entry in fields(Grant))
 _values_of = attrgetter(*_NAMES)
 _SELECT = select(*(_grants.c[name] for name in _NAMES))
+_OWES = _grants.c.provider != "jwt"
 _RECEIPT_FACTS = select(*(_grants.c[name] for name in RECEIPT_FACTS))
 
 UNENDED = [str(state) for state in (GrantState.PENDING, GrantState.APPROVED, GrantState.ACTIVE)]
@@ -184,9 +185,15 @@ def page_of_grants(
 
 
 def issued_under(db: Connection, task_id: str) -> Sequence[Row[Any]]:
-    """What a receipt says of each grant that was issued under a task, oldest first."""
-    statement = _RECEIPT_FACTS.where(_grants.c.task_id == task_id, _grants.c.issued_at.is_not(None))
+    """What a receipt says of each grant under a task that got a credential, or may have got one, oldest first."""
+    may_exist = or_(_grants.c.issued_at.is_not(None), _OWES & (_grants.c.state != str(GrantState.DENIED)))
+    statement = _RECEIPT_FACTS.where(_grants.c.task_id == task_id, may_exist)
     return db.execute(statement.order_by(_grants.c.id)).fetchall()
+
+
+def owing_under(db: Connection, task_id: str) -> list[str]:
+    """The grants under a task for which something may be owed outside."""
+    return list(db.execute(select(_grants.c.id).where(_grants.c.task_id == task_id, _OWES)).scalars())
 
 
 def seen_by(name: str) -> ColumnElement[bool]:
@@ -208,6 +215,10 @@ def matching(
 
 def with_id(grant_id: str) -> ColumnElement[bool]:
     return _grants.c.id == grant_id
+
+
+def with_ids(grant_ids: Collection[str]) -> ColumnElement[bool]:
+    return _grants.c.id.in_(grant_ids)
 
 
 def of_tasks(task_ids: Collection[str]) -> ColumnElement[bool]:

@@ -72,6 +72,18 @@ def with_id(lease_id: str) -> ColumnElement[bool]:
     return _leases.c.id == lease_id
 
 
+def with_ids(lease_ids: Collection[str]) -> ColumnElement[bool]:
+    return _leases.c.id.in_(lease_ids)
+
+
+def known_by(reference: str | None) -> ColumnElement[bool]:
+    return _leases.c.reference.is_not_distinct_from(reference)
+
+
+def not_abandoned() -> ColumnElement[bool]:
+    return _leases.c.abandoned_at.is_(None)
+
+
 def of_grants(db: Connection, grant_ids: Collection[str]) -> ColumnElement[bool]:
     """Of any number of grants: as one value, because a statement takes only so many."""
     if db.dialect.name == "postgresql":
@@ -190,19 +202,25 @@ def page_of_leases(
 # --- When a provider was last compared with our rows ----------------------------------------------------------------
 
 
-def last_look(db: Connection, provider: str) -> tuple[int, datetime] | None:
-    """(how many looks there were, when the last began)."""
-    row = db.execute(select(_looks.c.number, _looks.c.began_at).where(_looks.c.provider == provider)).one_or_none()
-    return None if row is None else (row.number, row.began_at)
+def last_look(db: Connection, provider: str) -> Any:
+    """None, or a row: `number`: how many looks there were; `began_at`: when the last began; `wanted_at`."""
+    columns = (_looks.c.number, _looks.c.began_at, _looks.c.wanted_at)
+    return db.execute(select(*columns).where(_looks.c.provider == provider)).one_or_none()
+
+
+def want_look(db: Connection, provider: str, *, now: datetime) -> None:
+    """Ask whoever reconciles to do it soon."""
+    dialect = postgresql if db.dialect.name == "postgresql" else sqlite
+    wanted = dialect.insert(_looks).values(provider=provider, number=0, wanted_at=now)
+    db.execute(wanted.on_conflict_do_update(index_elements=[_looks.c.provider], set_={"wanted_at": now}))
 
 
 def looked(db: Connection, provider: str, *, began_at: datetime) -> int:
     """Note a look that is complete; answers how many there were."""
     dialect = postgresql if db.dialect.name == "postgresql" else sqlite
-    insert = dialect.insert(_looks).values(provider=provider, number=1, began_at=began_at)
-    later = func.greatest if db.dialect.name == "postgresql" else func.max
-    statement = insert.on_conflict_do_update(
-        index_elements=[_looks.c.provider],
-        set_={"number": _looks.c.number + 1, "began_at": later(_looks.c.began_at, insert.excluded.began_at)},
+    done = dialect.insert(_looks).values(provider=provider, number=1, began_at=began_at)
+    number = _looks.c.number + 1
+    statement = done.on_conflict_do_update(
+        index_elements=[_looks.c.provider], set_={"number": number, "began_at": began_at}
     ).returning(_looks.c.number)
     return int(db.execute(statement).scalar_one())

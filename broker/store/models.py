@@ -264,16 +264,18 @@ class Lease(Base):
 
 
 class ProviderLook(Base):
-    """The last time all that a provider says is alive was compared with our rows, and how often that was done.
+    """When all that a provider says is alive was last compared with our rows, and how often that was done.
 
-    A number lower than one that was seen before is a database that went back in time (INV-37).
+    A number lower than one that was seen before is a database that went back in time (INV-37). `wanted_at` is when
+    somebody last wanted it done anew.
     """
 
     __tablename__ = "provider_looks"
 
     provider: Mapped[str] = mapped_column(String(64), primary_key=True)
     number: Mapped[int] = mapped_column(BigInteger)
-    began_at: Mapped[datetime] = mapped_column(Instant)
+    began_at: Mapped[datetime | None] = mapped_column(Instant)
+    wanted_at: Mapped[datetime | None] = mapped_column(Instant)
 
 
 class Lockdown(Base):

@@ -171,6 +171,13 @@ def release_key(db: Connection, *, principal: str, key_sha256: str, made_id: str
     db.execute(delete(_keys).where(*where))
 
 
+def repoint_key(db: Connection, *, principal: str, key_sha256: str, made_id: str, instead: str) -> bool:
+    """Let a key that stands for `made_id` stand for something else; whether it did stand for it."""
+    where = (_keys.c.principal == principal, _keys.c.key_sha256 == key_sha256, _keys.c.made_id == made_id)
+    done = update(_keys).where(*where).values(made_id=instead).returning(_keys.c.made_id)
+    return db.execute(done).one_or_none() is not None
+
+
 def made_under(db: Connection, keys: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
     """What (principal, key) pairs stand for already, claiming none."""
     if not keys:

@@ -23,8 +23,8 @@ from broker.store.rows import insert_rows
 
 _EVENT = tuple(Event.__dataclass_fields__)
 _values_of = attrgetter(*_EVENT)
-# What `change_of` reads of a grant; the rest of a row is most of what moving ten thousand costs.
-GRANT_FACTS = ("id", "task_id", "agent", "on_behalf_of", "resource", "policy_version")
+# What is told of a grant that moved; the rest of a row is most of what moving ten thousand costs.
+GRANT_FACTS = ("id", "task_id", "agent", "on_behalf_of", "resource", "policy_version", "provider")
 
 
 def move(

@@ -14,8 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from broker.domain.audit import Event
 from broker.domain.clock import rfc3339
-from broker.domain.grant import Grant, Issued
-from broker.domain.lifecycle import GrantState, TaskState
+from broker.domain.grant import Credential, Grant, Issued
+from broker.domain.lease import Lease
+from broker.domain.lifecycle import GrantState, LeaseState, TaskState
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
 from broker.services.receipts import SignedReceipt
@@ -28,6 +29,7 @@ Identifier = Annotated[str, Field(min_length=1, max_length=1000, pattern=PLAIN_P
 Scope = Annotated[str, Field(pattern=r"^[\u0021\u0023-\u005b\u005d-\u007e]{1,200}$")]
 Seconds = Annotated[int, Field(ge=1, le=31_536_000, description="Whole seconds.")]
 Label = Annotated[str, Field(max_length=255, pattern=PLAIN_PATTERN)]
+Parameter = Annotated[str, Field(min_length=1, max_length=16_384)]
 When = Annotated[str, Field(description="RFC 3339, UTC, whole seconds.", examples=["2026-03-01T12:00:00Z"])]
 
 
@@ -66,6 +68,9 @@ class RequestGrant(Request):
     ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
     intent: Sentence | None = None
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
+    parameters: Annotated[dict[Name, Parameter], Field(max_length=8)] = Field(
+        default_factory=dict, description="For the provider of the resource: `csr`, `public_key`. Each takes its own."
+    )
 
 
 class RenewGrant(Request):
@@ -152,6 +157,12 @@ class GrantQuery(Page):
     resource: Identifier | None = None
 
 
+class LeaseQuery(Page):
+    state: LeaseState | None = None
+    provider: Name | None = None
+    grant: Name | None = None
+
+
 class AuditQuery(Page):
     type: Name | None = None
     actor: Name | None = None
@@ -197,6 +208,26 @@ class DecisionAnswer(Answer):
     reasons: list[str]
 
 
+class LeaseOfGrantAnswer(Answer):
+    id: str
+    state: LeaseState
+    attempts: int
+    confirmed_dead_at: When | None
+    last_error: str | None
+    abandoned_at: When | None
+
+
+class LeaseAnswer(LeaseOfGrantAnswer):
+    grant_id: str | None
+    provider: str
+    revocation_class: str | None
+    next_attempt_at: When | None
+    created_at: When
+    expires_at: When
+    abandoned_by: str | None
+    abandoned_reason: str | None
+
+
 class GrantAnswer(Answer):
     id: str
     task_id: str
@@ -212,26 +243,32 @@ class GrantAnswer(Answer):
     ttl_decided_by: str
     jti: str | None
     provider: str
-    revocation_class: str
+    revocation_class: str | None
     parent_grant_id: str | None
     on_behalf_of: str | None
     decision: DecisionAnswer
     revoked_at: When | None
     revoked_by: str | None
     reason: str | None
-    lease: dict[str, Any] | None
+    lease: LeaseOfGrantAnswer | None
 
 
-class CredentialAnswer(Answer):
-    type: str
+class TokenAnswer(Answer):
+    type: Literal["jwt"]
     token: str
     token_type: str
     expires_at: When
 
 
+class SecretAnswer(Answer):
+    type: Annotated[str, Field(description="The engine that made it.", examples=["database"])]
+    data: Annotated[dict[str, Any], Field(description="The secret itself, handed out once and never stored.")]
+    expires_at: When
+
+
 class IssuedAnswer(Answer):
     grant: GrantAnswer
-    credential: CredentialAnswer
+    credential: TokenAnswer | SecretAnswer
 
 
 class ReceiptLineAnswer(Answer):
@@ -322,6 +359,11 @@ class EventPage(Answer):
     next_cursor: str | None
 
 
+class LeasePage(Answer):
+    items: list[LeaseAnswer]
+    next_cursor: str | None
+
+
 class LockdownPage(Answer):
     items: list[LockdownAnswer]
     next_cursor: str | None
@@ -371,7 +413,7 @@ def of_task(task: Task) -> dict[str, Any]:
     }
 
 
-def of_grant(grant: Grant, live: bool) -> dict[str, Any]:
+def of_grant(grant: Grant, live: bool, lease: Lease | None = None) -> dict[str, Any]:
     return {
         "id": grant.id,
         "task_id": grant.task_id,
@@ -387,26 +429,49 @@ def of_grant(grant: Grant, live: bool) -> dict[str, Any]:
         "ttl_decided_by": grant.ttl_decided_by,
         "jti": grant.jti,
         "provider": grant.provider,
-        "revocation_class": "bounded",
+        "revocation_class": "bounded" if grant.provider == "jwt" else None if lease is None else lease.revocation_class,
         "parent_grant_id": grant.parent_grant_id,
         "on_behalf_of": grant.on_behalf_of,
         "decision": grant.decision,
         "revoked_at": _time(grant.revoked_at),
         "revoked_by": grant.revoked_by,
         "reason": grant.reason,
-        "lease": None,
+        "lease": None if lease is None else _lease_of_grant(lease),
     }
 
 
+def _lease_of_grant(lease: Lease) -> dict[str, Any]:
+    shown = of_lease(lease)
+    return {name: shown[name] for name in LeaseOfGrantAnswer.model_fields}
+
+
 def of_issued(issued: Issued) -> dict[str, Any]:
+    credential = issued.credential
+    if isinstance(credential, Credential):
+        revealed: dict[str, Any] = {"token": credential.token.reveal(), "token_type": credential.token_type}
+    else:
+        revealed = {"data": credential.data.reveal()}
+    shown = {"type": credential.type, **revealed, "expires_at": rfc3339(credential.expires_at)}
+    return {"grant": of_grant(issued.grant, True, issued.lease), "credential": shown}
+
+
+def of_lease(lease: Lease) -> dict[str, Any]:
+    """What of a lease is shown: never the handle, and the reference only as what it is, a name."""
     return {
-        "grant": of_grant(issued.grant, True),
-        "credential": {
-            "type": issued.credential.type,
-            "token": issued.credential.token.reveal(),
-            "token_type": issued.credential.token_type,
-            "expires_at": rfc3339(issued.credential.expires_at),
-        },
+        "id": lease.id,
+        "grant_id": lease.grant_id,
+        "provider": lease.provider,
+        "state": str(lease.state),
+        "revocation_class": lease.revocation_class,
+        "attempts": lease.attempts,
+        "next_attempt_at": _time(lease.next_attempt_at),
+        "last_error": lease.last_error,
+        "created_at": rfc3339(lease.created_at),
+        "expires_at": rfc3339(lease.expires_at),
+        "confirmed_dead_at": _time(lease.confirmed_dead_at),
+        "abandoned_at": _time(lease.abandoned_at),
+        "abandoned_by": lease.abandoned_by,
+        "abandoned_reason": lease.abandoned_reason,
     }
 
 

@@ -70,7 +70,8 @@ def upgrade() -> None:
         "provider_looks",
         sa.Column("provider", sa.String(length=64), nullable=False),
         sa.Column("number", sa.BigInteger(), nullable=False),
-        sa.Column("began_at", INSTANT, nullable=False),
+        sa.Column("began_at", INSTANT, nullable=True),
+        sa.Column("wanted_at", INSTANT, nullable=True),
         sa.PrimaryKeyConstraint("provider", name=op.f("provider_looks_pkey")),
     )
     op.drop_index("grants_live_of_agent_idx", table_name="grants")

@@ -32,7 +32,7 @@ def test_a_grant_revoked_while_it_is_renewed_stays_revoked(race):
 def test_a_grant_that_is_being_revoked_is_not_renewed(race):
     """INV-23: no credential leaves for a grant that has ended."""
     issued = race.one.issue(race.one.open_task())
-    pause = race.stop(revocation, "move", after=True)
+    pause = race.stop(revocation, "end_grants", after=True)
     _, renewed = race.run_into(lambda: revoke(race.one, issued), pause, lambda: renew(race.other, issued))
     assert renewed.waited
     assert isinstance(renewed.refusal, Conflict)
@@ -91,7 +91,7 @@ class TestExpiry:
 
     def test_a_renewal_that_comes_while_the_sweeper_expires_the_grant_is_too_late(self, race, sweeping, issued):
         """INV-23."""
-        pause = race.stop(sweeper, "move", after=True)
+        pause = race.stop(sweeper, "end_grants", after=True)
         swept, renewed = race.run_into(sweeping.broker.sweeper.sweep, pause, lambda: renew(race.one, issued))
         assert renewed.waited
         assert swept.answer.grants_expired == 1

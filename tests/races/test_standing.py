@@ -178,7 +178,7 @@ def test_a_revocation_waits_in_a_queue_that_issuing_cannot_jump(postgres_race):
 def test_a_task_and_a_lockdown_that_end_the_same_grants_at_once_end_each_once(race):
     task = race.one.open_task()
     made = [race.one.issue(task) for _ in range(3)]
-    pause = race.stop(revocation, "move", after=True, passing=1)  # the first call moves what has expired
+    pause = race.stop(revocation, "end_grants", after=True, passing=1)  # the first call moves what has expired
     _, ended = race.run_into(
         lambda: lock_down(race.one),
         pause,

@@ -26,7 +26,7 @@ def test_a_sweeper_passes_over_what_another_is_expiring(race):
     task = race.one.open_task()
     made = [race.one.issue(task) for _ in range(5)]
     race.one.clock.forward(seconds=300)
-    pause = race.stop(sweeper, "move", after=True)
+    pause = race.stop(sweeper, "end_grants", after=True)
     first, second = race.run_into(race.one.broker.sweeper.sweep, pause, race.other.broker.sweeper.sweep)
     assert second.waited is race.on_sqlite  # where the other has the one writer's place
     assert (first.answer.grants_expired, second.answer.grants_expired) == (len(made), 0)

@@ -60,7 +60,7 @@ def test_a_token_says_what_was_granted_and_nothing_else(house):
 
 def test_a_grant_is_durable_before_its_credential_is_handed_out(house):
     issued = house.issue(house.open_task())
-    found, live = house.broker.verification.find_grant(house.caller("summarizer"), issued.grant.id)
+    found, live, _ = house.broker.verification.find_grant(house.caller("summarizer"), issued.grant.id)
     assert found == issued.grant
     assert live
     assert issued.credential.token.reveal() not in repr(found)
@@ -98,7 +98,7 @@ def test_a_request_beyond_policy_is_refused_recorded_and_explained(house):
         house.issue(task, scope="contacts:write")
     assert refused.value.decision["outcome"] == "deny"
     assert refused.value.decision["reasons"]
-    denied, live = house.broker.verification.find_grant(house.caller("summarizer"), refused.value.grant_id)
+    denied, live, _ = house.broker.verification.find_grant(house.caller("summarizer"), refused.value.grant_id)
     assert denied.state is GrantState.DENIED
     assert not live
     # What was decided is kept; what would have been allowed is searched for after the commit, for the answer alone.

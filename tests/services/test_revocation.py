@@ -104,7 +104,7 @@ def test_everything_along_an_axis_ends_at_once_and_nothing_beside_it(house, axis
     assert done.total == trial.total
     assert not house.is_active(issued)
     assert house.is_active(beside) is (axis in ("task", "agent", "orchestrator", "policy"))
-    found, _ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
+    found, *_ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
     assert (found.state, found.reason, found.revoked_by) == (GrantState.REVOKED, "drill", "ada")
 
 
@@ -112,13 +112,13 @@ def test_a_bulk_revocation_is_effective_before_any_row_followed(house, monkeypat
     issued = house.issue(house.open_task())
     monkeypatch.setattr(house.broker.revocation, "follow", lambda *_, **__: 0)
     house.broker.revocation.revoke_along(house.caller("ada"), "agent", "summarizer", reason="drill")
-    found, live = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
+    found, live, _ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
     assert found.state is GrantState.ACTIVE
     assert not live
     assert not house.is_active(issued)
     monkeypatch.undo()
     assert house.broker.sweeper.sweep().grants_revoked == 1
-    found, _ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
+    found, *_ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
     assert found.state is GrantState.REVOKED
 
 

@@ -17,7 +17,7 @@ def test_a_task_past_its_deadline_expires_with_everything_below(house):
     house.clock.forward(seconds=60)
     swept = house.broker.sweeper.sweep()
     assert swept.tasks_expired == 1
-    found, _ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
+    found, *_ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
     assert found.state is GrantState.EXPIRED
     assert house.broker.tasks.find(house.caller("pipeline"), task.id).state is TaskState.EXPIRED
     assert house.broker.sweeper.sweep().tasks_expired == 0
@@ -32,7 +32,7 @@ def test_a_lost_heartbeat_ends_a_task_and_a_kept_one_does_not(house):
     assert house.broker.sweeper.sweep().tasks_expired == 1
     assert not house.is_active(issued)
     assert house.broker.tasks.find(house.caller("pipeline"), kept.id).state is TaskState.ACTIVE
-    found, _ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
+    found, *_ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
     assert (found.state, found.revoked_by) == (GrantState.REVOKED, "broker")
 
 
@@ -41,7 +41,7 @@ def test_a_grant_past_its_expiry_is_marked_and_was_dead_before(house):
     house.clock.forward(seconds=300)
     assert not house.is_active(issued)
     assert house.broker.sweeper.sweep().grants_expired == 1
-    found, _ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
+    found, *_ = house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)
     assert found.state is GrantState.EXPIRED
     assert [event.grant_id for event in events(house, "grant.expired")] == [issued.grant.id]
 

@@ -36,6 +36,8 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
         ttl=None if body.ttl_s is None else timedelta(seconds=body.ttl_s),
         intent=body.intent,
         claimed=body.context,
+        parameters=body.parameters,
+        takes_secrets=True,
         idempotency=idempotency(),
         jkt=proven_key(),
     )
@@ -67,7 +69,7 @@ def list_grants(caller: Caller, query: shapes.GrantQuery) -> tuple[int, Any]:
     }
     filters = {name: str(value) for name, value in wanted.items() if value is not None}
     found = broker().verification.page_of_grants(caller, filters, before=before(query.cursor, "grt"), limit=query.limit)
-    return 200, page([grant for grant, _ in found], [shapes.of_grant(*pair) for pair in found], query.limit)
+    return 200, page([grant for grant, _, _ in found], [shapes.of_grant(*each) for each in found], query.limit)
 
 
 @grants("GET", "/v1/grants/{id}", "One grant, never its credential", answers={200: shapes.GrantAnswer})

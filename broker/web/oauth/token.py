@@ -136,7 +136,7 @@ def _task_of(given: Mapping[str, str], details: Mapping[str, str]) -> str | None
 
 
 def _answer(issued: Issued, *, exchanged: bool) -> Answer:
-    credential, grant = issued.credential, issued.grant
+    credential, grant = issued.token, issued.grant
     answer: dict[str, Any] = {
         "access_token": credential.token.reveal(),
         "token_type": credential.token_type,

@@ -1,0 +1,253 @@
+"""Paying what is owed outside: claim, ask the provider, confirm, release; or back off, and tell somebody.
+
+Each step is its own short transaction and no provider is called inside one. A debt is claimed by a fence, so that
+of two workers only the last to claim it may say what came of it (INV-07); asking the outside twice is harmless. The
+most urgent come first, always: some workers pay nothing else, so that no backlog and no slow Vault is before them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import datetime, timedelta
+from typing import Any
+
+from broker.domain.clock import Clock
+from broker.domain.errors import BrokerError, Unavailable
+from broker.domain.lease import STUCK_AFTER, Lease, RevocationClass, Urgency, dead_at, next_attempt
+from broker.domain.lifecycle import GrantState, LeaseState
+from broker.providers.base import Handle, Provider
+from broker.services.endings import ACTOR, end_grants, lease_event
+from broker.services.reconciliation import OLD_ENOUGH
+from broker.store import grants, leases, models
+from broker.store.database import Database
+from broker.store.transitions import change_of, move
+
+# Who claimed a debt and was killed keeps it so long; asking twice does no harm, so it need not be longer.
+_CLAIMED_FOR = timedelta(seconds=20)
+_WORKERS = 8  # at one provider at once, for what is paid in its turn
+_URGENT_WORKERS = 2  # of them, for nothing but what is urgent
+_CLOSING_WORKERS = 8  # for what somebody is waiting for just now
+_CLOSING_S = 2.0
+_INTENTS_AT_ONCE = 100
+_ABANDONED_EVERY = timedelta(hours=1)
+_LOOK_AGAIN = timedelta(seconds=5)
+
+_log = logging.getLogger(__name__)
+
+
+class Debts:
+    """`providers` by the name that a resource's `provider` says."""
+
+    def __init__(self, *, database: Database, providers: Mapping[str, Provider], clock: Clock) -> None:
+        self._database = database
+        self._providers = providers
+        self._clock = clock
+        self._turns = ThreadPoolExecutor(_WORKERS, thread_name_prefix="debts")
+        self._closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix="closings")
+
+    def close(self) -> None:
+        """Start nothing more. What is under way ends by the deadlines of its calls, and what is owed is in rows."""
+        self._turns.shutdown(wait=False, cancel_futures=True)
+        self._closings.shutdown(wait=False, cancel_futures=True)
+
+    # --- What becomes a debt without anybody ending it ----------------------------------------------------------------
+
+    def recover(self) -> int:
+        """Intents whose issuer neither confirmed nor gave up in time: it is taken for dead, and what it may have made
+        is owed. If it lives and is only slow, its confirmation finds the lease gone on (INV-07)."""
+        now = self._clock()
+        with self._database.read() as db:
+            if not leases.abandoned_intents(db, now=now, limit=1):
+                return 0
+        with self._database.begin() as db:
+            found = [lease.id for lease in leases.abandoned_intents(db, now=now, limit=_INTENTS_AT_ONCE)]
+            moved = move(
+                db,
+                models.Lease,
+                LeaseState.REVOKING,
+                leases.with_ids(found),
+                leases.in_state(LeaseState.INTENDED),
+                event=lease_event(now, "lease.owed", reason="its issuer did not come back"),
+                returning=leases.LEASE_FACTS,
+                urgency=int(Urgency.URGENT),
+                next_attempt_at=now,
+            )
+            of_them = grants.with_ids([row.grant_id for row in moved])
+            event = change_of(now, ACTOR, "grant.failed", reason="its issuer did not come back")
+            end_grants(db, GrantState.FAILED, of_them, now=now, urgency=Urgency.URGENT, event=event)
+        return len(moved)
+
+    # --- Paying -------------------------------------------------------------------------------------------------------
+
+    def pay(self) -> int:
+        """Pay everything that is due, the most urgent first; answers how many were released."""
+        with self._database.read() as db:
+            if not leases.any_owed(db, now=self._clock()):
+                return 0
+        turns_over = threading.Event()
+        turns = [self._turns.submit(self._pay_until_none) for _ in range(_WORKERS - _URGENT_WORKERS)]
+        urgent = [self._turns.submit(self._pay_urgent, turns_over) for _ in range(_URGENT_WORKERS)]
+        wait(turns)
+        turns_over.set()
+        return _sum_of(turns) + _sum_of(urgent)
+
+    def pay_now(self, grant_ids: Collection[str]) -> None:
+        """Pay what is owed for these grants, as much as can be in the time somebody waits for a receipt."""
+        if not grant_ids:
+            return
+        ends_at = time.monotonic() + _CLOSING_S
+        workers = min(_CLOSING_WORKERS, len(grant_ids))
+        running = [self._closings.submit(self._pay_until_none, tuple(grant_ids), ends_at) for _ in range(workers)]
+        done, _ = wait(running, timeout=_CLOSING_S)
+        for future in done:
+            problem = future.exception()
+            if problem is not None:
+                # The authority has ended; what is owed is in rows, and the receipt says that it is owed.
+                _log.warning("a closing was not paid at once", exc_info=problem)
+
+    def _pay_urgent(self, turns_over: threading.Event) -> int:
+        paid = self._pay_until_none(at_most_urgency=Urgency.URGENT)
+        while not turns_over.wait(0.25):
+            paid += self._pay_until_none(at_most_urgency=Urgency.URGENT)
+        return paid
+
+    def _pay_until_none(
+        self,
+        grant_ids: Collection[str] = (),
+        ends_at: float | None = None,
+        at_most_urgency: Urgency = Urgency.EXPIRED,
+    ) -> int:
+        paid = 0
+        while ends_at is None or time.monotonic() < ends_at:
+            now = self._clock()
+            with self._database.begin() as db:
+                claimed = leases.claim_owed(
+                    db,
+                    now=now,
+                    again_at=now + _CLAIMED_FOR,
+                    limit=1,
+                    at_most_urgency=int(at_most_urgency),
+                    grants=grant_ids,
+                )
+            if not claimed:
+                break
+            paid += self._pay_one(claimed[0])
+        return paid
+
+    def _pay_one(self, lease: Lease) -> bool:
+        """Whether it was released."""
+        try:
+            died_at = self._died_at(lease)
+        except BrokerError as problem:
+            self._failed(lease, getattr(problem, "reason", None) or problem.detail)
+            return False
+        except Exception as problem:
+            # A row that cannot be understood, or a provider with a fault: this one debt's trouble, and nobody else's.
+            _log.exception("a debt could not be paid", extra={"fields": {"lease_id": lease.id}})
+            self._failed(lease, f"{type(problem).__name__}: see the broker's log")
+            return False
+        return died_at is not None and self._released(lease, died_at)
+
+    def _died_at(self, lease: Lease) -> datetime | None:
+        """When its credential died; None while only time is waited for, which is noted. Raises what the outside says.
+
+        INV-04: a secret nobody heard of may appear after its token died. So it is not dead before it could no longer
+        appear, everything the provider lists was looked at since, and what it could have been has ended by itself.
+        """
+        if lease.dead_at is not None:
+            return self._when_reached(lease, lease.dead_at)
+        if lease.handle is None and lease.reference is None:
+            # Nothing was ever asked for: what is asked for has a handle first (INV-02).
+            return self._clock()
+        provider = self._provider(lease)
+        handle = None if lease.handle is None else _handle_of(lease, lease.handle)
+        provider.revoke(handle, lease.reference)
+        now = self._clock()
+        if lease.unknown:
+            settles_at = lease.settles_at or now + provider.settles_after
+            if now < settles_at:
+                self._wait(lease, settles_at, settles_at=settles_at)
+                return None
+            if not self._was_looked_at_since(lease.provider, settles_at + OLD_ENOUGH):
+                self._wait(lease, now + _LOOK_AGAIN)
+                return None
+            return self._when_reached(lease, max(now, lease.expires_at))
+        return self._when_reached(lease, dead_at(lease, confirmed_at=now))
+
+    def _provider(self, lease: Lease) -> Provider:
+        provider = self._providers.get(lease.provider)
+        if provider is None:
+            raise Unavailable(f"no provider {lease.provider!r} is configured, and a lease is owed to it")
+        return provider
+
+    def _was_looked_at_since(self, provider: str, moment: datetime) -> bool:
+        with self._database.read() as db:
+            look = leases.last_look(db, provider)
+        return look is not None and look.began_at is not None and look.began_at >= moment
+
+    def _when_reached(self, lease: Lease, died_at: datetime) -> datetime | None:
+        if died_at <= self._clock():
+            return died_at
+        self._wait(lease, died_at, dead_at=died_at)
+        return None
+
+    def _wait(self, lease: Lease, until: datetime, **known: datetime) -> None:
+        with self._database.begin() as db:
+            values: dict[str, Any] = {"next_attempt_at": until, **known}
+            leases.note(db, lease.id, leases.claimed_by(lease.fence), **values)
+
+    def _released(self, lease: Lease, died_at: datetime) -> bool:
+        now = self._clock()
+        with self._database.begin() as db:
+            event = lease_event(now, "lease.released", data={"dead_at": int(died_at.timestamp())})
+            where = (leases.with_id(lease.id), leases.claimed_by(lease.fence))
+            # What arrived meanwhile is owed too, and was not asked about.
+            same = leases.known_by(lease.reference)
+            moved = move(
+                db,
+                models.Lease,
+                LeaseState.RELEASED,
+                *where,
+                same,
+                event=event,
+                returning=leases.LEASE_FACTS,
+                dead_at=died_at,
+                next_attempt_at=None,
+                last_error=None,
+            )
+        return bool(moved)
+
+    def _failed(self, lease: Lease, why: str) -> None:
+        now = self._clock()
+        failures = lease.attempts + 1
+        again_at = next_attempt(failures, now=now)
+        if lease.abandoned_at is not None:
+            again_at = now + _ABANDONED_EVERY
+        values = {"attempts": failures, "last_error": why[:1000], "next_attempt_at": again_at}
+        mine = (leases.with_id(lease.id), leases.claimed_by(lease.fence))
+        _log.warning("a debt was not paid", extra={"fields": {"lease_id": lease.id, "attempts": failures, "why": why}})
+        with self._database.begin() as db:
+            if failures >= STUCK_AFTER and lease.state is LeaseState.REVOKING:
+                event = lease_event(now, "lease.stuck", reason=why[:1000])
+                move(db, models.Lease, LeaseState.STUCK, *mine, event=event, returning=leases.LEASE_FACTS, **values)
+            else:
+                leases.note(db, lease.id, leases.claimed_by(lease.fence), **values)
+
+
+def _handle_of(lease: Lease, value: str) -> Handle:
+    """The handle as it is read back: it revokes, and opens nothing."""
+    return Handle(
+        value=value,
+        revocation=RevocationClass(lease.revocation_class or RevocationClass.TTL_ONLY),
+        expires_at=lease.expires_at,
+        bound=None if lease.bound_s is None else timedelta(seconds=lease.bound_s),
+    )
+
+
+def _sum_of(futures: Collection[Future[int]]) -> int:
+    """What they all paid; the first problem of any, when all have had their turn."""
+    return sum([future.result() for future in wait(futures).done])

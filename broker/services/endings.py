@@ -1,0 +1,66 @@
+"""How a grant ends, whoever ends it: its state and what is owed for it change in one transaction.
+
+No way out of `active` leads past here, so that no secret outside is left without a debt (INV-03).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row
+
+from broker.domain.audit import Event
+from broker.domain.identity import new_id
+from broker.domain.lease import Lease, Urgency
+from broker.domain.lifecycle import GrantState, LeaseState
+from broker.store import leases, models
+from broker.store.transitions import GRANT_FACTS, move
+
+ACTOR = "broker"  # of what time alone, or our own work, brought about
+OWES_NOTHING = "jwt"  # the provider whose credentials exist nowhere but in their bearer's hand
+
+
+def end_grants(
+    db: Connection,
+    to: GrantState,
+    *where: ColumnElement[bool],
+    now: datetime,
+    urgency: Urgency,
+    event: Callable[[Row[Any]], Event],
+    **values: Any,
+) -> Sequence[Row[Any]]:
+    """Move grants into a state that ends them; each lease of theirs becomes a debt of this urgency, due now."""
+    moved = move(db, models.Grant, to, *where, event=event, returning=GRANT_FACTS, **values)
+    owing = [row.id for row in moved if row.provider != OWES_NOTHING]
+    if owing:
+        move(
+            db,
+            models.Lease,
+            LeaseState.REVOKING,
+            leases.of_grants(db, owing),
+            leases.not_owed_yet(),
+            event=lease_event(now, "lease.owed"),
+            returning=leases.LEASE_FACTS,
+            urgency=int(urgency),
+            next_attempt_at=now,
+        )
+    return moved
+
+
+def lease_event(at: datetime, type_: str, *, actor: str = ACTOR, **more: Any) -> Callable[[Row[Any] | Lease], Event]:
+    """The event maker for leases that moved."""
+
+    def make(row: Row[Any] | Lease) -> Event:
+        data = {"lease_id": row.id, "provider": row.provider, "attempts": row.attempts}
+        return Event(
+            id=new_id("evt", at),
+            at=at,
+            type=type_,
+            actor=actor,
+            grant_id=row.grant_id,
+            **(more | {"data": data | dict(more.get("data", {}))}),
+        )
+
+    return make

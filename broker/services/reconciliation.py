@@ -1,0 +1,232 @@
+"""What is alive outside against what our rows account for: the one way to find what nobody owns (INV-03).
+
+Every minute, for each provider. What nobody owns becomes a debt and an alert; what we think is held and is gone is
+recorded and ended. Nothing is issued from a provider that was not looked at since this process began, or since the
+database or the provider went back in time (INV-37).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from broker.domain.audit import Event
+from broker.domain.clock import Clock
+from broker.domain.errors import BrokerError, Unavailable
+from broker.domain.identity import new_id
+from broker.domain.lease import Lease, Urgency
+from broker.domain.lifecycle import GrantState, LeaseState
+from broker.providers.base import LiveSecret, Provider
+from broker.services.endings import ACTOR, end_grants
+from broker.services.standing import StandingReader
+from broker.store import grants, leases
+from broker.store.database import Database
+from broker.store.transitions import change_of, record
+
+EVERY = timedelta(seconds=60)
+# Younger than this, an unknown secret may be one whose issuer is just committing it.
+OLD_ENOUGH = timedelta(seconds=150)
+# What is found alive is owed by then at the latest, if nobody tells when it ends.
+_LONGEST = timedelta(days=1)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconciled:
+    """What looks at providers found: secrets nobody owns, and held ones that are gone."""
+
+    looks: int = 0
+    found: int = 0
+    gone: int = 0
+
+
+def settings_in_use(database: Database, standing: StandingReader, provider: str) -> Iterable[Mapping[str, Any]]:
+    """The settings of every source of a provider that may have live secrets: what is configured, and what once was."""
+    configured = standing.now().catalogue.resources
+    yield from (resource.settings for resource in configured if resource.provider == provider)
+    with database.read() as db:
+        earlier = leases.open_settings(db, provider)
+    # An orphan that was found has none: it is known by its reference.
+    yield from (settings for settings in earlier if settings)
+
+
+class Reconciliation:
+    def __init__(self, *, database: Database, providers: Mapping[str, Provider], clock: Clock) -> None:
+        self._database = database
+        self._providers = providers
+        self._clock = clock
+        self._since: dict[str, datetime] = {}
+        self._numbers: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """From now on this process trusts only looks that begin after this."""
+        for name in self._providers:
+            if name not in self._since:
+                self._since[name] = self._clock()
+
+    def distrust(self, provider: str) -> None:
+        """Trust no earlier look: the provider does not know us any more, so it may have gone back in time."""
+        self._since[provider] = self._clock()
+
+    def require_reconciled(self, db: Connection, provider: str, now: datetime) -> None:
+        """Raise Unavailable unless it was looked at since we can trust (INV-37); the caller's transaction asks."""
+        if provider not in self._providers:
+            raise Unavailable(f"this broker has no provider {provider!r}: ask its administrator")
+        look = leases.last_look(db, provider)
+        number = 0 if look is None else look.number
+        if number < self._numbers.get(provider, 0):
+            self._since[provider] = now
+        self._numbers[provider] = number
+        since = self._since.setdefault(provider, now)
+        if look is None or look.began_at is None or look.began_at < since:
+            leases.want_look(db, provider, now=now)
+            raise Unavailable(
+                f"the broker has not yet compared what {provider} says is alive with its own rows: try again shortly"
+            )
+
+    def run(self) -> Reconciled:
+        """Look at every provider that is due. One that does not answer keeps no other from its turn."""
+        self.begin()
+        total = Reconciled()
+        failures: list[BrokerError] = []
+        for name in self._providers:
+            if not self._is_due(name):
+                continue
+            try:
+                found, gone = self.look(name)
+            except BrokerError as problem:
+                failures.append(problem)
+                continue
+            total = Reconciled(looks=total.looks + 1, found=total.found + found, gone=total.gone + gone)
+        if failures:
+            raise failures[0]
+        return total
+
+    def look(self, name: str) -> tuple[int, int]:
+        """One complete look at a provider; answers how much was (found, gone)."""
+        provider = self._providers[name]
+        began_at = self._clock()
+        with self._database.read() as db:
+            known = {lease.reference: lease for lease in leases.open_leases(db, name) if lease.reference is not None}
+        live = provider.list_live(known.keys())
+        found = self._owe_what_nobody_owns(name, [secret for secret in live if secret.reference not in known], began_at)
+        alive = {secret.reference for secret in live}
+        gone = self._end_what_is_gone(
+            [lease for lease in known.values() if lease.state is LeaseState.HELD and lease.reference not in alive]
+        )
+        with self._database.begin() as db:
+            leases.looked(db, name, began_at=began_at)
+        return found, gone
+
+    def _is_due(self, name: str) -> bool:
+        now = self._clock()
+        with self._database.read() as db:
+            look = leases.last_look(db, name)
+        if look is None or look.began_at is None or now - look.began_at >= EVERY:
+            return True
+        since = self._since.get(name, now)
+        return look.began_at < since or (look.wanted_at is not None and look.began_at <= look.wanted_at)
+
+    def _owe_what_nobody_owns(self, name: str, strangers: Collection[LiveSecret], now: datetime) -> int:
+        # A time that is not told is no reason to let it live.
+        old = [secret for secret in strangers if secret.issued_at is None or now - secret.issued_at >= OLD_ENOUGH]
+        if not old:
+            return 0
+        with self._database.begin() as db:
+            accounted = leases.open_references(db, name, [secret.reference for secret in old])
+            found = [secret for secret in old if secret.reference not in accounted]
+            leases.insert_leases(db, [_debt(name, secret, _grant_of(db, secret), now) for secret in found])
+            record(db, [_found_event(name, secret, now) for secret in found])
+        for secret in found:
+            _log.error("a secret nobody owns", extra={"fields": {"provider": name, "reference": secret.reference}})
+        return len(found)
+
+    def _end_what_is_gone(self, missing: Collection[Lease]) -> int:
+        """Held, and not in the list any more. That the provider forgot it is not its death: it is owed to its end."""
+        gone = 0
+        for lease in missing:
+            with self._database.begin() as db:
+                now = self._clock()
+                # What ended by itself just now is the sweep's.
+                if lease.grant_id is None or lease.expires_at <= now:
+                    continue
+                if not leases.note(db, lease.id, leases.in_state(LeaseState.HELD), unknown=True, settles_at=now):
+                    continue
+                why = f"{lease.provider} does not know its secret any more"
+                event = change_of(now, ACTOR, "grant.revoked", reason=why)
+                values = {"revoked_at": now, "revoked_by": ACTOR, "reason": why}
+                of_it = grants.with_id(lease.grant_id)
+                end_grants(db, GrantState.REVOKED, of_it, now=now, urgency=Urgency.URGENT, event=event, **values)
+                record(db, [_gone_event(lease, why, now)])
+            _log.error("a held secret is gone", extra={"fields": {"lease_id": lease.id, "provider": lease.provider}})
+            gone += 1
+        return gone
+
+
+def _grant_of(db: Connection, secret: LiveSecret) -> str | None:
+    """The grant it says it belongs to, if there is such a row."""
+    if secret.grant_id is None or grants.find_grant(db, secret.grant_id) is None:
+        return None
+    return secret.grant_id
+
+
+def _debt(name: str, secret: LiveSecret, grant_id: str | None, now: datetime) -> Lease:
+    return Lease(
+        id=new_id("lea", now),
+        grant_id=grant_id,
+        provider=name,
+        settings={},
+        state=LeaseState.REVOKING,
+        revocation_class="hard",
+        bound_s=None,
+        handle=None,
+        reference=secret.reference,
+        unknown=False,
+        facts={},
+        created_at=now,
+        issue_by=now,
+        expires_at=secret.expires_at or now + _LONGEST,
+        settles_at=None,
+        urgency=int(Urgency.URGENT),
+        attempts=0,
+        next_attempt_at=now,
+        fence=0,
+        last_error=None,
+        dead_at=None,
+        alerted_at=None,
+        abandoned_at=None,
+        abandoned_by=None,
+        abandoned_reason=None,
+    )
+
+
+def _found_event(name: str, secret: LiveSecret, now: datetime) -> Event:
+    return Event(
+        id=new_id("evt", now),
+        at=now,
+        type="lease.found",
+        actor=ACTOR,
+        outcome="orphan",
+        grant_id=secret.grant_id,
+        reason="alive outside, and no row accounted for it",
+        data={"provider": name, "reference": secret.reference, "trouble": secret.trouble},
+    )
+
+
+def _gone_event(lease: Lease, why: str, now: datetime) -> Event:
+    return Event(
+        id=new_id("evt", now),
+        at=now,
+        type="lease.gone",
+        actor=ACTOR,
+        outcome="gone",
+        grant_id=lease.grant_id,
+        reason=why,
+        data={"lease_id": lease.id, "provider": lease.provider, "reference": lease.reference},
+    )
