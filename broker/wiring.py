@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,10 +108,12 @@ def build(settings: Settings, *, clock: Clock | None = None, providers: Mapping[
     indexes = StatusIndexes(database=database, longest_life=2 * limits.max_ttl)
     wakeups = Wakeups(settings.redis_url)
     if providers is None:
-        providers = _providers(settings, database, standing, clock)
+        providers = _providers(settings, database, standing, clock, lambda name: reconciliation.distrust(name))
     reconciliation = Reconciliation(database=database, providers=providers, clock=clock)
     debts = Debts(database=database, providers=providers, clock=clock)
-    secrets = Secrets(database=database, standing=standing, providers=providers, clock=clock)
+    secrets = Secrets(
+        database=database, standing=standing, providers=providers, reconciliation=reconciliation, clock=clock
+    )
     revocation = Revocation(
         database=database, standing=standing, debts=debts, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
     )
@@ -162,13 +164,15 @@ def vault_setup(settings: Settings) -> VaultSetup:
     if settings.vault is None or not (found or settings.vault_transit):
         missing = "no section [vault]" if settings.vault is None else 'no resource with provider = "vault"'
         raise ConfigurationError([f"{settings.source}: there is {missing}; add one, docs/how-to/vault.md shows it"])
-    return VaultSetup(
-        settings=settings.vault, resources=found, clock=system_clock, wrapping_key=settings.vault_transit
-    )
+    return VaultSetup(settings=settings.vault, resources=found, clock=system_clock, wrapping_key=settings.vault_transit)
 
 
 def _providers(
-    settings: Settings, database: Database, standing: StandingReader, clock: Clock
+    settings: Settings,
+    database: Database,
+    standing: StandingReader,
+    clock: Clock,
+    distrust: Callable[[str], object],
 ) -> Mapping[str, Provider]:
     """Every system outside that makes secrets, by the name that a resource says."""
     if settings.vault is None:
@@ -177,7 +181,7 @@ def _providers(
     def sources() -> Iterable[SecretSource]:
         return map(SecretSource.parse, settings_in_use(database, standing, "vault"))
 
-    return {"vault": VaultProvider(settings.vault, clock, sources)}
+    return {"vault": VaultProvider(settings.vault, clock, sources, forgotten=lambda: distrust("vault"))}
 
 
 def dev_issuer(directory: Path) -> DevIssuer:

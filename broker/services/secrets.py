@@ -40,6 +40,7 @@ from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import Handle, IssuedSecret, Provider, SecretRequest
 from broker.services.endings import end_grants, lease_event
 from broker.services.grant_events import grant_event
+from broker.services.reconciliation import Reconciliation
 from broker.services.standing import StandingReader
 from broker.store import gate, grants, leases, locks, models
 from broker.store.database import Database
@@ -72,11 +73,13 @@ class Secrets:
         database: Database,
         standing: StandingReader,
         providers: Mapping[str, Provider],
+        reconciliation: Reconciliation,
         clock: Clock,
     ) -> None:
         self._database = database
         self._standing = standing
         self._providers = providers
+        self._reconciliation = reconciliation
         self._clock = clock
         self._tasks = Tasks()
         self._room = threading.BoundedSemaphore(_AT_ONCE)
@@ -158,6 +161,8 @@ class Secrets:
                 raise LockedDown(
                     f"grant {grant.id} was ended meanwhile, along {refusal.axis} {refusal.value!r}: {refusal.reason}"
                 )
+            # Once more: that the provider went back in time may have shown while it was asked (INV-37).
+            self._reconciliation.require_reconciled(db, grant.provider, now)
             if standing.catalogue.version != intent.catalogue_version:
                 # What it was decided by is not what stands now (INV-14).
                 raise Unavailable("the configuration changed while this credential was being made: try again")

@@ -48,12 +48,20 @@ class _Held:
 
 
 class Login:
-    """Who the broker is at Vault."""
+    """Who the broker is at Vault. `forgotten` is told when Vault does not know a token of ours that should be good."""
 
-    def __init__(self, connection: Connection, auth: VaultAuth, clock: Clock) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        auth: VaultAuth,
+        clock: Clock,
+        *,
+        forgotten: Callable[[], object] = lambda: None,
+    ) -> None:
         self._connection = connection
         self._auth = auth
         self._clock = clock
+        self._forgotten = forgotten
         self._guard = threading.Lock()
         self._held: _Held | None = None
         self._failure: tuple[datetime, BrokerError] | None = None
@@ -90,7 +98,8 @@ class Login:
             if now - held.obtained_at < PAUSE:
                 return False
             self._held = None
-            return True
+        self._forgotten()
+        return True
 
     def _tended(self, now: datetime) -> Secret:
         held = self._held

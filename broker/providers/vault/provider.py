@@ -51,7 +51,10 @@ _MOST_DEPTH = 4
 
 
 class VaultProvider:
-    """One Vault. `sources` answers every role that may have live secrets, those of older configurations too."""
+    """One Vault. `sources` answers every role that may have live secrets, those of older configurations too.
+
+    `forgotten` is told when Vault does not know the broker's own token any more: it may have gone back in time.
+    """
 
     def __init__(
         self,
@@ -60,12 +63,13 @@ class VaultProvider:
         sources: Callable[[], Iterable[SecretSource]] = tuple,
         *,
         pause: Callable[[float], object] | None = None,
+        forgotten: Callable[[], object] = lambda: None,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._sources = sources
         self._connection = Connection.of(settings)
-        self._login = Login(self._connection, settings.auth, clock)
+        self._login = Login(self._connection, settings.auth, clock, forgotten=forgotten)
         self._pause = pause or threading.Event().wait
 
     @property
