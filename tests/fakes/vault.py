@@ -8,7 +8,9 @@ What is on top of that a test asks for: see `FakeVault`'s faults.
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import re
 import secrets
 import ssl
@@ -20,8 +22,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from cryptography import x509
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -127,6 +131,8 @@ class FakeVault:
         self.logins = 0
         self.renewals = 0
         self.login_works = True
+        self.transit: dict[str, list[bytes]] = {}  # the versions of each key of the transit engine
+        self.least_version = 1  # that still opens what it wrapped
         self.seen: list[tuple[str, str, dict[str, Any]]] = []  # method, path, body; never a token
         self.tokens: dict[str, Token] = {}
         self.leases: dict[str, Lease] = {}
@@ -311,6 +317,8 @@ class FakeVault:
             if body.get("sync") and not self._revoke(lease):
                 raise _Refusal(500, f"failed to revoke entry: {lease.error}")
             return 204, None
+        if path.startswith("transit/"):
+            return self._transit(path, body)
         return self._secret(call)
 
     def _require_token(self, call: Call) -> None:
@@ -383,6 +391,34 @@ class FakeVault:
         if lease.error:
             seen["revoke_error"] = lease.error
         return _data(seen)
+
+    def _transit(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        _, operation, name = path.split("/")
+        versions = self.transit.get(name)
+        if versions is None:
+            # As measured: a policy without "create" sees no more of a key that is not there.
+            if operation == "encrypt":
+                raise _Refusal(403, "1 error occurred:\n\t* permission denied\n\n")
+            raise _Refusal(400, "encryption key not found")
+        bound_to = base64.b64decode(body["associated_data"])
+        if operation == "encrypt":
+            nonce = os.urandom(12)
+            sealed = nonce + AESGCM(versions[-1]).encrypt(nonce, base64.b64decode(body["plaintext"]), bound_to)
+            return _data({"ciphertext": f"vault:v{len(versions)}:{base64.b64encode(sealed).decode()}"})
+        version, _, text = str(body["ciphertext"]).removeprefix("vault:v").partition(":")
+        if int(version) > len(versions):
+            raise _Refusal(400, "invalid ciphertext: version is too new")
+        if int(version) < self.least_version:
+            raise _Refusal(400, "ciphertext or signature version is disallowed by policy (too old)")
+        try:
+            sealed = base64.b64decode(text if len(text) % 4 == 0 else "?", validate=True)
+        except ValueError:
+            raise _Refusal(400, "invalid ciphertext: could not decode base64") from None
+        try:
+            plaintext = AESGCM(versions[int(version) - 1]).decrypt(sealed[:12], sealed[12:], bound_to)
+        except (InvalidTag, ValueError):
+            raise _Refusal(400, "cipher: message authentication failed") from None
+        return _data({"plaintext": base64.b64encode(plaintext).decode()})
 
     # --- engines -------------------------------------------------------------------------------------------------
 

@@ -4,27 +4,32 @@ import logging
 import pickle
 import threading
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 
 import jwt as pyjwt
 import pytest
 import sqlalchemy as sa
 
-from broker.domain.errors import ConfigurationError, NotFound, Unavailable
+from broker.domain.errors import ConfigurationError, NotFound, ProviderRefused, ProviderUnavailable, Unavailable
 from broker.domain.lifecycle import KeyState
 from broker.providers import jwt
-from broker.services.keys import Keys, MasterKey
+from broker.providers.vault.connection import Connection
+from broker.providers.vault.transit import TransitKey
+from broker.services.keys import ISSUES_FOR, Keys, MasterKey
 from broker.store import gate
-from broker.store.database import Database
+from broker.store.database import Database, in_transaction
 from broker.store.models import AuditEvent, SigningKey
 from tests.conftest import NOW
+from tests.services.sealings import KEY, MASTER, OnFake, OnFile, OnOpenBao
 
 DAY = timedelta(days=1)
 HOUR = timedelta(hours=1)
 GONE = HOUR + timedelta(minutes=5)  # max_ttl, and the margin
-MASTER = b"m" * 32
 # Where no statement differs between the two databases, one of them says it all.
 on_sqlite = pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+every_seal = pytest.mark.parametrize("seal", ["file", "fake vault", "openbao"], indirect=True)
+every_vault = pytest.mark.parametrize("seal", ["fake vault", "openbao"], indirect=True)
 BOUND = {"purpose": "signing key", "kid": "kid-1", "algorithm": "ES256"}
 
 
@@ -41,18 +46,54 @@ def clock():
     return SettableClock()
 
 
-def keys_of(database, clock, master=MASTER):
-    return Keys(database=database, sealing=MasterKey(master), clock=clock, rotate_every=DAY, max_ttl=HOUR)
+@pytest.fixture(autouse=True)
+def nobody_is_asked_in_a_transaction(monkeypatch):
+    """Rule 5: whoever waits for Vault holds no connection of the store, and no lock."""
+    within = Connection.within
+
+    def guarded(self, ask):
+        assert not in_transaction(), "Vault was asked within a transaction"
+        return within(self, ask)
+
+    monkeypatch.setattr(Connection, "within", guarded)
 
 
 @pytest.fixture
-def keys(database, clock):
+def seal(request, tmp_path):
+    """What seals the keys: a master key file, where a test does not say otherwise."""
+    kind = getattr(request, "param", "file")
+    if kind == "file":
+        made = OnFile()
+    elif kind == "openbao":
+        made = OnOpenBao(request.getfixturevalue("openbao"), tmp_path)
+    else:
+        made = OnFake(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def keys_of(seal):
+    def build(database, clock, *, wrong=False):
+        sealing = seal.sealing(clock, wrong=wrong)
+        return Keys(database=database, sealing=sealing, clock=clock, rotate_every=DAY, max_ttl=HOUR)
+
+    return build
+
+
+@pytest.fixture
+def keys(keys_of, database, clock):
     made = keys_of(database, clock)
     made.ensure({"ES256"})
     return made
 
 
 def ring_of(keys):
+    keys.confirm()
+    return ring_without_asking(keys)
+
+
+def ring_without_asking(keys):
     with keys._database.read() as db:
         return keys.load(db)
 
@@ -153,7 +194,7 @@ def test_a_master_key_shows_nothing_and_goes_nowhere():
 # --- Birth ---
 
 
-def test_ensure_makes_a_current_and_a_next_key_of_each_algorithm(database, clock):
+def test_ensure_makes_a_current_and_a_next_key_of_each_algorithm(keys_of, database, clock):
     keys = keys_of(database, clock)
     keys.ensure(["RS256", "ES256", "EdDSA", "ES256"])
     for algorithm in ("ES256", "RS256", "EdDSA"):
@@ -174,7 +215,7 @@ def test_ensure_changes_nothing_where_the_keys_are_there(keys, database):
     assert (keys.listing(), events(database), era(database)) == before
 
 
-def test_two_brokers_that_start_at_once_make_one_set_of_keys(database, clock):
+def test_two_brokers_that_start_at_once_make_one_set_of_keys(keys_of, database, clock):
     url = database.engine.url.render_as_string(hide_password=False)
     others = [Database(url) for _ in range(4)]
     brokers = [keys_of(other, clock) for other in others]
@@ -196,6 +237,7 @@ def test_an_algorithm_without_a_key_signs_nothing(keys):
 
 
 @on_sqlite
+@every_seal
 def test_every_change_turns_the_era(keys, database):
     seen = [era(database)]
     for change in (
@@ -213,11 +255,13 @@ def test_every_change_turns_the_era(keys, database):
 
 
 @on_sqlite
+@every_seal
 def test_the_key_set_has_the_current_key_first_then_the_next(keys):
     assert published(keys) == [kid_of(keys, "current"), kid_of(keys, "next")]
 
 
 @on_sqlite
+@every_seal
 def test_pyjwt_verifies_our_tokens_with_our_key_set(keys):
     keys.ensure({"RS256", "EdDSA"})
     ring = ring_of(keys)
@@ -247,6 +291,7 @@ def test_a_key_that_was_published_is_the_one_that_signs_after_the_rotation(keys,
 
 
 @on_sqlite
+@every_seal
 def test_a_token_of_before_the_rotation_is_verified_after_it(keys):
     token = ring_of(keys).current("ES256").sign({"sub": "agent"}, typ="at+jwt")
     keys.rotate(actor="ada", now=NOW)
@@ -266,6 +311,7 @@ def test_a_retired_key_leaves_when_no_token_of_it_can_live_also_from_a_ring_read
 
 
 @on_sqlite
+@every_seal
 def test_only_the_named_algorithm_is_rotated(keys):
     keys.ensure({"EdDSA"})
     keys.rotate("EdDSA", actor="ada", now=NOW)
@@ -285,7 +331,7 @@ def test_keys_are_rotated_when_they_signed_for_long_enough(keys):
 
 
 @pytest.mark.parametrize("verb", ["rotate", "rotate_due"])
-def test_of_two_that_rotate_at_once_the_key_set_stays_whole(keys, database, clock, verb):
+def test_of_two_that_rotate_at_once_the_key_set_stays_whole(keys_of, keys, database, clock, verb):
     url = database.engine.url.render_as_string(hide_password=False)
     others = [Database(url) for _ in range(4)]
     now = NOW + DAY
@@ -294,6 +340,8 @@ def test_of_two_that_rotate_at_once_the_key_set_stays_whole(keys, database, cloc
         return broker.rotate(actor="ada", now=now) if verb == "rotate" else broker.rotate_due(now)
 
     brokers = [keys_of(other, clock) for other in others]
+    for broker in brokers:
+        broker.confirm()
     at_once(*(lambda broker=broker: rotate(broker) for broker in brokers))
     found = states(keys)
     assert (found.count("current"), found.count("next")) == (1, 1)
@@ -307,6 +355,7 @@ def test_of_two_that_rotate_at_once_the_key_set_stays_whole(keys, database, cloc
 
 
 @on_sqlite
+@every_seal
 def test_a_rotation_that_saw_an_older_current_key_retires_nothing(keys):
     first = kid_of(keys, "current")
     keys.rotate(actor="ada", now=NOW)
@@ -339,6 +388,7 @@ def test_a_compromised_key_is_trusted_by_nobody_and_the_next_one_signs(keys, dat
 
 
 @on_sqlite
+@every_seal
 def test_saying_twice_that_a_key_is_compromised_changes_nothing_more(keys, database):
     stolen = kid_of(keys, "current")
     keys.compromise(stolen, actor="ada", reason="leaked", now=NOW)
@@ -360,6 +410,7 @@ def test_a_key_that_does_not_sign_can_be_compromised_too(keys, state):
 
 
 @on_sqlite
+@every_seal
 def test_a_compromised_key_never_comes_back(keys):
     """INV-23."""
     stolen = kid_of(keys, "current")
@@ -372,6 +423,7 @@ def test_a_compromised_key_never_comes_back(keys):
 
 
 @on_sqlite
+@every_seal
 def test_a_key_nobody_made_cannot_be_compromised(keys, database):
     before = era(database)
     with pytest.raises(NotFound, match="there is no key 'unknown'"):
@@ -397,6 +449,7 @@ def test_a_compromise_within_another_transaction_stands_or_falls_with_it(keys, d
 
 
 @on_sqlite
+@every_seal
 def test_when_every_key_is_compromised_in_one_transaction_nothing_signs_until_new_ones_are_made(keys, database):
     with database.begin() as db:
         for kid in db.execute(sa.select(SigningKey.kid)).scalars().all():
@@ -411,7 +464,8 @@ def test_when_every_key_is_compromised_in_one_transaction_nothing_signs_until_ne
 
 
 @on_sqlite
-def test_another_broker_opens_what_this_one_sealed(keys, database, clock):
+@every_seal
+def test_another_broker_opens_what_this_one_sealed(keys_of, keys, database, clock):
     token = ring_of(keys_of(database, clock)).current("ES256").sign({}, typ="at+jwt")
     assert jwt.verify(token, ring_of(keys).verification_keys, typ={"at+jwt"}) == {}
 
@@ -427,16 +481,17 @@ def test_another_broker_opens_what_this_one_sealed(keys, database, clock):
         lambda keys: keys.rotate_due(NOW + DAY),
     ],
 )
-def test_a_wrong_master_key_opens_nothing_and_seals_nothing(keys, database, clock, verb):
+def test_a_wrong_master_key_opens_nothing_and_seals_nothing(keys_of, keys, database, clock, verb):
     before = keys.listing()
     with pytest.raises(ConfigurationError, match="put back the master key file"):
-        verb(keys_of(database, clock, master=b"w" * 32))
+        verb(keys_of(database, clock, wrong=True))
     assert keys.listing() == before
 
 
 @on_sqlite
-def test_keys_whose_master_key_is_lost_can_be_given_up(keys, database, clock):
-    after = keys_of(database, clock, master=b"n" * 32)
+@every_seal
+def test_keys_whose_master_key_is_lost_can_be_given_up(keys_of, keys, database, clock):
+    after = keys_of(database, clock, wrong=True)
     for lost in (kid_of(keys, "next"), kid_of(keys, "current")):
         after.compromise(lost, actor="ada", reason="master key lost", now=NOW)
     assert ring_of(after).current("ES256").kid == kid_of(after, "current")
@@ -460,8 +515,9 @@ def call_it_another_algorithm(db):
 
 
 @on_sqlite
+@every_seal
 @pytest.mark.parametrize("tamper", [swap, flip, call_it_another_algorithm])
-def test_a_row_that_was_tampered_with_is_not_used(keys, database, clock, tamper):
+def test_a_row_that_was_tampered_with_is_not_used(keys_of, keys, database, clock, tamper):
     with database.begin() as db:
         tamper(db)
     with pytest.raises(ConfigurationError, match="its row was changed"):
@@ -469,7 +525,8 @@ def test_a_row_that_was_tampered_with_is_not_used(keys, database, clock, tamper)
 
 
 @on_sqlite
-def test_a_key_planted_in_the_table_is_neither_published_nor_believed(keys, database, clock):
+@every_seal
+def test_a_key_planted_in_the_table_is_neither_published_nor_believed(keys_of, keys, database, clock):
     mallory = jwt.SigningKey.generate("ES256")
     with database.begin() as db:
         db.execute(sa.update(SigningKey).where(SigningKey.state == "next").values(public_jwk=mallory.public_jwk()))
@@ -483,7 +540,7 @@ def test_a_key_planted_in_the_table_is_neither_published_nor_believed(keys, data
 
 
 @on_sqlite
-def test_a_sealed_key_that_is_not_the_one_its_row_names_is_not_used(keys, database, clock):
+def test_a_sealed_key_that_is_not_the_one_its_row_names_is_not_used(keys_of, keys, database, clock):
     """Even somebody with the master key cannot publish one key under the name of another."""
     other, kid = jwt.SigningKey.generate("ES256"), kid_of(keys, "next")
     bound = {"purpose": "signing key", "kid": kid, "algorithm": "ES256"}
@@ -494,7 +551,7 @@ def test_a_sealed_key_that_is_not_the_one_its_row_names_is_not_used(keys, databa
         ring_of(keys_of(database, clock))
 
 
-def test_no_private_key_is_in_a_row_a_log_a_repr_or_an_error(keys, database, clock, caplog):
+def test_no_private_key_is_in_a_row_a_log_a_repr_or_an_error(keys_of, keys, database, clock, caplog):
     """INV-30."""
     caplog.set_level(logging.DEBUG)
     keys.rotate(actor="ada", now=NOW)
@@ -512,7 +569,7 @@ def test_no_private_key_is_in_a_row_a_log_a_repr_or_an_error(keys, database, clo
             ]
         blobs = [bytes(blob) for blob in db.execute(sa.select(SigningKey.sealed_private_key)).scalars()]
     try:
-        ring_of(keys_of(database, clock, master=b"w" * 32))
+        ring_of(keys_of(database, clock, wrong=True))
     except ConfigurationError:
         seen.append(traceback.format_exc())
     text = "\n".join(seen).encode()
@@ -526,12 +583,14 @@ def base64_of(raw):
 
 
 @on_sqlite
+@every_seal
 def test_keys_are_unsealed_once(keys, database):
     first, again = ring_of(keys), ring_of(keys)
     assert first.current("ES256") is again.current("ES256")
 
 
 @on_sqlite
+@every_seal
 def test_a_private_key_that_is_out_of_use_does_not_stay_in_memory(keys, clock):
     first = kid_of(keys, "current")
     keys.rotate(actor="ada", now=NOW)
@@ -540,3 +599,307 @@ def test_a_private_key_that_is_out_of_use_does_not_stay_in_memory(keys, clock):
     clock.now = NOW + GONE
     ring_of(keys)
     assert first not in keys._opened
+
+
+# --- Sealed by a key in Vault ---
+
+on_the_fake = pytest.mark.parametrize("seal", ["fake vault"], indirect=True)
+SECOND = timedelta(seconds=1)
+
+
+@contextmanager
+def silence(seal):
+    seal.falls_silent()
+    try:
+        yield
+    finally:
+        seal.answers_again()
+
+
+def signs(ring):
+    try:
+        return ring.current("ES256").sign({"sub": "agent"}, typ="at+jwt") is not None
+    except Unavailable as problem:
+        assert "no token is signed" in problem.detail
+        return False
+
+
+@on_sqlite
+@every_vault
+def test_while_vault_is_silent_no_token_is_signed_and_all_that_is_said_of_tokens_goes_on(keys, seal, clock):
+    ring = ring_of(keys)
+    token = ring.current("ES256").sign({"sub": "agent"}, typ="at+jwt")
+    with silence(seal):
+        clock.now += ISSUES_FOR - SECOND
+        with pytest.raises(ProviderUnavailable):
+            keys.confirm()
+        assert signs(ring)  # it may be changing its leader
+        clock.now += SECOND
+        for seen in (ring, ring_without_asking(keys)):
+            assert not signs(seen)
+            assert seen.attesting("ES256").sign({}, typ="statuslist+jwt")
+            assert jwt.verify(token, seen.verification_keys, typ={"at+jwt"}) == {"sub": "agent"}
+            assert len(seen.jwks()["keys"]) == 2
+    keys.confirm()
+    assert signs(ring)
+
+
+@on_sqlite
+@every_vault
+def test_a_broker_that_starts_while_vault_is_silent_verifies_and_signs_nothing(keys, keys_of, seal, database, clock):
+    token = ring_of(keys).current("ES256").sign({"sub": "agent"}, typ="at+jwt")
+    before = keys.listing()
+    with silence(seal):
+        fresh = keys_of(database, clock)
+        fresh.ensure({"ES256"})
+        ring = ring_without_asking(fresh)
+        assert jwt.verify(token, ring.verification_keys, typ={"at+jwt"}) == {"sub": "agent"}
+        assert ring.jwks() == ring_without_asking(keys).jwks()
+        assert not signs(ring)
+        with pytest.raises(Unavailable, match="no token is signed"):
+            ring.attesting("ES256")
+        with pytest.raises(Unavailable, match="no RS256 key is current"):
+            ring.current("RS256")
+        clock.now += timedelta(seconds=3)  # the log-in that failed is tried again
+        with pytest.raises(ProviderUnavailable):
+            fresh.ensure({"RS256"})
+        assert fresh.listing() == before
+    clock.now += timedelta(seconds=3)
+    fresh.tend()
+    assert fresh.generation != ring.generation
+    assert signs(ring_without_asking(fresh))
+
+
+@on_sqlite
+@every_vault
+def test_a_key_planted_while_vault_is_silent_is_dropped_when_it_answers(keys, keys_of, seal, database, clock):
+    mallory = jwt.SigningKey.generate("ES256")
+    with database.begin() as db:
+        blob = db.execute(sa.select(SigningKey.sealed_private_key)).scalars().first()
+        values = {"algorithm": "ES256", "state": "retired", "created_at": NOW, "sealed_private_key": blob}
+        db.execute(sa.insert(SigningKey).values(kid=mallory.kid, public_jwk=mallory.public_jwk(), **values))
+    with silence(seal):
+        # Whoever has seen a key open believes no row that has not.
+        assert mallory.kid not in ring_without_asking(keys).verification_keys
+        fresh = keys_of(database, clock)
+        fresh.tend()
+        assert mallory.kid in ring_without_asking(fresh).verification_keys
+    clock.now += timedelta(seconds=3)
+    with pytest.raises(ConfigurationError, match="its row was changed"):
+        fresh.tend()
+    with pytest.raises(ConfigurationError, match="its row was changed"):
+        ring_without_asking(fresh)
+    fresh.compromise(mallory.kid, actor="ada", reason="planted", now=NOW)
+    assert mallory.kid not in ring_of(fresh).verification_keys
+    assert signs(ring_of(fresh))
+
+
+@on_sqlite
+@on_the_fake
+@pytest.mark.parametrize("half", [{}, {"kty": "EC"}, jwt.SigningKey.generate("ES256").public_jwk()], ids=str)
+def test_not_even_while_vault_is_silent_is_a_key_published_under_the_name_of_another(
+    keys, keys_of, seal, database, clock, half
+):
+    with database.begin() as db:
+        db.execute(sa.update(SigningKey).where(SigningKey.state == "next").values(public_jwk=half))
+    with silence(seal), pytest.raises(ConfigurationError, match="signing key"):
+        ring_without_asking(keys_of(database, clock))
+
+
+@on_sqlite
+@every_vault
+def test_distrust_waits_for_no_vault(keys, seal, clock, database):
+    """INV-27: the compromise stands, the next key signs, and the missing one follows."""
+    stolen, following = kid_of(keys, "current"), kid_of(keys, "next")
+    with silence(seal):
+        keys.compromise(stolen, actor="ada", reason="leaked", now=NOW)
+        ring = ring_without_asking(keys)
+        assert stolen not in ring.verification_keys
+        assert ring.attesting("ES256").kid == following
+        assert sorted(states(keys)) == ["compromised", "current"]
+        clock.now += ISSUES_FOR
+        with pytest.raises(ProviderUnavailable):
+            keys.rotate(actor="ada", now=clock.now)
+    keys.confirm()
+    assert keys.rotate_due(clock.now) == 0
+    assert sorted(states(keys)) == ["compromised", "current", "next"]
+
+
+@on_sqlite
+@on_the_fake
+def test_the_sweep_does_not_wait_for_a_vault_that_was_silent(keys, seal, clock):
+    """Its rotation is due at every pass, and before the next pass nothing is revoked by it (INV-27)."""
+    clock.now += DAY
+    seal.falls_silent()
+    asked = len(seal.fake.seen)
+    assert keys.rotate_due(clock.now) == 0
+    assert len(seal.fake.seen) == asked
+    seal.answers_again()
+    keys.confirm()
+    assert keys.rotate_due(clock.now) == 1
+
+
+@on_sqlite
+@on_the_fake
+def test_reading_waits_for_no_vault_that_hangs(keys, keys_of, seal, database, clock):
+    entered, leave = threading.Event(), threading.Event()
+
+    def hang(call):
+        entered.set()
+        assert leave.wait(10)
+        call.answer(503, {"errors": ["Vault is sealed"]})
+
+    clock.now += DAY
+    seal.fake.fault("decrypt", hang)
+    asking = threading.Thread(target=keys.tend)
+    asking.start()
+    try:
+        assert entered.wait(10)
+        assert len(ring_without_asking(keys).verification_keys) == 1
+        keys.compromise(kid_of(keys, "next"), actor="ada", reason="leaked", now=NOW)
+    finally:
+        leave.set()
+        asking.join()
+
+
+@on_sqlite
+@on_the_fake
+def test_vault_is_asked_once_in_a_while_however_often_somebody_looks(keys, seal, clock):
+    asked = len(seal.fake.seen)
+    for _ in range(10):
+        keys.tend()
+    assert len(seal.fake.seen) == asked
+    clock.now += timedelta(seconds=10)
+    for _ in range(10):
+        keys.tend()
+    assert len(seal.fake.seen) == asked + 1
+
+
+@on_sqlite
+@every_vault
+def test_the_key_in_vault_is_rotated_and_old_versions_open_what_they_sealed(keys, keys_of, seal, database, clock):
+    seal.rotate()
+    keys.rotate(actor="ada", now=NOW)
+    assert signs(ring_of(keys_of(database, clock)))
+    # When none is left that the first version sealed, it may go.
+    keys.rotate(actor="ada", now=NOW)
+    clock.now += GONE
+    seal.require_version(2)
+    assert signs(ring_of(keys_of(database, clock)))
+
+
+@on_sqlite
+@every_vault
+def test_a_version_that_is_ended_too_early_stops_issuing_and_not_verifying(keys, keys_of, seal, database, clock):
+    ring = ring_of(keys)
+    token = ring.current("ES256").sign({}, typ="at+jwt")
+    seal.rotate()
+    seal.require_version(2)
+    clock.now += ISSUES_FOR
+    with pytest.raises(ConfigurationError, match="old versions included"):
+        keys.confirm()
+    ring = ring_without_asking(keys)
+    assert not signs(ring)
+    assert jwt.verify(token, ring.verification_keys, typ={"at+jwt"}) == {}
+    with pytest.raises(ConfigurationError, match="old versions included"):
+        keys_of(database, clock).ensure({"ES256"})
+    seal.require_version(1)
+    keys.confirm()
+    assert signs(ring)
+
+
+@on_sqlite
+@every_vault
+def test_another_key_of_vault_opens_nothing_and_seals_nothing(keys, keys_of, database, clock):
+    before = keys.listing()
+    verbs = [
+        lambda other: other.ensure({"EdDSA"}),
+        lambda other: other.rotate(actor="ada", now=NOW),
+        lambda other: other.confirm(),
+    ]
+    for verb in verbs:
+        other = keys_of(database, clock, wrong=True)
+        with pytest.raises(ConfigurationError, match=KEY.replace("broker", "other")):
+            verb(other)
+        assert other.rotate_due(NOW + DAY) == 0
+        with pytest.raises(ConfigurationError):
+            ring_without_asking(other)
+    assert keys.listing() == before
+
+
+@on_sqlite
+@on_the_fake
+def test_a_key_that_could_not_be_opened_again_never_comes_to_sign(keys, seal):
+    """A policy that lets the broker seal and not unseal would end its issuing at the next start."""
+    before = keys.listing()
+    for _ in range(2):
+        seal.fake.answers("decrypt", 403, {"errors": ["permission denied"]}, times=2)
+        with pytest.raises(ProviderRefused):
+            keys.rotate(actor="ada", now=NOW)
+    assert keys.listing() == before
+
+
+@on_sqlite
+@on_the_fake
+def test_what_one_way_of_sealing_sealed_the_other_does_not_open(keys, seal, database, clock):
+    envelope = seal.sealing(clock)
+    with pytest.raises(ConfigurationError, match="let transit/keys/broker be the key"):
+        envelope.unseal(MasterKey(MASTER).seal(b"secret", **BOUND), **BOUND)
+    with pytest.raises(ConfigurationError, match="put back the master key file"):
+        MasterKey(MASTER).unseal(envelope.seal(b"secret", **BOUND), **BOUND)
+
+
+@on_the_fake
+def test_an_envelope_changed_or_cut_anywhere_does_not_open(seal, clock):
+    envelope = seal.sealing(clock)
+    blob = envelope.seal(b"secret", **BOUND)
+    assert envelope.unseal(blob, **BOUND) == b"secret"
+    flipped = [blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :] for at in range(0, len(blob), 5)]
+    for wrong in [*flipped, *(blob[:at] for at in range(0, len(blob), 7)), blob + b"\0"]:
+        with pytest.raises(ConfigurationError, match="its row was changed"):
+            envelope.unseal(wrong, **BOUND)
+
+
+@on_sqlite
+@every_vault
+def test_neither_database_nor_log_nor_vault_has_a_private_key(
+    keys, keys_of, seal, database, clock, caplog, monkeypatch
+):
+    """INV-30. Vault and whoever reads along see what opens a key, and never the key."""
+    caplog.set_level(logging.DEBUG)
+    owns, sent = [], []
+    wrap, call = TransitKey.wrap, Connection.call
+
+    def noted(self, plaintext, **more):
+        owns.append(plaintext)
+        return wrap(self, plaintext, **more)
+
+    def overheard(self, method, path, **more):
+        answer = call(self, method, path, **more)
+        sent.append(f"{more.get('body')} {answer.body}")
+        return answer
+
+    monkeypatch.setattr(TransitKey, "wrap", noted)
+    monkeypatch.setattr(Connection, "call", overheard)
+    keys.rotate(actor="ada", now=NOW)
+    with silence(seal):
+        clock.now += ISSUES_FOR
+        keys.tend()
+    ring = ring_of(keys_of(database, clock))
+    seen = [repr(ring), repr(keys), repr(keys._sealing), repr(keys._opened), caplog.text]
+    with database.begin() as db:
+        for row in db.execute(sa.text("SELECT * FROM signing_keys")):
+            seen += [str(bytes(v)) + bytes(v).hex() if isinstance(v, bytes) else repr(v) for v in row]
+        seen += [repr(row) for row in db.execute(sa.text("SELECT * FROM events"))]
+        blobs = [bytes(blob) for blob in db.execute(sa.select(SigningKey.sealed_private_key)).scalars()]
+    private = [key.private_bytes() for key in keys._opened.values()]
+    private += [key._private.private_numbers().private_value.to_bytes(32, "big") for key in keys._opened.values()]
+    assert (len(private), len(owns)) == (6, 2)
+    for raw in [*private, *owns]:
+        forms = [raw, raw.hex().encode(), *map(base64_of, (raw, raw[1:], raw[2:]))]
+        assert not [form for form in forms if form in "\n".join(seen).encode() or any(form in blob for blob in blobs)]
+    for raw in private:
+        forms = [raw.hex().encode(), *map(base64_of, (raw, raw[1:], raw[2:]))]
+        assert not [form for form in forms if form in "\n".join(sent).encode()]
+    # It is not that nothing was looked at.
+    assert base64.b64encode(owns[0]).decode() in "\n".join(sent)
