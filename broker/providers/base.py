@@ -15,11 +15,11 @@ takes the provider's settings and the clock and answers a `Provider`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from broker.domain.clock import Clock
 from broker.domain.errors import ConfigurationError
@@ -115,6 +115,29 @@ class Provider(Protocol):
 
     def list_live(self, known: Collection[str] = ()) -> Collection[LiveSecret]:
         """Every secret under what is ours alone; those whose reference is not `known` are looked at closely."""
+
+
+@runtime_checkable
+class RevokesMany(Protocol):
+    """A provider that kills several faster than one after another; each is confirmed as by `revoke`."""
+
+    def revoke_many(self, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
+        """For each in order: None if it is confirmed dead, else what `revoke` would have raised for it."""
+
+
+def revoke_each(provider: Provider, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
+    """What became of each; the trouble of one is no other's."""
+    if isinstance(provider, RevokesMany) and len(owed) > 1:
+        return provider.revoke_many(owed)
+    return [_problem_with(provider, handle, reference) for handle, reference in owed]
+
+
+def _problem_with(provider: Provider, handle: Handle | None, reference: str | None) -> Exception | None:
+    try:
+        provider.revoke(handle, reference)
+    except Exception as problem:
+        return problem
+    return None
 
 
 class ProviderFactory(Protocol):

@@ -10,16 +10,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import datetime, timedelta
 from typing import Any
+
+from sqlalchemy import Connection
 
 from broker.domain.clock import Clock
 from broker.domain.errors import BrokerError, Unavailable
 from broker.domain.lease import STUCK_AFTER, Lease, RevocationClass, Urgency, dead_at, next_attempt
 from broker.domain.lifecycle import GrantState, LeaseState
-from broker.providers.base import Handle, Provider
+from broker.providers.base import Handle, Provider, revoke_each
 from broker.services.endings import ACTOR, end_grants, lease_event
 from broker.services.reconciliation import OLD_ENOUGH
 from broker.store import grants, leases, models
@@ -32,6 +34,8 @@ _WORKERS = 8  # at one provider at once, for what is paid in its turn
 _URGENT_WORKERS = 2  # of them, for nothing but what is urgent
 _CLOSING_WORKERS = 8  # for what somebody is waiting for just now
 _CLOSING_S = 2.0
+_TOGETHER = 16  # claimed by one worker at once
+_CLOSED_TOGETHER = 8
 _INTENTS_AT_ONCE = 100
 _ABANDONED_EVERY = timedelta(hours=1)
 _LOOK_AGAIN = timedelta(seconds=5)
@@ -101,7 +105,10 @@ class Debts:
             return
         ends_at = time.monotonic() + _CLOSING_S
         workers = min(_CLOSING_WORKERS, len(grant_ids))
-        running = [self._closings.submit(self._pay_until_none, tuple(grant_ids), ends_at) for _ in range(workers)]
+        running = [
+            self._closings.submit(self._pay_until_none, tuple(grant_ids), ends_at, together=_CLOSED_TOGETHER)
+            for _ in range(workers)
+        ]
         done, _ = wait(running, timeout=_CLOSING_S)
         for future in done:
             problem = future.exception()
@@ -120,6 +127,7 @@ class Debts:
         grant_ids: Collection[str] = (),
         ends_at: float | None = None,
         at_most_urgency: Urgency = Urgency.EXPIRED,
+        together: int = _TOGETHER,
     ) -> int:
         paid = 0
         while ends_at is None or time.monotonic() < ends_at:
@@ -129,31 +137,58 @@ class Debts:
                     db,
                     now=now,
                     again_at=now + _CLAIMED_FOR,
-                    limit=1,
+                    limit=together,
                     at_most_urgency=int(at_most_urgency),
                     grants=grant_ids,
                 )
             if not claimed:
                 break
-            paid += self._pay_one(claimed[0])
+            paid += self._pay_claimed(claimed)
         return paid
 
-    def _pay_one(self, lease: Lease) -> bool:
-        """Whether it was released."""
-        try:
-            died_at = self._died_at(lease)
-        except BrokerError as problem:
-            self._failed(lease, getattr(problem, "reason", None) or problem.detail)
-            return False
-        except Exception as problem:
-            # A row that cannot be understood, or a provider with a fault: this one debt's trouble, and nobody else's.
-            _log.exception("a debt could not be paid", extra={"fields": {"lease_id": lease.id}})
-            self._failed(lease, f"{type(problem).__name__}: see the broker's log")
-            return False
-        return died_at is not None and self._released(lease, died_at)
+    def _pay_claimed(self, claimed: Sequence[Lease]) -> int:
+        """Answers how many of them were released."""
+        died: list[tuple[Lease, datetime]] = []
+        for lease, problem in self._asked_for(claimed):
+            try:
+                if problem is not None:
+                    raise problem
+                died_at = self._died_at(lease)
+            except BrokerError as refusal:
+                self._failed(lease, getattr(refusal, "reason", None) or refusal.detail)
+            except Exception as fault:
+                # A row that cannot be understood, or a provider with a fault: this debt's trouble, and nobody else's.
+                _log.exception("a debt could not be paid", extra={"fields": {"lease_id": lease.id}})
+                self._failed(lease, f"{type(fault).__name__}: see the broker's log")
+            else:
+                if died_at is not None:
+                    died.append((lease, died_at))
+        return self._release(died)
+
+    def _asked_for(self, claimed: Sequence[Lease]) -> Iterator[tuple[Lease, Exception | None]]:
+        """Each with what its provider says of its end; those that need nobody to be asked with nothing."""
+        by_provider: dict[str, list[tuple[Lease, Handle | None]]] = {}
+        for lease in claimed:
+            if lease.dead_at is not None or (lease.handle is None and lease.reference is None):
+                yield lease, None
+                continue
+            try:
+                handle = None if lease.handle is None else _handle_of(lease, lease.handle)
+            except ValueError as fault:
+                yield lease, fault
+                continue
+            by_provider.setdefault(lease.provider, []).append((lease, handle))
+        for name, owed in by_provider.items():
+            provider = self._providers.get(name)
+            if provider is None:
+                missing = Unavailable(f"no provider {name!r} is configured, and a lease is owed to it")
+                yield from ((lease, missing) for lease, _ in owed)
+                continue
+            answers = revoke_each(provider, [(handle, lease.reference) for lease, handle in owed])
+            yield from ((lease, answer) for (lease, _), answer in zip(owed, answers, strict=True))
 
     def _died_at(self, lease: Lease) -> datetime | None:
-        """When its credential died; None while only time is waited for, which is noted. Raises what the outside says.
+        """When its credential died, whose end is confirmed; None while only time is waited for, which is noted.
 
         INV-04: a secret nobody heard of may appear after its token died. So it is not dead before it could no longer
         appear, everything the provider lists was looked at since, and what it could have been has ended by itself.
@@ -163,12 +198,9 @@ class Debts:
         if lease.handle is None and lease.reference is None:
             # Nothing was ever asked for: what is asked for has a handle first (INV-02).
             return self._clock()
-        provider = self._provider(lease)
-        handle = None if lease.handle is None else _handle_of(lease, lease.handle)
-        provider.revoke(handle, lease.reference)
         now = self._clock()
         if lease.unknown:
-            settles_at = lease.settles_at or now + provider.settles_after
+            settles_at = lease.settles_at or now + self._providers[lease.provider].settles_after
             if now < settles_at:
                 self._wait(lease, settles_at, settles_at=settles_at)
                 return None
@@ -177,12 +209,6 @@ class Debts:
                 return None
             return self._when_reached(lease, max(now, lease.expires_at))
         return self._when_reached(lease, dead_at(lease, confirmed_at=now))
-
-    def _provider(self, lease: Lease) -> Provider:
-        provider = self._providers.get(lease.provider)
-        if provider is None:
-            raise Unavailable(f"no provider {lease.provider!r} is configured, and a lease is owed to it")
-        return provider
 
     def _was_looked_at_since(self, provider: str, moment: datetime) -> bool:
         with self._database.read() as db:
@@ -200,25 +226,30 @@ class Debts:
             values: dict[str, Any] = {"next_attempt_at": until, **known}
             leases.note(db, lease.id, leases.claimed_by(lease.fence), **values)
 
-    def _released(self, lease: Lease, died_at: datetime) -> bool:
+    def _release(self, died: Sequence[tuple[Lease, datetime]]) -> int:
+        if not died:
+            return 0
         now = self._clock()
         with self._database.begin() as db:
-            event = lease_event(now, "lease.released", data={"dead_at": int(died_at.timestamp())})
-            where = (leases.with_id(lease.id), leases.claimed_by(lease.fence))
-            # What arrived meanwhile is owed too, and was not asked about.
-            same = leases.known_by(lease.reference)
-            moved = move(
-                db,
-                models.Lease,
-                LeaseState.RELEASED,
-                *where,
-                same,
-                event=event,
-                returning=leases.LEASE_FACTS,
-                dead_at=died_at,
-                next_attempt_at=None,
-                last_error=None,
-            )
+            return sum([self._released(db, lease, died_at, now) for lease, died_at in died])
+
+    def _released(self, db: Connection, lease: Lease, died_at: datetime, now: datetime) -> bool:
+        event = lease_event(now, "lease.released", data={"dead_at": int(died_at.timestamp())})
+        where = (leases.with_id(lease.id), leases.claimed_by(lease.fence))
+        # What arrived meanwhile is owed too, and was not asked about.
+        same = leases.known_by(lease.reference)
+        moved = move(
+            db,
+            models.Lease,
+            LeaseState.RELEASED,
+            *where,
+            same,
+            event=event,
+            returning=leases.LEASE_FACTS,
+            dead_at=died_at,
+            next_attempt_at=None,
+            last_error=None,
+        )
         return bool(moved)
 
     def _failed(self, lease: Lease, why: str) -> None:

@@ -1,6 +1,7 @@
 """The contract of a provider, on the fake Vault and on a real OpenBao alike."""
 
 import logging
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -167,6 +168,41 @@ def test_a_lost_answer_to_a_look_up_is_no_confirmation(stand, step):
     stand.wire.loses_reply(step)
     with pytest.raises(ProviderUnavailable):
         stand.provider.revoke(handle, secret.reference)
+    stand.provider.revoke(handle, secret.reference)
+
+
+def test_several_are_revoked_together_and_each_is_dead_when_it_is_said_to_be(stand):
+    made = [stand.issue()[1:] for _ in range(4)]
+    owed = [(handle, secret.reference) for handle, secret in made]
+    assert stand.provider.revoke_many(owed) == [None] * 4
+    assert not any(stand.opens(**secret.data.reveal()) for _, secret in made)
+    assert not references(stand)
+    assert stand.provider.revoke_many(owed) == [None] * 4
+
+
+def test_of_several_the_one_that_is_malformed_keeps_no_other_from_being_revoked(stand):
+    _, handle, secret = stand.issue()
+    bad = replace(handle, value="../../sys/seal")
+    first, second, third = stand.provider.revoke_many([(bad, None), (handle, secret.reference), (None, "a/../b")])
+    assert isinstance(first, ValueError) and isinstance(third, ValueError) and second is None
+    assert not stand.opens(**secret.data.reveal())
+
+
+@pytest.mark.parametrize("step", ["POST /v1/auth/token/lookup-accessor", "PUT /v1/sys/leases/lookup"])
+def test_of_several_the_one_whose_look_up_is_lost_is_not_confirmed_and_the_others_are(stand, step):
+    made = [stand.issue()[1:] for _ in range(3)]
+    stand.wire.loses_reply(step)
+    said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
+    assert [type(problem) for problem in said] == [ProviderUnavailable, type(None), type(None)]
+
+
+def test_several_are_given_up_together_where_vault_is_too_slow(stand, monkeypatch):
+    """Whoever claimed them keeps the claim no longer than that."""
+    _, handle, secret = stand.issue()
+    monkeypatch.setattr("broker.providers.vault.provider.MANY_S", -1.0)
+    said = stand.provider.revoke_many([(handle, secret.reference)] * 2)
+    assert [type(problem) for problem in said] == [ProviderUnavailable] * 2
+    assert stand.opens(**secret.data.reveal())
     stand.provider.revoke(handle, secret.reference)
 
 

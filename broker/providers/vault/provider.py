@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -42,6 +43,9 @@ MARGIN = timedelta(seconds=30)
 
 # Between look-ups while Vault's own queue works on what we revoked; together less than a caller waits for a receipt.
 CONFIRM_PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+# Several are given up together when Vault is so slow, so that whoever claimed them still has the claim.
+MANY_S = 10.0
 
 TRIAL_S = 30
 
@@ -133,9 +137,43 @@ class VaultProvider:
 
     def revoke(self, handle: Handle | None, reference: str | None) -> None:
         """The accessor first, so that nothing more is read; then the lease at once; then look until both are gone."""
+        self._end_lease(handle, reference, self._end_token(handle))
+
+    def revoke_many(self, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
+        """All tokens first: their death queues their leases, and the first is done while the last is asked for."""
+        ends_at = time.monotonic() + MANY_S
+        asked: list[tuple[Handle | None, str | None, list[str] | Exception]] = []
+        for handle, reference in owed:
+            try:
+                _require_in_time(ends_at)
+                asked.append((handle, reference, self._end_token(handle)))
+            except (ProviderUnavailable, ValueError) as problem:
+                asked.append((handle, reference, problem))
+        return [self._problem_with(handle, reference, known, ends_at) for handle, reference, known in asked]
+
+    def _problem_with(
+        self, handle: Handle | None, reference: str | None, known: list[str] | Exception, ends_at: float
+    ) -> Exception | None:
+        if isinstance(known, Exception):
+            return known
+        try:
+            _require_in_time(ends_at)
+            # One that the queue has done already is not asked for again: Vault would work on it twice.
+            if known or self._alive(handle, reference):
+                self._end_lease(handle, reference, known)
+        except (ProviderRefused, ProviderUnavailable, ValueError) as problem:
+            return problem
+        return None
+
+    def _end_token(self, handle: Handle | None) -> list[str]:
+        """Nothing more is read with it; answers what went wrong, which must not keep its lease from being ended."""
         problems: list[str] = []
         if handle is not None:
             self._attempt(problems, lambda: self._revoke_accessor(handle.value))
+        return problems
+
+    def _end_lease(self, handle: Handle | None, reference: str | None, problems: list[str]) -> None:
+        """At once, and then look until lease and token are gone."""
         if reference is not None:
             self._attempt(problems, lambda: self._revoke_lease(reference))
         # What a step could not do Vault's queue may yet do; but it will hardly, so the next debt is not kept waiting.
@@ -346,6 +384,11 @@ def _wrong_with(auth: Mapping[str, Any], seconds: int) -> str | None:
     if type(auth.get("lease_duration")) is not int or not 1 <= auth["lease_duration"] <= seconds:
         return "lives longer than was asked for, or for ever"
     return None
+
+
+def _require_in_time(ends_at: float) -> None:
+    if time.monotonic() > ends_at:
+        raise ProviderUnavailable("Vault answers too slowly to be asked about every one of many")
 
 
 def _reference(lease_id: object, source: SecretSource) -> str | None:
