@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ WHO = {
     "GET /v1/grants/{id}": "its agent, the orchestrator of its task, admin, auditor",
     "POST /v1/grants/{id}/renew": "its agent",
     "POST /v1/grants/{id}/revoke": "its agent, the orchestrator of its task, admin",
+    "GET /v1/leases": "admin, auditor",
+    "GET /v1/leases/{id}": "admin, auditor",
+    "POST /v1/leases/{id}/abandon": "admin",
     "POST /v1/revocations": "admin",
     "GET /v1/lockdowns": "admin",
     "POST /v1/lockdowns": "admin",
@@ -93,8 +97,7 @@ Errors that only the OAuth surface has: `unsupported_grant_type` (400). A refuse
 (401) where it came as a client assertion, `invalid_grant` (400) as an `assertion`, `invalid_request` (400) as a
 `subject_token`. 429 and 503 carry `Retry-After`.
 
-Codes that no broker of this version answers yet have their place in the tree (`broker.domain.errors`):
-`use_dpop_nonce`, `provider_refused`, `provider_unavailable`.
+One code that no broker of this version answers yet has its place in the tree: `use_dpop_nonce`.
 """
 
 # Refusals of the HTTP layer itself; they have no class in the tree of `broker.domain.errors`.
@@ -129,7 +132,7 @@ def error_codes() -> str:
             problem = _made(kind)
             status = status_of(problem)
             answer = oauth_response(problem, ISSUER)
-            oauth = f"`{answer.get_json()['error']}` ({answer.status_code})"
+            oauth = f"`{json.loads(answer.body)['error']}` ({answer.status})"
         rows.append(f"| `{code}` | {status} | {oauth} | {title} | {REMEDIES[code]} |\n")
     return _ERRORS + "".join(rows) + _ERRORS_END
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 from broker.domain.audit import Event
 from broker.domain.clock import Clock
@@ -18,6 +19,15 @@ from broker.store.database import Database
 from broker.store.transitions import record
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outstanding:
+    """Leases that are not released, by (provider, state); by provider how old the oldest debt is, and the last look."""
+
+    counts: Mapping[tuple[str, str], int]
+    oldest_s: Mapping[str, float]
+    looked_at: Mapping[str, datetime]
+
+
 class Leases:
     def __init__(self, *, database: Database, clock: Clock) -> None:
         self._database = database
@@ -25,23 +35,27 @@ class Leases:
 
     def page(
         self, caller: Caller, filters: Mapping[str, str], *, before: str | None = None, limit: int = 100
-    ) -> list[Lease]:
-        """Newest first, below the id `before`."""
+    ) -> list[tuple[Lease, datetime | None]]:
+        """Each with since when it is owed, if it is; newest first, below the id `before`."""
         with recorded(self._database, self._clock, caller, "lease.refused", "list"):
             _require_overseer(caller)
         with self._database.read() as db:
-            return leases.page_of_leases(db, where=leases.matching(**filters), before=before, limit=limit)
+            found = leases.page_of_leases(db, where=leases.matching(**filters), before=before, limit=limit)
+            since = leases.owed_since(db, [lease.id for lease in found])
+        return [(lease, since.get(lease.id)) for lease in found]
 
-    def find(self, caller: Caller, lease_id: str) -> Lease:
+    def find(self, caller: Caller, lease_id: str) -> tuple[Lease, datetime | None]:
+        """The lease, and since when it is owed, if it is."""
         with recorded(self._database, self._clock, caller, "lease.refused", "show"):
             _require_overseer(caller)
             with self._database.read() as db:
                 lease = leases.find_lease(db, lease_id) if is_id(lease_id, "lea") else None
+                since = {} if lease is None else leases.owed_since(db, [lease.id])
             if lease is None:
                 raise NotFound(f"there is no lease {lease_id[:64]!r}")
-            return lease
+            return lease, since.get(lease.id)
 
-    def abandon(self, caller: Caller, lease_id: str, *, reason: str) -> Lease:
+    def abandon(self, caller: Caller, lease_id: str, *, reason: str) -> tuple[Lease, datetime | None]:
         """Nobody is told of it again. It stays open, is tried now and then, and counts as residual risk (INV-04)."""
         with (
             recorded(self._database, self._clock, caller, "lease.refused", "abandon"),
@@ -52,8 +66,9 @@ class Leases:
             lease = leases.find_lease(db, lease_id) if is_id(lease_id, "lea") else None
             if lease is None:
                 raise NotFound(f"there is no lease {lease_id[:64]!r}")
+            since = leases.owed_since(db, [lease.id]).get(lease.id)
             if lease.abandoned_at is not None:
-                return lease
+                return lease, since
             said = {"abandoned_at": now, "abandoned_by": caller.name, "abandoned_reason": reason}
             stuck = (leases.in_state(LeaseState.STUCK), leases.not_abandoned())
             if not leases.note(db, lease.id, *stuck, **said):
@@ -71,7 +86,15 @@ class Leases:
                 data={"lease_id": lease.id, "provider": lease.provider, "attempts": lease.attempts},
             )
             record(db, [event])
-            return replace(lease, abandoned_at=now, abandoned_by=caller.name, abandoned_reason=reason)
+            return replace(lease, abandoned_at=now, abandoned_by=caller.name, abandoned_reason=reason), since
+
+    def measure(self) -> Outstanding:
+        """What is owed outside at this moment, for those who watch."""
+        with self._database.read() as db:
+            counts, oldest, looks = leases.count_by_state(db), leases.oldest_owed(db), leases.looks(db)
+        now = self._clock()
+        ages = {provider: max(0.0, (now - since).total_seconds()) for provider, since in oldest.items()}
+        return Outstanding(counts=counts, oldest_s=ages, looked_at=looks)
 
 
 def _require_overseer(caller: Caller) -> None:

@@ -12,16 +12,17 @@ from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, func, literal_column, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, case, func, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.types import String
 
 from broker.domain.lease import Lease
-from broker.domain.lifecycle import LeaseState
+from broker.domain.lifecycle import GrantState, LeaseState
 from broker.store import models
 from broker.store.rows import insert_rows
 
 _leases = models.table_of(models.Lease)
+_grants = models.table_of(models.Grant)
 _looks = models.table_of(models.ProviderLook)
 _NAMES = tuple(entry.name for entry in fields(Lease))
 _values_of = attrgetter(*_NAMES)
@@ -33,6 +34,13 @@ _OWED = _leases.c.state.in_(
 )
 _INTENDED = _leases.c.state == literal_column("'intended'")
 _OPEN = _leases.c.state != literal_column("'released'")
+
+# A grant that was revoked says when, one that expired did so then; of others there was no authority to end.
+_SINCE = case(
+    (_grants.c.state == str(GrantState.REVOKED), func.coalesce(_grants.c.revoked_at, _grants.c.expires_at)),
+    (_grants.c.state == str(GrantState.EXPIRED), _grants.c.expires_at),
+    else_=_leases.c.created_at,
+).label("since")
 
 # What the event of a moved lease speaks of.
 LEASE_FACTS = ("id", "grant_id", "provider", "attempts", "dead_at", "unknown")
@@ -174,6 +182,25 @@ def unalerted(db: Connection, *, limit: int) -> list[Lease]:
     return [lease_of(row) for row in db.execute(_SELECT.where(_OWED, *stuck).order_by(_leases.c.id).limit(limit))]
 
 
+def owed_since(db: Connection, lease_ids: Collection[str]) -> dict[str, datetime]:
+    """Since when each is owed: when the authority of its grant ended. Not of a lease whose grant may still live.
+
+    What nobody owns, and what was made for a grant that never came to be, is owed since we know of it.
+    """
+    if not lease_ids:
+        return {}
+    statement = select(_leases.c.id, _SINCE).join_from(_leases, _grants, isouter=True)
+    ended = _leases.c.state.not_in([str(LeaseState.INTENDED), str(LeaseState.HELD)])
+    return {row.id: row.since for row in db.execute(statement.where(with_ids(lease_ids), ended))}
+
+
+def oldest_owed(db: Connection) -> dict[str, datetime]:
+    """By provider, since when the oldest debt is owed that nobody abandoned."""
+    statement = select(_leases.c.provider, func.min(_SINCE).label("since")).join_from(_leases, _grants, isouter=True)
+    owed = statement.where(_OWED, not_abandoned()).group_by(_leases.c.provider)
+    return {row.provider: row.since for row in db.execute(owed)}
+
+
 def count_by_state(db: Connection) -> dict[tuple[str, str], int]:
     """How many leases that are not released there are, by (provider, state)."""
     statement = (
@@ -206,6 +233,12 @@ def last_look(db: Connection, provider: str) -> Any:
     """None, or a row: `number`: how many looks there were; `began_at`: when the last began; `wanted_at`."""
     columns = (_looks.c.number, _looks.c.began_at, _looks.c.wanted_at)
     return db.execute(select(*columns).where(_looks.c.provider == provider)).one_or_none()
+
+
+def looks(db: Connection) -> dict[str, datetime]:
+    """When the last complete look at each provider began."""
+    statement = select(_looks.c.provider, _looks.c.began_at).where(_looks.c.began_at.is_not(None))
+    return {row.provider: row.began_at for row in db.execute(statement)}
 
 
 def want_look(db: Connection, provider: str, *, now: datetime) -> None:

@@ -15,6 +15,7 @@ from broker.web import auth, envelope, problems
 from broker.web.answers import Answer, json_response, kept_response
 from broker.web.api.audit import audit
 from broker.web.api.grants import grants
+from broker.web.api.leases import leases
 from broker.web.api.policies import policies
 from broker.web.api.revocations import revocations
 from broker.web.api.tasks import tasks
@@ -29,7 +30,7 @@ from broker.web.operations import openapi
 from broker.web.reading import MAX_BODY_BYTES
 from broker.wiring import Broker
 
-API = (tasks, grants, revocations, policies, audit)
+API = (tasks, grants, leases, revocations, policies, audit)
 # What agents and verifiers ask all day long, and what nobody else waits for.
 _BUSY = ("grants.request_grant", "token.issue_token", "token.introspect")
 

@@ -61,6 +61,10 @@ class WithReason(Request):
     reason: Sentence | None = None
 
 
+class Abandon(Request):
+    reason: Sentence
+
+
 class RequestGrant(Request):
     task_id: Name | None = None
     resource: Identifier
@@ -221,6 +225,7 @@ class LeaseAnswer(LeaseOfGrantAnswer):
     grant_id: str | None
     provider: str
     revocation_class: str | None
+    owed_since: Annotated[When | None, Field(description="When the authority of its grant ended; null while it lives.")]
     next_attempt_at: When | None
     created_at: When
     expires_at: When
@@ -253,7 +258,7 @@ class GrantAnswer(Answer):
     lease: LeaseOfGrantAnswer | None
 
 
-class TokenAnswer(Answer):
+class JwtAnswer(Answer):
     type: Literal["jwt"]
     token: str
     token_type: str
@@ -268,7 +273,7 @@ class SecretAnswer(Answer):
 
 class IssuedAnswer(Answer):
     grant: GrantAnswer
-    credential: TokenAnswer | SecretAnswer
+    credential: JwtAnswer | SecretAnswer
 
 
 class ReceiptLineAnswer(Answer):
@@ -455,7 +460,7 @@ def of_issued(issued: Issued) -> dict[str, Any]:
     return {"grant": of_grant(issued.grant, True, issued.lease), "credential": shown}
 
 
-def of_lease(lease: Lease) -> dict[str, Any]:
+def of_lease(lease: Lease, owed_since: datetime | None = None) -> dict[str, Any]:
     """What of a lease is shown: never the handle, and the reference only as what it is, a name."""
     return {
         "id": lease.id,
@@ -463,6 +468,7 @@ def of_lease(lease: Lease) -> dict[str, Any]:
         "provider": lease.provider,
         "state": str(lease.state),
         "revocation_class": lease.revocation_class,
+        "owed_since": _time(owed_since),
         "attempts": lease.attempts,
         "next_attempt_at": _time(lease.next_attempt_at),
         "last_error": lease.last_error,

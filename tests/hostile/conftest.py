@@ -2,10 +2,15 @@
 
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
 
+from broker.domain.lifecycle import LeaseState
+from broker.services.secrets import intended_lease
+from broker.store.grants import find_grant
+from broker.store.leases import insert_leases
 from broker.store.models import Base
 from tests.house import build_house
 from tests.web.conftest import Web
@@ -73,6 +78,15 @@ def assert_plain(answer):
     for name, value in answer.headers:
         assert value.isascii(), (name, value)
         assert value.isprintable(), (name, value)
+
+
+def stuck_lease(broker, grant_id):
+    """The id of a lease of this grant that is owed and cannot be paid."""
+    with broker.database.begin() as db:
+        now = broker.clock()
+        lease = intended_lease(find_grant(db, grant_id), {}, now)
+        insert_leases(db, [replace(lease, state=LeaseState.STUCK, attempts=6, next_attempt_at=now)])
+    return lease.id
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,10 @@ BODIES = {
         "ttl_s": 60,
         "intent": "read the leads",
         "context": {"batch": "seven"},
+        "parameters": {},
     },
     shapes.RenewGrant: {"ttl_s": 60},
+    shapes.Abandon: {"reason": "drill"},
     shapes.Revoke: {"agent": "nobody", "reason": "drill", "dry_run": False, "lockdown": False},
     shapes.SetLockdown: {"agent": "nobody", "reason": "drill"},
     shapes.Evaluate: {
@@ -103,7 +105,7 @@ def leaves(value, path=()):
 def objects(value, path=()):
     """The path of each object whose members are fixed."""
     if isinstance(value, dict):
-        if path[-1:] not in (("labels",), ("context",)):
+        if path[-1:] not in (("labels",), ("context",), ("parameters",)):
             yield path
         for name, below in value.items():
             yield from objects(below, (*path, name))

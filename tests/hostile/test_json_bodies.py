@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from broker.web.app import API
-from tests.hostile.conftest import Hostile, refused
+from tests.hostile.conftest import Hostile, refused, stuck_lease
 from tests.hostile.corpus import (
     AXES,
     BODIES,
@@ -29,7 +29,7 @@ from tests.house import CRM
 
 OPERATIONS = {operation.name: operation for room in API for operation in room.declared if operation.body is not None}
 CALLERS = {"request_grant": "summarizer", "renew_grant": "summarizer", "revoke_grant": "summarizer"} | dict.fromkeys(
-    ("revoke_along", "set_lockdown", "evaluate"), "ada"
+    ("revoke_along", "set_lockdown", "evaluate", "abandon_lease"), "ada"
 )
 
 
@@ -42,10 +42,15 @@ class Scene:
         web.house.broker.issuance._limits = replace(web.house.broker.settings.limits, max_live_per_agent=100_000)
         task = web.open_task()
         grant = web.grant(task).json["grant"]
-        self.path = self.operation.path.replace("{id}", task["id"] if "/tasks/" in self.operation.path else grant["id"])
+        self.path = self.operation.path.replace("{id}", self._id(task["id"], grant["id"]))
         self.body = BODIES[self.operation.body]
         if "task_id" in self.body:
             self.body = self.body | {"task_id": task["id"]}
+
+    def _id(self, task_id, grant_id):
+        if "/leases/" in self.operation.path:
+            return stuck_lease(self.web.house.broker, grant_id)
+        return task_id if "/tasks/" in self.operation.path else grant_id
 
     def send(self, body, **more):
         raw = body if isinstance(body, str | bytes) else json.dumps(body)
@@ -108,7 +113,7 @@ def test_no_string_holds_what_would_change_a_line_a_header_or_a_query(scene):
 
 
 def test_no_free_member_is_called_what_would_change_a_line_or_a_query(scene):
-    for free in ("labels", "context"):
+    for free in ("labels", "context", "parameters"):
         if free in scene.body:
             for text in MALFORMED:
                 problem = refused(scene.send(scene.body | {free: {text: "x"}}))
@@ -147,7 +152,7 @@ def test_a_list_is_a_list_that_is_neither_empty_nor_endless(scene):
                 refused(scene.send(scene.body | {name: wrong}), member=name, status=(400,))
             if name != "resources":
                 refused(scene.send(scene.body | {name: []}), member=name, status=(400,))
-    for free in ("labels", "context"):
+    for free in ("labels", "context", "parameters"):
         if free in scene.body:
             many = {str(number): "x" for number in range(33)}
             for wrong in ([], "x", [["team", "crm"]], many):

@@ -94,6 +94,9 @@ ROLES = [
     ("POST", "/v1/lockdowns", {"agent": "nobody", "reason": "drill"}, {"ada"}),
     ("DELETE", "/v1/lockdowns/lck_0000000000000000000000000a", None, {"ada"}),
     ("GET", "/v1/audit", None, {"ada", "audrey"}),
+    ("GET", "/v1/leases", None, {"ada", "audrey"}),
+    ("GET", "/v1/leases/lea_0000000000000000000000000a", None, {"ada", "audrey"}),
+    ("POST", "/v1/leases/lea_0000000000000000000000000a/abandon", {"reason": "drill"}, {"ada"}),
     ("GET", "/v1/policies", None, {"ada", "audrey"}),
     ("GET", "/metrics", None, {"ada", "audrey"}),
     (
