@@ -21,6 +21,7 @@ from broker.sdk.values import (
     Event,
     Grant,
     Introspection,
+    Lease,
     Lockdown,
     Members,
     Page,
@@ -126,6 +127,7 @@ def request_grant(
     context: Mapping[str, Any] | None = None,
     dpop: DpopKey | None = None,
     *,
+    parameters: Mapping[str, str] | None = None,
     on_behalf_of: str | None = None,
     parent_grant_id: str | None = None,
     idempotency_key: str | None = None,
@@ -133,6 +135,7 @@ def request_grant(
     """Ask for a credential. Raises Refused with the decision, or ApprovalPending where people are asked first.
 
     `task_id` may be None for a principal that is allowed implicit tasks. With `dpop` it is bound to that key.
+    `parameters` are for the system that makes a secret: a certificate's `csr`, an SSH key's `public_key`.
     """
     body = _given(
         task_id=task_id,
@@ -141,6 +144,7 @@ def request_grant(
         ttl_s=ttl_s,
         intent=intent,
         context=None if context is None else dict(context),
+        parameters=None if parameters is None else dict(parameters),
         on_behalf_of=on_behalf_of,
         parent_grant_id=parent_grant_id,
     )
@@ -196,6 +200,24 @@ def renew_grant(grant_id: str, ttl_s: int | None = None, dpop: DpopKey | None = 
 def revoke_grant(grant_id: str, reason: str | None = None) -> Call[Receipt]:
     """End one grant, and every grant delegated from it."""
     return _end(_grant(grant_id), "revoke", reason)
+
+
+def lease(lease_id: str) -> Call[Lease]:
+    """One lease as it is now; for admins and auditors."""
+    return Call(method="GET", path=_lease(lease_id), read=_reads(Lease.of), repeatable=True)
+
+
+def leases(
+    *, state: str | None = None, provider: str | None = None, grant: str | None = None, page_size: int | None = None
+) -> Listing[Lease]:
+    """What is held and owed outside, newest first; for admins and auditors."""
+    return _listing("/v1/leases", Lease.of, page_size, state=state, provider=provider, grant=grant)
+
+
+def abandon_lease(lease_id: str, reason: str) -> Call[Lease]:
+    """Say that a stuck lease is given up. It stays open: nobody confirmed that its secret is dead."""
+    body = {"reason": reason}
+    return Call(method="POST", path=f"{_lease(lease_id)}/abandon", body=body, read=_reads(Lease.of), repeatable=True)
 
 
 def revoke(axis: str, value: str, reason: str, dry_run: bool = True, lockdown: bool = False) -> Call[Revocation]:
@@ -329,6 +351,10 @@ def _task(task_id: str) -> str:
 
 def _grant(grant_id: str) -> str:
     return f"/v1/grants/{require_id(grant_id, 'grant_id')}"
+
+
+def _lease(lease_id: str) -> str:
+    return f"/v1/leases/{require_id(lease_id, 'lease_id')}"
 
 
 def _given(**members: Any) -> dict[str, Any]:

@@ -131,6 +131,10 @@ class Client:
     renew_grant = _verb(calls.renew_grant)
     revoke_grant = _verb(calls.revoke_grant)
 
+    lease = _verb(calls.lease)
+    leases = _pages(calls.leases)
+    abandon_lease = _verb(calls.abandon_lease)
+
     revoke = _verb(calls.revoke)
     lockdowns = _pages(calls.lockdowns)
     set_lockdown = _verb(calls.set_lockdown)
@@ -152,10 +156,19 @@ class Client:
         intent: str | None = None,
         context: Mapping[str, Any] | None = None,
         dpop: DpopKey | None = None,
+        parameters: Mapping[str, str] | None = None,
     ) -> CredentialSource:
-        """A credential that is asked for when first used, renewed in time, and handed back on `close`."""
+        """A credential that is asked for when first used, renewed or replaced in time, and handed back on `close`."""
         lifetime = Lifetime(
-            self.timing, task_id, resource, scopes, ttl_s=ttl_s, intent=intent, context=context, dpop=dpop
+            self.timing,
+            task_id,
+            resource,
+            scopes,
+            ttl_s=ttl_s,
+            intent=intent,
+            context=context,
+            dpop=dpop,
+            parameters=parameters,
         )
         return CredentialSource(self, lifetime)
 

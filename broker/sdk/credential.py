@@ -3,17 +3,19 @@
 `Lifetime` decides and does no I/O; `CredentialSource` and `AsyncCredentialSource` act on it, one request at a time
 however many ask. A grant that reached its end by time is followed by a new one. When the broker says no, to a renewal
 or to a new grant, that is the end: it is not asked again.
+
+A secret from outside is not renewed: it is replaced in time by another. The old one goes on for half of what was left
+of it, for those who are just using it, and is handed back at the first use after that.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import enum
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -49,8 +51,18 @@ _NOTHING_MADE = (Refused, Conflict, NotFound, Invalid)
 
 class Need(enum.Enum):
     NOTHING = "use what we have"
+    TIDY = "use what we have, and hand back what it replaced"
     SOON = "use what we have, and renew it"
     NOW = "what we have is dead, or there is none: ask for a grant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """A grant that another one took the place of: to be handed back when, and over by itself when."""
+
+    grant: Grant
+    due_at: datetime
+    dead_at: datetime
 
 
 class Lifetime:
@@ -67,6 +79,7 @@ class Lifetime:
         intent: str | None = None,
         context: Mapping[str, Any] | None = None,
         dpop: DpopKey | None = None,
+        parameters: Mapping[str, str] | None = None,
     ) -> None:
         self.resource = resource
         self.dpop = dpop
@@ -77,12 +90,13 @@ class Lifetime:
         self._failure: BrokerError | None = None
         self._timing = timing
         self._task_id, self._scopes = task_id, scopes if isinstance(scopes, str) else tuple(scopes)
-        self._ttl_s, self._intent, self._context = ttl_s, intent, context
+        self._ttl_s, self._intent, self._context, self._parameters = ttl_s, intent, context, parameters
         self._dead_at = self._renew_at = datetime.min.replace(tzinfo=UTC)
         self._asked_at: datetime | None = None
         self._key: str | None = None  # of a grant that was asked for, until there is an answer
         self._unanswered = False
         self._ended: BrokerError | None = None
+        self._replaced: list[Replaced] = []
 
     def need(self) -> Need:
         """What is to be done before the credential is used now. Raises once the broker has said no, or after close."""
@@ -93,15 +107,18 @@ class Lifetime:
         now = self._timing.now()
         if self.credential is None or now >= self._dead_at:
             return Need.NOW
-        return Need.SOON if now >= self._renew_at else Need.NOTHING
+        if now >= self._renew_at:
+            return Need.SOON
+        return Need.TIDY if any(old.due_at <= now for old in self._replaced) else Need.NOTHING
 
     def call(self) -> Call[tuple[Grant, Credential]]:
         """The request that meets the need: a renewal while the credential lives, else a grant.
 
-        A dead one cannot be renewed: its grant ended with it, or had reached its maximum.
+        A dead one cannot be renewed: its grant ended with it, or had reached its maximum. Nor can what is no token.
         """
         self._asked_at = self._timing.now()
-        if self.grant is not None and self._asked_at < self._dead_at:
+        renewable = self.credential is None or self.credential.token is not None
+        if self.grant is not None and self._asked_at < self._dead_at and renewable:
             return calls.renew_grant(self.grant.id, ttl_s=self._ttl_s, dpop=self.dpop)
         # The same key until there is an answer: a grant whose answer was lost is found again, not made twice (INV-06).
         self._key, self._unanswered = self._key or calls.new_idempotency_key(), True
@@ -122,12 +139,17 @@ class Lifetime:
             self._intent,
             self._context,
             self.dpop,
+            parameters=self._parameters,
             idempotency_key=idempotency_key,
         )
 
     def got(self, grant: Grant, credential: Credential) -> None:
         if self._asked_at is None:
             raise RuntimeError("an answer to nothing that was asked")
+        now = self._timing.now()
+        if self.grant is not None and self.grant.id != grant.id and now < self._dead_at:
+            due_at = now + (self._dead_at - now) / 2
+            self._replaced.append(Replaced(grant=self.grant, due_at=due_at, dead_at=self._dead_at))
         # Counted from before we asked, and by what the broker's clock said was left: late is the error not to make.
         life_s = credential.life_s
         self.grant, self.credential, self._key, self._unanswered = grant, credential, None, False
@@ -143,15 +165,14 @@ class Lifetime:
         """Take note of it; True where the credential we have is still good and the caller need not know."""
         self.failures += 1
         self._failure = copy.copy(error)
+        final = isinstance(error, _FINAL)
         if self._key is not None:
             if not isinstance(error, Unreachable):
                 self._unanswered = False
             if not isinstance(error, Unreachable | Limited):
                 self._key = None
-            if self.grant is not None and isinstance(error, _FINAL):
-                self._ended = copy.copy(error)
-            return False
-        if isinstance(error, _FINAL):
+            final = final and self.grant is not None
+        if final:
             self._ended = copy.copy(error)
             return False
         now = self._timing.now()
@@ -165,10 +186,28 @@ class Lifetime:
             raise RuntimeError("there is no credential to use")
         return self.credential
 
-    def close(self) -> tuple[Grant | None, Call[tuple[Grant, Credential]] | None]:
-        """No more use; what there is to hand back, and the request that may have made one we do not know."""
-        self.closed, self.credential = True, None
-        return self.grant, self.unanswered()
+    def due(self) -> list[Replaced]:
+        """What is to be handed back now; answered once, unless `not_yet` says that it could not be."""
+        now = self._timing.now()
+        due = [old for old in self._replaced if old.due_at <= now]
+        self._replaced = [old for old in self._replaced if old.due_at > now]
+        return due
+
+    def not_yet(self, old: Replaced) -> None:
+        """Again later, and at the latest on close; unless it is over by then."""
+        later = self._timing.now() + timedelta(seconds=5)
+        if later < old.dead_at:
+            self._replaced.append(replace(old, due_at=later))
+
+    def close(self) -> tuple[list[Grant], Call[tuple[Grant, Credential]] | None]:
+        """No more use; what there is to hand back, the current one last, and the request that may have made another."""
+        now, unanswered = self._timing.now(), self.unanswered()
+        grants = [old.grant for old in self._replaced if now < old.dead_at]
+        # One that was asked for anew because the last had died leaves nothing of the last.
+        if self.grant is not None and (unanswered is None or now < self._dead_at):
+            grants.append(self.grant)
+        self.closed, self.credential, self._replaced = True, None, []
+        return grants, unanswered
 
     def share_failure(self, since: int) -> None:
         """Raise what others met while we waited for them: a dead broker is asked once, not once for each that waits."""
@@ -204,6 +243,10 @@ class CredentialSource:
         """The token, live at this moment. Show it to nobody but the resource."""
         return self.credential().reveal()
 
+    def data(self) -> dict[str, Any]:
+        """What a secret from outside consists of, e.g. user name and password, live at this moment."""
+        return self.credential().reveal_data()
+
     def credential(self) -> Credential:
         """The credential, live at this moment."""
         failures, need = self._lifetime.failures, self._lifetime.need()
@@ -213,7 +256,10 @@ class CredentialSource:
         if not self._lock.acquire(blocking=need is Need.NOW):
             return self._lifetime.live()
         try:
-            if (need := self._lifetime.need()) is not Need.NOTHING:
+            need = self._lifetime.need()
+            if need is Need.TIDY:
+                self._tidy()
+            elif need is not Need.NOTHING:
                 if need is Need.NOW:
                     self._lifetime.share_failure(failures)
                 try:
@@ -224,6 +270,15 @@ class CredentialSource:
             return self._lifetime.live()
         finally:
             self._lock.release()
+
+    def _tidy(self) -> None:
+        for old in self._lifetime.due():
+            try:
+                self._client.send(handing_back(old))
+            except _FINAL:
+                continue  # it has ended already
+            except BrokerError:
+                self._lifetime.not_yet(old)
 
     def auth(self, *origins: str) -> SourceAuth:
         """For `httpx`: puts the credential on requests to the resource's origin, or to `origins` where named.
@@ -240,12 +295,23 @@ class CredentialSource:
         with self._lock:
             if self._lifetime.closed:
                 return None
-            grant, unanswered = self._lifetime.close()
+            grants, unanswered = self._lifetime.close()
+        receipt, problems = None, list[BrokerError]()
         if unanswered is not None:
-            grant = None
-            with contextlib.suppress(*_NOTHING_MADE):
-                grant = (self._client.send(unanswered))[0]
-        return None if grant is None else self._client.revoke_grant(grant.id, reason)
+            try:
+                grants.append(self._client.send(unanswered)[0])
+            except _NOTHING_MADE:
+                pass
+            except BrokerError as problem:
+                problems.append(problem)
+        for grant in grants:
+            try:
+                receipt = self._client.revoke_grant(grant.id, reason)
+            except BrokerError as problem:
+                problems.append(problem)
+        if problems:
+            raise problems[0]
+        return receipt
 
     def __enter__(self) -> CredentialSource:
         return self
@@ -284,13 +350,20 @@ class AsyncCredentialSource:
         """The token, live at this moment. Show it to nobody but the resource."""
         return (await self.credential()).reveal()
 
+    async def data(self) -> dict[str, Any]:
+        """What a secret from outside consists of, e.g. user name and password, live at this moment."""
+        return (await self.credential()).reveal_data()
+
     async def credential(self) -> Credential:
         """The credential, live at this moment."""
         failures, need = self._lifetime.failures, self._lifetime.need()
-        if need is Need.NOTHING or (need is Need.SOON and self._lock.locked()):
+        if need is Need.NOTHING or (need is not Need.NOW and self._lock.locked()):
             return self._lifetime.live()
         async with self._lock:
-            if (need := self._lifetime.need()) is not Need.NOTHING:
+            need = self._lifetime.need()
+            if need is Need.TIDY:
+                await self._tidy()
+            elif need is not Need.NOTHING:
                 if need is Need.NOW:
                     self._lifetime.share_failure(failures)
                 try:
@@ -300,6 +373,15 @@ class AsyncCredentialSource:
                         raise
             return self._lifetime.live()
 
+    async def _tidy(self) -> None:
+        for old in self._lifetime.due():
+            try:
+                await self._client.send(handing_back(old))
+            except _FINAL:
+                continue
+            except BrokerError:
+                self._lifetime.not_yet(old)
+
     def auth(self, *origins: str) -> AsyncSourceAuth:
         return AsyncSourceAuth(self, destination(self._lifetime.resource, origins))
 
@@ -307,12 +389,23 @@ class AsyncCredentialSource:
         async with self._lock:
             if self._lifetime.closed:
                 return None
-            grant, unanswered = self._lifetime.close()
+            grants, unanswered = self._lifetime.close()
+        receipt, problems = None, list[BrokerError]()
         if unanswered is not None:
-            grant = None
-            with contextlib.suppress(*_NOTHING_MADE):
-                grant = (await self._client.send(unanswered))[0]
-        return None if grant is None else await self._client.revoke_grant(grant.id, reason)
+            try:
+                grants.append((await self._client.send(unanswered))[0])
+            except _NOTHING_MADE:
+                pass
+            except BrokerError as problem:
+                problems.append(problem)
+        for grant in grants:
+            try:
+                receipt = await self._client.revoke_grant(grant.id, reason)
+            except BrokerError as problem:
+                problems.append(problem)
+        if problems:
+            raise problems[0]
+        return receipt
 
     async def __aenter__(self) -> AsyncCredentialSource:
         return self
@@ -370,6 +463,11 @@ class AsyncSourceAuth(httpx.Auth):
         nonce = nonce_asked(response, dpop)
         if nonce is not None:
             yield present(request, await self._source.credential(), dpop, nonce)
+
+
+def handing_back(old: Replaced) -> Call[Receipt]:
+    """Asked once: whoever uses the credential that came after it waits for this."""
+    return replace(calls.revoke_grant(old.grant.id, "replaced by a new one"), repeatable=False)
 
 
 def present(

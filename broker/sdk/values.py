@@ -80,6 +80,53 @@ class Decision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lease:
+    """What the broker owes the system that made a grant's secret. Dead is what has a `confirmed_dead_at`.
+
+    As a member of a grant it has the first six members only.
+    """
+
+    id: str
+    state: str
+    attempts: int
+    confirmed_dead_at: datetime | None
+    last_error: str | None
+    abandoned_at: datetime | None
+    grant_id: str | None = None
+    provider: str | None = None
+    revocation_class: str | None = None
+    owed_since: datetime | None = None
+    next_attempt_at: datetime | None = None
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+    abandoned_by: str | None = None
+    abandoned_reason: str | None = None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Lease:
+        read = Members("lease", value)
+        return cls(
+            id=read.text("id"),
+            state=read.text("state"),
+            attempts=read.integer("attempts"),
+            confirmed_dead_at=read.maybe_time("confirmed_dead_at"),
+            last_error=read.maybe_text("last_error"),
+            abandoned_at=read.maybe_time("abandoned_at"),
+            grant_id=read.maybe_text("grant_id"),
+            provider=read.maybe_text("provider"),
+            revocation_class=read.maybe_text("revocation_class"),
+            owed_since=read.maybe_time("owed_since"),
+            next_attempt_at=read.maybe_time("next_attempt_at"),
+            created_at=read.maybe_time("created_at"),
+            expires_at=read.maybe_time("expires_at"),
+            abandoned_by=read.maybe_text("abandoned_by"),
+            abandoned_reason=read.maybe_text("abandoned_reason"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grant:
     id: str
     task_id: str
@@ -102,7 +149,7 @@ class Grant:
     revoked_at: datetime | None = None
     revoked_by: str | None = None
     reason: str | None = None
-    lease: Mapping[str, Any] | None = None
+    lease: Lease | None = None
     raw: Mapping[str, Any] = _raw()
 
     @classmethod
@@ -132,7 +179,7 @@ class Grant:
             revoked_at=read.maybe_time("revoked_at"),
             revoked_by=read.maybe_text("revoked_by"),
             reason=read.maybe_text("reason"),
-            lease=lease if isinstance(lease, Mapping) else None,
+            lease=Lease.of(lease) if lease else None,
             raw=read.raw,
         )
 

@@ -205,6 +205,13 @@ class Answers:
         credential = {"type": "jwt", "token": token, "token_type": token_type, "expires_at": self.at(ttl_s)}
         return {"grant": self.grant(**grant), "credential": credential}
 
+    def secret(self, password="first", ttl_s=300, **grant):
+        """As of a grant whose secret another system makes: a database login."""
+        members = {"provider": "vault", "revocation_class": "hard", "renewable_until": None, "jti": None}
+        credential = {"type": "database", "data": {"username": "jit-1", "password": password}}
+        issued = self.grant(expires_at=self.at(ttl_s), **members | grant)
+        return {"grant": issued, "credential": credential | {"expires_at": self.at(ttl_s)}}
+
     def receipt(self, outcome="completed"):
         line = {
             "grant_id": "grt_1",

@@ -147,6 +147,69 @@ def test_lockdowns_are_set_listed_and_lifted(client, server, a):
     assert [seen.method for seen in server.seen] == ["POST", "GET", "DELETE"]
 
 
+def lease(a, **members):
+    return {
+        "id": "lea_1",
+        "grant_id": "grt_1",
+        "provider": "vault",
+        "state": "stuck",
+        "revocation_class": "hard",
+        "owed_since": a.at(-60),
+        "attempts": 6,
+        "next_attempt_at": a.at(30),
+        "last_error": "503: sealed",
+        "created_at": a.at(-300),
+        "expires_at": a.at(300),
+        "confirmed_dead_at": None,
+        "abandoned_at": None,
+        "abandoned_by": None,
+        "abandoned_reason": None,
+    } | members
+
+
+def test_leases_are_listed_shown_and_abandoned(client, server, a, time):
+    given_up = lease(a, abandoned_at=a.at(), abandoned_by="ada", abandoned_reason="scrapped")
+    server.answers({"items": [lease(a)], "next_cursor": None}, lease(a), given_up)
+    [found] = client.leases(state="stuck", provider="vault", grant="grt_1")
+    assert (found.attempts, found.last_error, found.confirmed_dead_at) == (6, "503: sealed", None)
+    assert found.owed_since == time.at - timedelta(seconds=60)
+    assert client.lease("lea_1") == found
+    assert client.abandon_lease("lea_1", "scrapped").abandoned_by == "ada"
+    assert [f"{seen.method} {seen.path}" for seen in server.seen] == [
+        "GET /v1/leases?state=stuck&provider=vault&grant=grt_1",
+        "GET /v1/leases/lea_1",
+        "POST /v1/leases/lea_1/abandon",
+    ]
+    assert server.seen[2].json() == {"reason": "scrapped"}
+    with pytest.raises(sdk.Invalid, match="not an id"):
+        client.lease("../tasks")
+
+
+def test_a_grant_says_what_is_owed_for_it(client, server, a):
+    owed = {"id": "lea_1", "state": "revoking", "attempts": 2, "confirmed_dead_at": None, "last_error": "503"}
+    server.answers(a.grant(lease=owed | {"abandoned_at": None}), a.grant(), a.grant(lease={"id": "lea_1"}))
+    assert client.grant("grt_1").lease.state == "revoking"
+    assert client.grant("grt_1").lease is None
+    with pytest.raises(sdk.NotTheBroker, match="the lease's state is missing"):
+        client.grant("grt_1")
+
+
+def test_a_secret_from_outside_is_asked_for_with_its_parameters_and_never_shown(client, server, a):
+    server.answers((201, a.secret(password="hunter2")))
+    grant, credential = client.request_grant("task_1", "urn:mtls", ["connect"], parameters={"csr": "-----BEGIN"})
+    assert server.seen[0].json()["parameters"] == {"csr": "-----BEGIN"}
+    assert (credential.type, credential.expires_at) == ("database", grant.expires_at)
+    assert credential.reveal_data() == {"username": "jit-1", "password": "hunter2"}
+    with pytest.raises(TypeError, match="reveal_data"):
+        credential.reveal()
+    shown = f"{credential} {credential!r} {credential.data} {vars(credential)} {grant!r}"
+    assert "hunter2" not in shown and "jit-1" not in shown
+    with pytest.raises(TypeError):
+        pickle.dumps(credential)
+    with pytest.raises(TypeError):
+        copy.deepcopy(credential)
+
+
 def test_policy_is_evaluated_without_issuing(client, server):
     server.answers({"outcome": "deny", "policies": ["p"], "policy_version": 2, "reasons": ["no"]})
     decision = client.evaluate_policy("summarizer", "urn:x", ["read"], ttl_s=60, sender_bound=False)
@@ -555,7 +618,7 @@ def test_both_clients_have_the_same_verbs_with_the_same_arguments():
         return {name: value for name, value in vars(kind).items() if hasattr(value, "__wrapped__")}
 
     assert verbs(Client).keys() == verbs(AsyncClient).keys()
-    assert len(verbs(Client)) == 23
+    assert len(verbs(Client)) == 26
     for name, verb in verbs(Client).items():
         assert inspect.signature(verb) == inspect.signature(verbs(AsyncClient)[name])
 

@@ -409,3 +409,150 @@ def test_a_source_of_the_wrong_kind_says_so(client, async_client):
     asyncio.run(main())
     with httpx.Client(auth=source_of(async_client).auth()) as http, pytest.raises(TypeError, match="asyncio"):
         http.get(RESOURCE)
+
+
+# A secret from outside, which is not renewed
+
+
+def passwords(server, a, *names):
+    """One grant each, and a receipt for each time one is handed back."""
+    for number, name in enumerate(names, 1):
+        server.answers(lambda _, name=name, number=number: (201, a.secret(name, id=f"grt_{number}")))
+
+
+def test_a_secret_is_replaced_in_time_and_the_old_one_handed_back_after_an_overlap(client, server, a, time):
+    passwords(server, a, "first", "second")
+    server.answers(a.receipt("revoked"), a.receipt("revoked"))
+    with source_of(client, "urn:db", ttl_s=300, parameters={"csr": "x"}) as source:
+        assert source.data() == {"username": "jit-1", "password": "first"}
+        time.move(199)
+        assert source.data()["password"] == "first"
+        time.move(1)
+        assert source.data()["password"] == "second"
+        assert source.grant.id == "grt_2"
+        # Who got the first one just now still gets in with it.
+        time.move(48)
+        assert source.data()["password"] == "second"
+        assert paths(server) == ["", ""]
+        time.move(2)
+        assert source.data()["password"] == source.data()["password"] == "second"
+        assert paths(server) == ["", "", "/grt_1/revoke"]
+    assert paths(server) == ["", "", "/grt_1/revoke", "/grt_2/revoke"]
+    first, second = server.seen[:2]
+    assert first.json() == second.json()
+    assert first.json()["parameters"] == {"csr": "x"}
+    assert first.headers["Idempotency-Key"] != second.headers["Idempotency-Key"]
+
+
+def test_closing_hands_both_back_while_both_live(client, server, a, time):
+    passwords(server, a, "first", "second")
+    server.answers(a.receipt("revoked"), a.receipt("revoked"))
+    with source_of(client, "urn:db") as source:
+        source.data()
+        time.move(200)
+        source.data()
+    assert paths(server) == ["", "", "/grt_1/revoke", "/grt_2/revoke"]
+
+
+def test_a_secret_that_cannot_be_replaced_yet_is_used_on(client, server, a, time):
+    passwords(server, a, "first")
+    server.answers((429, a.problem(429, "limit_exceeded"), {"Retry-After": "60"}))
+    source = source_of(client, "urn:db")
+    source.data()
+    time.move(200)
+    assert source.data() == source.data() == {"username": "jit-1", "password": "first"}
+    assert len(server.seen) == 2
+    time.move(50)
+    server.answers((201, a.secret("second", id="grt_2")))
+    assert source.data()["password"] == "second"
+    assert len({seen.headers["Idempotency-Key"] for seen in server.seen[1:]}) == 1
+
+
+def test_a_secret_whose_replacement_is_refused_is_at_its_end(client, server, a, time):
+    passwords(server, a, "first")
+    server.answers((409, a.problem(409, "task_not_active")))
+    source = source_of(client, "urn:db")
+    source.data()
+    time.move(200)
+    for _ in range(2):
+        with pytest.raises(sdk.Conflict):
+            source.data()
+    assert len(server.seen) == 2
+
+
+def test_a_secret_that_died_unused_is_followed_by_another_and_nothing_is_handed_back_for_it(client, server, a, time):
+    passwords(server, a, "first", "second")
+    server.answers(a.receipt("revoked"))
+    with source_of(client, "urn:db") as source:
+        source.data()
+        time.move(400)
+        assert source.data()["password"] == "second"
+    assert paths(server) == ["", "", "/grt_2/revoke"]
+
+
+def test_an_old_secret_that_cannot_be_handed_back_is_nobodys_trouble_and_is_tried_again(client, server, a, time):
+    passwords(server, a, "first", "second")
+    server.answers((503, a.problem(503, "unavailable")), (200, a.receipt("revoked")))
+    source = source_of(client, "urn:db")
+    source.data()
+    time.move(200)
+    source.data()
+    time.move(50)
+    assert source.data()["password"] == "second"
+    assert source.data()["password"] == "second"
+    time.move(6)
+    assert source.data()["password"] == "second"
+    assert paths(server) == ["", "", "/grt_1/revoke", "/grt_1/revoke"]
+    time.move(20)
+    source.data()
+    assert len(server.seen) == 4
+
+
+def test_on_closing_one_that_cannot_be_handed_back_keeps_no_other_from_it(client, server, a, time):
+    passwords(server, a, "first", "second")
+    server.answers((403, a.problem(403, "forbidden")), a.receipt("revoked"))
+    source = source_of(client, "urn:db")
+    source.data()
+    time.move(200)
+    source.data()
+    with pytest.raises(sdk.Refused):
+        source.close()
+    assert paths(server) == ["", "", "/grt_1/revoke", "/grt_2/revoke"]
+
+
+def test_a_replacement_whose_answer_was_lost_is_handed_back_with_the_one_it_replaces(client, server, a, time):
+    passwords(server, a, "first")
+    server.answers(
+        *[server.CUT] * 10, (201, a.secret("second", id="grt_2")), a.receipt("revoked"), a.receipt("revoked")
+    )
+    source = source_of(client, "urn:db", ttl_s=300)
+    source.data()
+    time.move(200)
+    assert source.data()["password"] == "first"
+    assert source.close() is not None
+    assert paths(server)[-3:] == ["", "/grt_1/revoke", "/grt_2/revoke"]
+
+
+def test_a_secret_is_no_token_and_says_so(client, server, a):
+    passwords(server, a, "first")
+    source = source_of(client, "urn:db")
+    with pytest.raises(TypeError, match="reveal_data"):
+        source.token()
+    assert "first" not in repr(source) + repr(source.credential())
+
+
+def test_the_same_for_asyncio(async_client, server, a, time):
+    passwords(server, a, "first", "second")
+    server.answers((503, a.problem(503, "unavailable")), *[a.receipt("revoked")] * 2)
+
+    async def work():
+        async with async_client, source_of(async_client, "urn:db", parameters={"csr": "x"}) as source:
+            seen = [(await source.data())["password"]]
+            for seconds in (200, 50, 6):
+                time.move(seconds)
+                seen.append((await source.data())["password"])
+            return seen
+
+    assert asyncio.run(work()) == ["first", "second", "second", "second"]
+    assert paths(server) == ["", "", "/grt_1/revoke", "/grt_1/revoke", "/grt_2/revoke"]
+    assert server.seen[1].json()["parameters"] == {"csr": "x"}
