@@ -114,14 +114,20 @@ def refused(problem: BrokerError) -> click.exceptions.Exit:
         lines.append(f"grant {problem.grant_id or '?'} waits for people")
     elif isinstance(problem, Limited) and problem.retry_after_s is not None:
         lines.append(f"ask again in {problem.retry_after_s} s")
-    elif isinstance(problem, Unreachable):
+    elif isinstance(problem, Unreachable) and not _outside_failed(problem):
         lines.append("is BROKER_URL right, and the broker running?")
     if problem.trace_id is not None and problem.status is not None and problem.status >= 500:
         lines.append(f"trace id: {problem.trace_id}")
-    code = output.UNREACHABLE if isinstance(problem, Unreachable) else output.REFUSED
+    reached = not isinstance(problem, Unreachable) or _outside_failed(problem)
+    code = output.REFUSED if reached else output.UNREACHABLE
     if isinstance(problem, Invalid) and problem.status is None:
         code = output.USAGE  # our own client would not send it
     return output.fail("\n".join(lines), code=code, problem=dict(problem.problem))
+
+
+def _outside_failed(problem: BrokerError) -> bool:
+    """Whether the broker answered, and what it had to ask did not."""
+    return problem.code in ("provider_refused", "provider_unavailable")
 
 
 def _why(problem: Refused, decision: Mapping[str, Any]) -> list[str]:

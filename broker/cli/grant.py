@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from broker.domain.lifecycle import GrantState
 from broker.sdk import Client, Credential, DpopKey, Grant, calls
 
 _LONGEST_TTL_S = 86_400
+_LONGEST_PARAMETER = 16_384
 
 
 @click.group()
@@ -33,7 +35,9 @@ def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Path(path_type=Path, dir_okay=False),
         help="A private key (P-256, PEM): the credential is bound to it (DPoP, RFC 9449).",
     )
-    only = click.option("--token-only", is_flag=True, help="Print the token and nothing else.")
+    only = click.option(
+        "--token-only", is_flag=True, help="Print the token and nothing else; of another secret its data, as JSON."
+    )
     return ttl(dpop(only(command)))
 
 
@@ -43,18 +47,33 @@ def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--scope", "scopes", required=True, multiple=True, help="What it shall allow. May be repeated.")
 @click.option("--intent", help="What you are about to do, in a sentence.")
 @facts_option("--context", "context", "A fact you claim, for policies. May be repeated.")
+@facts_option(
+    "--param", "parameters", "For the system that makes the secret: csr=@request.pem, public_key=@id_ed25519.pub."
+)
 @_issuing
 @idempotency_option
 @client_options
-def request(broker: Client, /, *, dpop_key: Path | None, token_only: bool, **asked: Any) -> None:
-    """Ask for a credential.
+def request(
+    broker: Client,
+    /,
+    *,
+    dpop_key: Path | None,
+    token_only: bool,
+    parameters: Mapping[str, str] | None,
+    **asked: Any,
+) -> None:
+    """Ask for a credential: a token, or a secret that another system makes.
+
+    A parameter that begins with @ is the name of a file with its value.
 
     \b
     broker grant request --task task_0198… --resource https://crm.example/api --scope contacts:read
     TOKEN=$(broker grant request --task "$TASK" --resource https://crm.example/api \\
         --scope contacts:read --ttl 5m --token-only)
+    broker grant request --task "$TASK" --resource urn:mtls:agents --scope connect --param csr=@request.pem
     """
-    _show_issued(*broker.request_grant(dpop=_dpop_key(dpop_key), **asked), token_only=token_only)
+    sent = _values_of(parameters)
+    _show_issued(*broker.request_grant(dpop=_dpop_key(dpop_key), parameters=sent, **asked), token_only=token_only)
 
 
 @grant.command()
@@ -118,8 +137,29 @@ def revoke(broker: Client, /, *, grant_id: str, reason: str | None) -> None:
     \b
     broker grant revoke grt_0198… --reason "done early"
     """
-    ended = broker.revoke_grant(grant_id, reason)
-    output.show(ended.raw, output.receipt(ended.raw))
+    output.show_receipt(broker.revoke_grant(grant_id, reason).raw)
+
+
+def _values_of(parameters: Mapping[str, str] | None) -> dict[str, str] | None:
+    if parameters is None:
+        return None
+    return {name: _in_file(name, value[1:]) if value[:1] == "@" else value for name, value in parameters.items()}
+
+
+def _in_file(name: str, path: str) -> str:
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            found = file.read(_LONGEST_PARAMETER + 1)
+    except OSError as problem:
+        wrong = f"{path} cannot be read ({problem.strerror})"
+    except UnicodeDecodeError:
+        wrong = f"{path} is not text"
+    else:
+        if len(found) <= _LONGEST_PARAMETER:
+            return found
+        wrong = f"{path} has more than {_LONGEST_PARAMETER} characters"
+    # Outside of the handler: its error may hold what the file does.
+    raise click.BadParameter(f"{name}: {wrong}", param_hint="--param")
 
 
 def _facts(found: Grant) -> dict[str, Any]:
@@ -132,24 +172,37 @@ def _facts(found: Grant) -> dict[str, Any]:
         shown["policies"] = f"{', '.join(found.decision.policies) or '–'}, version {found.decision.policy_version}"
         if found.decision.reasons:
             shown["reasons"] = "; ".join(found.decision.reasons)
+    if found.raw.get("lease"):
+        shown["lease"] = output.lease(found.raw["lease"])
     return shown
 
 
 def _show_issued(issued: Grant, credential: Credential, *, token_only: bool) -> None:
     expires_at = rfc3339(credential.expires_at)
     if output.wants_json():
-        secret: dict[str, Any] = {"token": credential.reveal(), "token_type": credential.token_type}
+        secret: dict[str, Any] = (
+            {"data": credential.reveal_data()}
+            if credential.token is None
+            else {"token": credential.reveal(), "token_type": credential.token_type}
+        )
         shown = {"type": credential.type, **secret, "expires_at": expires_at}
         output.show({"grant": issued.raw, "credential": shown}, output.facts({}))
         return
     if not token_only:
         output.facts(_facts(issued))(output.out())
     if sys.stdout.isatty():
+        kind = f"{credential.type} secret" if credential.token is None else f"{credential.token_type} token"
         output.say(
-            f"this {credential.token_type} token opens {issued.resource} ({' '.join(issued.scopes)}) until "
+            f"this {kind} opens {issued.resource} ({' '.join(issued.scopes)}) until "
             f"{expires_at}. It is shown once: keep it out of logs, files and shell history"
         )
-    click.echo(credential.reveal())
+    if credential.token is not None:
+        click.echo(credential.reveal())
+    elif token_only:
+        click.echo(json.dumps(credential.reveal_data()))
+    else:
+        click.echo()
+        output.secret(credential.reveal_data())
 
 
 def _dpop_key(path: Path | None) -> DpopKey | None:

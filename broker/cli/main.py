@@ -23,6 +23,7 @@ _COMMANDS: Mapping[str, str] = {
     "dev": "broker.cli.dev",
     "grant": "broker.cli.grant",
     "keys": "broker.cli.keys",
+    "lease": "broker.cli.lease",
     "lockdown": "broker.cli.lockdown",
     "migrate": "broker.cli.server",
     "policy": "broker.cli.policy",

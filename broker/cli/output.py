@@ -144,8 +144,60 @@ def decision(value: Mapping[str, Any]) -> Drawing:
     return draw
 
 
+def lease(value: Mapping[str, Any]) -> str:
+    """What is owed for a grant, in a line."""
+    state, dead_at, tried = value["state"], value["confirmed_dead_at"], value["attempts"]
+    if dead_at is not None:
+        return f"{value['id']}, {state}: confirmed dead at {dead_at}"
+    if state in ("intended", "held"):
+        return f"{value['id']}, {state}"
+    times = {0: "not tried yet", 1: "tried once"}.get(tried, f"tried {tried} times")
+    why = f", the last time: {value['last_error']}" if value["last_error"] else ""
+    given_up = f"; abandoned at {value['abandoned_at']}" if value["abandoned_at"] else ""
+    return f"{value['id']}, {state}: {times}{why}{given_up}"
+
+
+def secret(data: Mapping[str, Any]) -> None:
+    """What a secret consists of, to stdout: a name and its value a line, text of several lines below its name.
+
+    Never changed: what a terminal could take for something else is printed as JSON spells it.
+    """
+    width = max((len(name) for name in data if _is_short(data[name])), default=0)
+    for name, value in data.items():
+        click.echo(f"{name:<{width}}  {_spelled(value)}" if _is_short(value) else f"{name}\n{value.rstrip()}")
+
+
+def _is_short(value: Any) -> bool:
+    return not (isinstance(value, str) and "\n" in value and all(line.isprintable() for line in value.split("\n")))
+
+
+def _spelled(value: Any) -> str:
+    return value if isinstance(value, str) and value.isprintable() else json.dumps(value)
+
+
+def show_receipt(value: Mapping[str, Any]) -> None:
+    """A receipt, and where to look for what is still owed."""
+    show(value, receipt(value))
+    say_owed(value["grants"])
+
+
+def say_owed(lines: Iterable[Mapping[str, Any]]) -> None:
+    """Say of grants that have ended how many secrets outside are not confirmed dead yet."""
+    owed = sum(_is_owed(line) for line in lines)
+    if owed:
+        say(
+            f"{owed} made outside and not confirmed dead yet: the broker tries on, and a receipt that is asked for later "
+            "says when it is. Why it takes long, an admin sees with: broker lease list"
+        )
+
+
+def _is_owed(line: Mapping[str, Any]) -> bool:
+    outside = line["provider"] != "jwt"
+    return outside and line["authority_ended_at"] is not None and line["confirmed_dead_at"] is None
+
+
 def receipt(value: Mapping[str, Any]) -> Drawing:
-    """What ended, one grant a line, and until when each is still exposed to a verifier that works offline."""
+    """What ended, one grant a line, and until when each is still exposed: to offline verifiers, or outside."""
     totals = value["totals"]
     head = {
         "task": value["task_id"],
@@ -154,7 +206,14 @@ def receipt(value: Mapping[str, Any]) -> Drawing:
         "grants": f"{len(value['grants'])}: authority ended for {totals['ended']}, confirmed dead "
         f"{totals['confirmed_dead']}, outstanding {totals['outstanding']}",
     }
-    columns = ("grant", "agent", "resource", "authority ended", "confirmed dead", "exposed until")
+    if not value["grants"]:
+        return facts(head)
+    return both(facts(head), receipt_lines(value["grants"]))
+
+
+def receipt_lines(lines: Iterable[Mapping[str, Any]]) -> Drawing:
+    """The grants of a receipt, as a table."""
+    columns = ("grant", "agent", "resource", "authority ended", "confirmed dead", "exposed until", "revocation")
     rows = [
         [
             line["grant_id"],
@@ -163,10 +222,11 @@ def receipt(value: Mapping[str, Any]) -> Drawing:
             line["authority_ended_at"] or "not yet",
             line["confirmed_dead_at"] or "not yet",
             line["exposed_until"] or ("no longer" if line["confirmed_dead_at"] else "unknown"),
+            line["revocation_class"],
         ]
-        for line in value["grants"]
+        for line in lines
     ]
-    return both(facts(head), table(columns, rows, empty="nothing had been issued")) if rows else facts(head)
+    return table(columns, rows, empty="nothing had been issued")
 
 
 def _cell(value: Any) -> Text:

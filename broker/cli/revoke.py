@@ -60,6 +60,8 @@ def revoke(broker: Client, /, *, reason: str, lockdown: bool, yes: bool, **named
     axis, value = selected(named)
     outcome = broker.revoke(axis, value, reason, dry_run=not yes, lockdown=lockdown).raw
     output.show(outcome, _blast_radius(outcome))
+    if not outcome["dry_run"]:
+        output.say_owed(outcome["receipt"]["grants"])
     if outcome["dry_run"]:
         also = "" if lockdown else "; with --lockdown what comes next is refused too"
         output.say(f"nothing was done: repeat with --yes{also}")
@@ -79,6 +81,9 @@ def _blast_radius(outcome: Mapping[str, Any]) -> output.Drawing:
     if grants:
         by_agent = sorted(outcome["by_agent"].items(), key=lambda pair: (-pair[1], pair[0]))
         drawn.append(output.table(("agent", "grants"), by_agent, empty=""))
-        columns = ("id", "state", "live", "agent", "resource", "scopes", "expires")
-        drawn.append(output.table(columns, map(row, outcome["samples"]), empty="no sample"))
+        if dry_run:
+            columns = ("id", "state", "live", "agent", "resource", "scopes", "expires")
+            drawn.append(output.table(columns, map(row, outcome["samples"]), empty="no sample"))
+        else:
+            drawn.append(output.receipt_lines(outcome["receipt"]["grants"]))
     return output.both(*drawn)

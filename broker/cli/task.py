@@ -118,8 +118,7 @@ def _ending(name: str, sentence: str, end: Callable[..., Receipt]) -> None:
     @click.option("--reason", help="Why; it goes into the audit trail.")
     @client_options
     def command(broker: Client, /, *, task_id: str, reason: str | None) -> None:
-        ended = end(broker, task_id, reason)
-        output.show(ended.raw, output.receipt(ended.raw))
+        output.show_receipt(end(broker, task_id, reason).raw)
 
 
 _ending("complete", "End a task as completed, with everything issued for it.", Client.complete_task)
@@ -142,7 +141,7 @@ def receipt(broker: Client, /, *, task_id: str, jws: bool) -> None:
     if jws and not output.wants_json():
         click.echo(found.jws)
     else:
-        output.show(found.raw, output.receipt(found.raw))
+        output.show_receipt(found.raw)
 
 
 def _show(found: Task) -> None:
