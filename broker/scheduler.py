@@ -32,11 +32,18 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def reconcile() -> None:
         broker.reconciliation.run()
 
+    def measure() -> None:
+        looks, outstanding = broker.reconciliation.looks(), broker.leases.measure()
+        for look in looks:
+            telemetry.looked(look.provider, look.looked_at, reachable=look.reachable)
+        telemetry.owed(outstanding.counts, outstanding.oldest_s, [look.provider for look in looks])
+
     # Each its own, so that a provider that hangs delays neither what time ends nor what another is owed.
     return (
         ("sweep", sweep, 1),
         ("pay", pay, 1),
         ("reconcile", reconcile, 1),
+        ("measure", measure, 5),
         ("look again", broker.look_again, 1),
         ("confirm keys", broker.keys.tend, 10),
     )

@@ -11,13 +11,15 @@ import json
 import logging
 import sys
 from collections import Counter as Tally
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, TextIO
 
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest, start_http_server
 
 from broker.domain.clock import from_epoch, rfc3339
+from broker.domain.lifecycle import LeaseState
 
 _log = logging.getLogger("broker.web")
 
@@ -31,7 +33,26 @@ _UNAUTHENTICATED = Counter("broker_unauthenticated", "Workload tokens refused")
 _EVENTS = Counter("broker_events", "Audit events, counted when they are durable", ["type", "outcome"])
 _SWEPT = Counter("broker_swept_rows", "Rows the sweeper moved", ["what"])
 _SWEEP_SECONDS = Histogram("broker_sweep_seconds", "Time of one sweep", buckets=_BUCKETS)
+_UNTIL_DEAD = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 3600)
+_CONFIRMED_DEAD = Histogram(
+    "broker_confirmed_dead_seconds",
+    "From the end of authority until the outside said that the secret is dead",
+    ["provider"],
+    buckets=_UNTIL_DEAD,
+)
+_LEASES = Gauge("broker_leases", "Leases that are not released", ["provider", "state"])
+_OLDEST_DEBT = Gauge(
+    "broker_oldest_debt_seconds", "How long the oldest debt is owed that is not abandoned", ["provider"]
+)
+_LAST_LOOK = Gauge(
+    "broker_last_look_timestamp_seconds", "When what a provider has alive was last compared with our rows", ["provider"]
+)
+_REACHABLE = Gauge("broker_provider_reachable", "1 if the last look at the provider was complete, else 0", ["provider"])
 _LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep finished")
+
+
+_OPEN = tuple(str(state) for state in LeaseState if state is not LeaseState.RELEASED)
+_OWING: set[str] = set()  # every provider whose leases were counted
 
 
 def answered(*, method: str, route: str, status: int, seconds: float, caller: str | None, trace_id: str) -> None:
@@ -73,6 +94,26 @@ def swept(counts: dict[str, int], seconds: float) -> None:
             _SWEPT.labels(what).inc(count)
     _SWEEP_SECONDS.observe(seconds)
     _LAST_SWEEP.set_to_current_time()
+
+
+def confirmed_dead(provider: str, seconds: float) -> None:
+    """A secret outside is dead, so long after the authority of its grant ended."""
+    _CONFIRMED_DEAD.labels(provider).observe(max(0.0, seconds))
+
+
+def owed(counts: Mapping[tuple[str, str], int], oldest_s: Mapping[str, float], providers: Collection[str]) -> None:
+    """What is owed outside, as the rows have it now. What was there the last time and is no more becomes 0."""
+    _OWING.update(providers, (provider for provider, _ in counts))
+    for provider in _OWING:
+        for state in _OPEN:
+            _LEASES.labels(provider, state).set(counts.get((provider, state), 0))
+        _OLDEST_DEBT.labels(provider).set(oldest_s.get(provider, 0))
+
+
+def looked(provider: str, at: datetime | None, *, reachable: bool) -> None:
+    """How a provider was last looked at, by whichever broker."""
+    _LAST_LOOK.labels(provider).set(0 if at is None else at.timestamp())
+    _REACHABLE.labels(provider).set(reachable)
 
 
 def exposition() -> tuple[bytes, str]:

@@ -186,8 +186,8 @@ def say_owed(lines: Iterable[Mapping[str, Any]]) -> None:
     owed = sum(_is_owed(line) for line in lines)
     if owed:
         say(
-            f"{owed} made outside and not confirmed dead yet: the broker tries on, and a receipt that is asked for later "
-            "says when it is. Why it takes long, an admin sees with: broker lease list"
+            f"{owed} made outside and not confirmed dead yet: the broker tries on, and a receipt that is asked for "
+            "later says when it is. Why it takes long, an admin sees with: broker lease list"
         )
 
 

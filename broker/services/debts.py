@@ -17,6 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from broker import telemetry
 from broker.domain.clock import Clock
 from broker.domain.errors import BrokerError, Unavailable
 from broker.domain.lease import STUCK_AFTER, Lease, RevocationClass, Urgency, dead_at, next_attempt
@@ -231,7 +232,11 @@ class Debts:
             return 0
         now = self._clock()
         with self._database.begin() as db:
-            return sum([self._released(db, lease, died_at, now) for lease, died_at in died])
+            released = [(lease, died_at) for lease, died_at in died if self._released(db, lease, died_at, now)]
+            since = leases.owed_since(db, [lease.id for lease, _ in released])
+        for lease, died_at in released:
+            telemetry.confirmed_dead(lease.provider, (died_at - since[lease.id]).total_seconds())
+        return len(released)
 
     def _released(self, db: Connection, lease: Lease, died_at: datetime, now: datetime) -> bool:
         event = lease_event(now, "lease.released", data={"dead_at": int(died_at.timestamp())})

@@ -21,11 +21,10 @@ from broker.store.transitions import record
 
 @dataclass(frozen=True, kw_only=True)
 class Outstanding:
-    """Leases that are not released, by (provider, state); by provider how old the oldest debt is, and the last look."""
+    """Leases that are not released, by (provider, state); and by provider how old the oldest debt is."""
 
     counts: Mapping[tuple[str, str], int]
     oldest_s: Mapping[str, float]
-    looked_at: Mapping[str, datetime]
 
 
 class Leases:
@@ -91,10 +90,10 @@ class Leases:
     def measure(self) -> Outstanding:
         """What is owed outside at this moment, for those who watch."""
         with self._database.read() as db:
-            counts, oldest, looks = leases.count_by_state(db), leases.oldest_owed(db), leases.looks(db)
+            counts, oldest = leases.count_by_state(db), leases.oldest_owed(db)
         now = self._clock()
         ages = {provider: max(0.0, (now - since).total_seconds()) for provider, since in oldest.items()}
-        return Outstanding(counts=counts, oldest_s=ages, looked_at=looks)
+        return Outstanding(counts=counts, oldest_s=ages)
 
 
 def _require_overseer(caller: Caller) -> None:

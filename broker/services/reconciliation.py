@@ -46,6 +46,15 @@ class Reconciled:
     gone: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """How a provider was last looked at. `reachable` is whether the last try came to a complete look."""
+
+    provider: str
+    looked_at: datetime | None
+    reachable: bool
+
+
 def settings_in_use(database: Database, standing: StandingReader, provider: str) -> Iterable[Mapping[str, Any]]:
     """The settings of every source of a provider that may have live secrets: what is configured, and what once was."""
     configured = standing.now().catalogue.resources
@@ -63,6 +72,7 @@ class Reconciliation:
         self._clock = clock
         self._since: dict[str, datetime] = {}
         self._numbers: dict[str, int] = {}
+        self._silent: dict[str, datetime] = {}  # when we last looked in vain
 
     def begin(self) -> None:
         """From now on this process trusts only looks that begin after this."""
@@ -101,12 +111,26 @@ class Reconciliation:
             try:
                 found, gone = self.look(name)
             except BrokerError as problem:
+                self._silent[name] = self._clock()
                 failures.append(problem)
                 continue
             total = Reconciled(looks=total.looks + 1, found=total.found + found, gone=total.gone + gone)
         if failures:
             raise failures[0]
         return total
+
+    def looks(self) -> list[Look]:
+        """How each provider was last looked at, by us or by another broker."""
+        with self._database.read() as db:
+            found = leases.looks(db)
+        return [
+            Look(
+                provider=name,
+                looked_at=found.get(name),
+                reachable=name in found and (name not in self._silent or found[name] > self._silent[name]),
+            )
+            for name in self._providers
+        ]
 
     def look(self, name: str) -> tuple[int, int]:
         """One complete look at a provider; answers how much was (found, gone)."""

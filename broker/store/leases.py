@@ -236,7 +236,7 @@ def last_look(db: Connection, provider: str) -> Any:
 
 
 def looks(db: Connection) -> dict[str, datetime]:
-    """When the last complete look at each provider began."""
+    """When the last complete look at each provider began, if there was one."""
     statement = select(_looks.c.provider, _looks.c.began_at).where(_looks.c.began_at.is_not(None))
     return {row.provider: row.began_at for row in db.execute(statement)}
 

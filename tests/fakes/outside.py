@@ -120,15 +120,16 @@ class OutsideHouse(House):
 
 
 @contextmanager
-def house_on_outside(store_url: str, directory: Path, *, clock: TestClock | None = None) -> Iterator[OutsideHouse]:
-    clock = clock or TestClock()
+def house_on_outside(store_url: str, directory: Path, *, looked: bool = True) -> Iterator[OutsideHouse]:
+    clock = TestClock()
     outside = Outside(clock)
     issuer = DevIssuer.create_or_load(directory)
     catalogue = catalogue_for(issuer, policies=POLICIES | {"outside.cedar": _POLICY})
     catalogue = replace(catalogue, resources=(*catalogue.resources, *_RESOURCES))
     broker = build(settings_for(store_url, directory, catalogue), clock=clock, providers={"vault": outside})
     broker.apply(by="tests")
-    broker.reconciliation.run()
+    if looked:
+        broker.reconciliation.run()
     house = OutsideHouse(broker=broker, clock=clock, issuer=issuer)
     house.outside = outside
     try:
