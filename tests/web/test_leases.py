@@ -150,6 +150,18 @@ def test_only_what_is_stuck_can_be_abandoned(web):
     assert refused(web.post(nothing, "ada", json={"reason": "x"}), status=[404])["code"] == "not_found"
 
 
+def test_nothing_is_issued_from_a_provider_that_was_not_looked_at_yet(store_url, tmp_path):
+    """INV-37."""
+    with house_on_outside(store_url, tmp_path, looked=False) as house:
+        web = Web(house)
+        answer = ask(web)
+        assert "has not yet compared" in refused(answer, status=[503])["detail"]
+        assert int(answer.headers["Retry-After"]) >= 1
+        assert house.outside.alive == {}
+        house.broker.reconciliation.run()
+        assert ask(web).status_code == 201
+
+
 # --- What an agent sends -------------------------------------------------------------------------------------------
 
 
