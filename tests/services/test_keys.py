@@ -696,7 +696,9 @@ def test_a_key_planted_while_vault_is_silent_is_dropped_when_it_answers(keys, ke
 
 @on_sqlite
 @on_the_fake
-@pytest.mark.parametrize("half", [{}, {"kty": "EC"}, jwt.SigningKey.generate("ES256").public_jwk()], ids=["nothing", "a part", "another"])
+@pytest.mark.parametrize(
+    "half", [{}, {"kty": "EC"}, jwt.SigningKey.generate("ES256").public_jwk()], ids=["nothing", "a part", "another"]
+)
 def test_not_even_while_vault_is_silent_is_a_key_published_under_the_name_of_another(
     keys, keys_of, seal, database, clock, half
 ):
