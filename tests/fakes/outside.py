@@ -120,13 +120,13 @@ class OutsideHouse(House):
 
 
 @contextmanager
-def house_on_outside(store_url: str, directory: Path, *, looked: bool = True) -> Iterator[OutsideHouse]:
+def house_on_outside(store_url: str, directory: Path, *, looked: bool = True, **limits: int) -> Iterator[OutsideHouse]:
     clock = TestClock()
     outside = Outside(clock)
     issuer = DevIssuer.create_or_load(directory)
     catalogue = catalogue_for(issuer, policies=POLICIES | {"outside.cedar": _POLICY})
     catalogue = replace(catalogue, resources=(*catalogue.resources, *_RESOURCES))
-    broker = build(settings_for(store_url, directory, catalogue), clock=clock, providers={"vault": outside})
+    broker = build(settings_for(store_url, directory, catalogue, **limits), clock=clock, providers={"vault": outside})
     broker.apply(by="tests")
     if looked:
         broker.reconciliation.run()

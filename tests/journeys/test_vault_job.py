@@ -8,7 +8,7 @@ import pytest
 from broker.domain.identity import is_id
 from tests.house import POLICIES
 from tests.openbao import connect
-from tests.processes import Deployment, until
+from tests.processes import until
 
 ORDERS = "urn:db:orders:readonly"
 

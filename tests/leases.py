@@ -1,0 +1,41 @@
+"""The invariants of leases and grants as queries: what must hold whatever happened before."""
+
+import sqlalchemy as sa
+
+_NEVER = {
+    "a grant of an outside provider is active without a lease that is held": """
+        SELECT grants.id FROM grants WHERE provider <> 'jwt' AND state = 'active'
+        AND NOT EXISTS (SELECT 1 FROM leases WHERE grant_id = grants.id AND leases.state = 'held')""",
+    "a grant that ended has a lease that nobody pays": """
+        SELECT leases.id FROM leases JOIN grants ON grants.id = leases.grant_id
+        WHERE grants.state NOT IN ('approved', 'active') AND leases.state IN ('intended', 'held')""",
+    "a lease is intended and its grant is not approved": """
+        SELECT leases.id FROM leases JOIN grants ON grants.id = leases.grant_id
+        WHERE leases.state = 'intended' AND grants.state <> 'approved'""",
+    "a lease is released and nobody says when its credential died": """
+        SELECT id FROM leases WHERE state = 'released' AND dead_at IS NULL""",
+    "a debt is never tried": """
+        SELECT id FROM leases WHERE state IN ('revoking', 'stuck') AND next_attempt_at IS NULL""",
+    "an approved grant of an outside provider has no lease": """
+        SELECT id FROM grants WHERE provider <> 'jwt' AND state = 'approved'
+        AND NOT EXISTS (SELECT 1 FROM leases WHERE grant_id = grants.id)""",
+    "a grant is active and was never issued": """
+        SELECT id FROM grants WHERE state = 'active' AND issued_at IS NULL""",
+    "a lease moved without an event": """
+        SELECT leases.id FROM leases WHERE leases.state = 'released' AND NOT EXISTS (
+            SELECT 1 FROM events WHERE events.type = 'lease.released'
+            AND CAST(events.data AS TEXT) LIKE '%' || leases.id || '%')""",
+}
+
+
+def require_consistent(database):
+    with database.read() as db:
+        for what, query in _NEVER.items():
+            assert db.execute(sa.text(query)).fetchall() == [], what
+
+
+def states(database):
+    """(grant state, lease state) of every lease, in the order in which they were made."""
+    query = "SELECT grants.state, leases.state FROM leases LEFT JOIN grants ON grants.id = grant_id ORDER BY leases.id"
+    with database.read() as db:
+        return [tuple(row) for row in db.execute(sa.text(query))]
