@@ -92,6 +92,7 @@ class OnOpenBao:
             bao.apply(policy, *wrapping_key(layout))
             body = {"policies": [name], "no_default_policy": True, "ttl": "1h"}
             file = directory / name
+            file.touch(mode=0o600)
             file.write_text(bao.root("post", "auth/token/create-orphan", body)["auth"]["client_token"])
             auth = VaultAuth(method="token_file", token_file=str(file))
             self._tokens[key] = VaultSettings(address=bao.address, auth=auth, lease_prefix_exclusive=True)
