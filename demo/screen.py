@@ -1,7 +1,7 @@
 """How the demo looks: in a terminal, in a narrow one, and in a file.
 
-Text from outside is never markup (INV-31), and no token is shown whole (INV-30): whatever looks like one is cut here,
-wherever it stands.
+Text from outside is never markup (INV-31), and no secret is shown (INV-30): whatever looks like a token is cut here,
+wherever it stands, and a password is masked.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from broker.sdk import Event, Receipt
+from broker.sdk import Event, Receipt, ReceiptLine
 from demo.expect import DemoFailed
-from demo.wire import Exchange
+from demo.wire import Exchange, Query
 
 _WIDEST = 100
 _NARROWEST = 60
@@ -44,6 +44,8 @@ _THEME = Theme(
     }
 )
 _INLINE = 56
+_SECRET_MEMBERS = ("password", "private_key", "secret_id")
+_MASK = "••••••••"
 
 
 class Screen:
@@ -101,8 +103,12 @@ class Screen:
         show: Collection[str],
         bright: Collection[str] = (),
         note: str = "",
+        good: bool | None = None,
     ) -> None:
-        """One request and its answer. Of the answer the members in `show`, by dotted path; the rest is counted."""
+        """One request and its answer. Of the answer the members in `show`, by dotted path; the rest is counted.
+
+        `good` is for a status that means something else here than it mostly does.
+        """
         self._blank()
         line = Text.assemble((exchange.method, "bold"), " ", (_safe(exchange.path), "bold"), f"   to {exchange.to}")
         self._gutter([line], "asked", first="→")
@@ -113,7 +119,7 @@ class Screen:
             self._gutter([header], "asked")
         if exchange.sent is not None:
             self._gutter(_document(exchange.sent, show=None, bright=()), "asked")
-        style = "good" if exchange.status < 400 else "bad"
+        style = "good" if (exchange.status < 400 if good is None else good) else "bad"
         status = Text.assemble(
             (f"{exchange.status} {exchange.phrase}", f"{style}.mark"), f"   {exchange.took_ms:.0f} ms"
         )
@@ -121,6 +127,53 @@ class Screen:
             status.append(f"   {note}", style="bright")
         self._gutter([status], style, first="←")
         self._gutter(_document(exchange.came, show=show, bright=bright), style)
+
+    def command(self, line: str, output: str, *, at_most: int = 100, columns: int = 100) -> None:
+        """What somebody types, and what it printed; columns that tabs divide are drawn as such, the first of them."""
+        self._blank()
+        self._gutter([Text(_safe(part), style="bold") for part in line.splitlines()], "asked", first="$")
+        rows = [line.split("\t")[:columns] for line in output.rstrip("\n").splitlines()]
+        columns = max((len(row) for row in rows), default=0)
+        widths = [max((len(row[at]) for row in rows if len(row) == columns), default=0) for at in range(columns)]
+        lines = [
+            Text("  ".join(f"{_safe(cell):<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip())
+            if len(row) == columns > 1
+            else Text(_safe("  ".join(row)))
+            for row in rows
+        ]
+        self._gutter(lines[:at_most], "good")
+        if len(lines) > at_most:
+            self._gutter([Text(f"… {len(lines) - at_most} more lines", style="quiet")], "good")
+
+    def lines(self, title: str, text: str) -> None:
+        """Lines of a file."""
+        self._blank()
+        self._indented(Text(title))
+        self._gutter([Text(_safe(line)) for line in text.strip("\n").splitlines()], "asked")
+
+    def query(self, query: Query, *, sent_by: str) -> None:
+        """One statement to the database, and its rows or why there are none."""
+        self._blank()
+        self._gutter(
+            [Text.assemble((_safe(query.statement), "bold"), f"   to {query.to}"), Text(_safe(f"as {sent_by}"))],
+            "asked",
+            first="→",
+        )
+        style = "good" if query.error is None else "bad"
+        mark = f"{style}.mark"
+        if query.error is not None:
+            self._gutter([Text(_safe(line), style=mark) for line in query.error.splitlines()], style, first="←")
+            return
+        count = f"{len(query.rows)} row{'' if len(query.rows) == 1 else 's'}"
+        self._gutter([Text.assemble((count, mark), f"   {query.took_ms:.0f} ms")], style, first="←")
+        cells = [query.columns, *query.rows]
+        widths = [max(len(row[at]) for row in cells) for at in range(len(query.columns))]
+        for number, row in enumerate(cells):
+            line = "  ".join(f"{_safe(cell):<{width}}" for cell, width in zip(row, widths, strict=True))
+            self._gutter([Text(line.rstrip(), style="name" if number == 0 else "value")], style)
+
+    def counts(self, heads: Sequence[str], rows: Sequence[Sequence[str]], *, bright: Collection[str] = ()) -> None:
+        self._table(heads, rows, bright=bright)
 
     def claims(self, title: str, claims: Mapping[str, Any], meaning: Mapping[str, str]) -> None:
         """The claims named in `meaning`, each with what it is for."""
@@ -146,7 +199,7 @@ class Screen:
                 line.resource,
                 _clock(line.authority_ended_at),
                 _clock(line.confirmed_dead_at),
-                _clock(line.exposed_until),
+                _exposed(line),
             )
             for line in receipt.grants
         ]
@@ -261,7 +314,8 @@ class Screen:
 
 
 def shortened(token: str) -> str:
-    return token[:_SHOWN_OF_A_TOKEN] + "…"
+    # The beginning of a JWT is its header, and public. Of another token even a few characters are some of the secret.
+    return (token[:_SHOWN_OF_A_TOKEN] if token.startswith("ey") else token[:2]) + "…"
 
 
 def _safe(text: str) -> str:
@@ -272,6 +326,12 @@ def _safe(text: str) -> str:
 
 def _clock(at: datetime | None) -> str:
     return "not yet" if at is None else at.astimezone(UTC).strftime("%H:%M:%SZ")
+
+
+def _exposed(line: ReceiptLine) -> str:
+    if line.exposed_until is not None:
+        return _clock(line.exposed_until)
+    return "not known" if line.confirmed_dead_at is None else "–"
 
 
 def _claim(value: Any, *, is_time: bool) -> str:
@@ -295,7 +355,7 @@ def _members(
     shown = [name for name in value if show is None or _is_shown(f"{above}{name}", show)]
     left_out = len(value) - len(shown)
     for name in shown:
-        path, member = f"{above}{name}", value[name]
+        path, member = f"{above}{name}", _MASK if name in _SECRET_MEMBERS else value[name]
         end = "," if name != shown[-1] or left_out else ""
         head = Text.assemble(indent, (json.dumps(name), "name"), ": ")
         whole = json.dumps(member, ensure_ascii=False)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
+import secrets
 import shutil
 import signal
 import socket
@@ -14,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import httpx
 
@@ -31,7 +34,7 @@ from demo.wire import Wire
 
 ROOT = Path(__file__).parents[1]
 
-_READY_WITHIN_S = 30.0
+_READY_WITHIN_S = 60.0
 _ENDS_WITHIN_S = 5.0
 _LAST_WORDS = 15
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,6 +54,7 @@ class Process:
     url: str
     log: Path
     running: subprocess.Popen[bytes] = field(repr=False)
+    ends_by: signal.Signals = signal.SIGTERM
 
     @property
     def pid(self) -> int:
@@ -69,9 +73,13 @@ class Process:
 
     def end(self) -> None:
         """Ask it to stop, and after a while do not ask. Its children go with it."""
-        self.running.terminate()
+        self.running.send_signal(self.ends_by)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.running.wait(_ENDS_WITHIN_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """As a power cut does: it and its children, at once."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.running.wait()
@@ -103,20 +111,18 @@ def stage() -> Iterator[Stage]:
     """Both processes, started and ready."""
     with contextlib.ExitStack() as end:
         end.enter_context(taking_signals())
-        with deferred_signals():
-            root = Path(tempfile.mkdtemp(prefix="broker-demo-"))
-            end.callback(_remove, root)
+        root = temporary_directory(end)
         directory, token_file = root / "broker", root / "crm-api.token"
         broker_url, crm_url = (f"http://127.0.0.1:{port}" for port in free_ports(2))
         issuer = DevIssuer.create_or_load(directory)
         token_file.touch(mode=0o600)
         token_file.write_text(workload_token(issuer, "crm-api", broker_url))
         started = [
-            _start(end, "the broker", broker_url, root, _broker_command(directory, broker_url)),
-            _start(end, "the sample API", crm_url, root, _crm_command(crm_url, broker_url, token_file)),
+            start(end, "the broker", broker_url, root, broker_command(directory, broker_url)),
+            start(end, "the sample API", crm_url, root, _crm_command(crm_url, broker_url, token_file)),
         ]
         for process, path in zip(started, ("/readyz", "/healthz"), strict=True):
-            _wait_until_ready(process, path)
+            wait_until_ready(process, path)
         wire = end.enter_context(Wire({broker_url: "the broker", crm_url: "the CRM"}))
         broker, crm = started
         try:
@@ -132,12 +138,16 @@ def workload_token(issuer: DevIssuer, name: str, broker_url: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
+    """Below those the system gives to outgoing connections: who is started again finds its port free."""
+    found: list[int] = []
     # All of them open at once, so that none is given twice.
     with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        while len(found) < count:
+            each, port = opened.enter_context(socket.socket()), 20_000 + secrets.randbelow(12_000)
+            with contextlib.suppress(OSError):
+                each.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
 
 
 @contextlib.contextmanager
@@ -172,7 +182,7 @@ def deferred_signals() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
-def _broker_command(directory: Path, url: str) -> list[str]:
+def broker_command(directory: Path, url: str) -> list[str]:
     broker = Path(sys.executable).with_name("broker")
     if not broker.exists():
         raise DemoFailed(
@@ -187,24 +197,42 @@ def _crm_command(url: str, broker_url: str, token_file: Path) -> list[str]:
     return [*module, "--broker", broker_url, "--token-file", str(token_file), "--port", port, "--resource", RESOURCE]
 
 
-def _start(end: contextlib.ExitStack, name: str, url: str, root: Path, command: list[str]) -> Process:
+def start(
+    end: contextlib.ExitStack,
+    name: str,
+    url: str,
+    root: Path,
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    ends_by: signal.Signals = signal.SIGTERM,
+    account: pwd.struct_passwd | None = None,
+) -> Process:
+    """A process that ends with `end`; its log is in `root`. It has this `environment`, or our own, and runs as
+    `account` where that is given."""
     log = root / f"{name.rpartition(' ')[2]}.log"
     # Nothing of what is on loopback goes through a proxy; PyJWT's client would ask the environment.
-    environment = os.environ | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as output, deferred_signals():
-        running = subprocess.Popen(  # noqa: S603 - the two commands above, and nothing from outside
+    direct = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output, deferred_signals():
+        running = subprocess.Popen(  # noqa: S603 - the demo's own commands, and nothing from outside
             command,
-            cwd=ROOT,
-            env=environment,
+            cwd=ROOT if account is None else root,
+            env=dict(os.environ if environment is None else environment) | direct,
+            **runs_as(account),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             # Ctrl-C is for the demo, which then ends what it started in order.
             start_new_session=True,
         )
-        process = Process(name=name, url=url, log=log, running=running)
+        process = Process(name=name, url=url, log=log, running=running, ends_by=ends_by)
         end.callback(_end, process)
     return process
+
+
+def runs_as(account: pwd.struct_passwd | None) -> dict[str, Any]:
+    """What `subprocess` has to be told."""
+    return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": ()}
 
 
 def _end(process: Process) -> None:
@@ -212,18 +240,27 @@ def _end(process: Process) -> None:
         process.end()
 
 
+def temporary_directory(end: contextlib.ExitStack) -> Path:
+    """A directory that is removed with `end`."""
+    with deferred_signals():
+        root = Path(tempfile.mkdtemp(prefix="broker-demo-"))
+        end.callback(_remove, root)
+    return root
+
+
 def _remove(root: Path) -> None:
     with deferred_signals():
         shutil.rmtree(root)
 
 
-def _wait_until_ready(process: Process, path: str) -> None:
+def wait_until_ready(process: Process, path: str, *, ready: Collection[int] = (200,)) -> None:
+    """Ask until it answers with one of the statuses in `ready`."""
     deadline = time.monotonic() + _READY_WITHIN_S
     with httpx.Client(trust_env=False, timeout=2.0) as http:
         while time.monotonic() < deadline:
             process.require_running()
             with contextlib.suppress(httpx.HTTPError):
-                if http.get(process.url + path).status_code == 200:
+                if http.get(process.url + path).status_code in ready:
                     return
             time.sleep(0.05)
     raise process.failed(f"{process.name} to be ready within {_READY_WITHIN_S:.0f} s", "it was not")

@@ -36,6 +36,22 @@ class Exchange:
         return f"{self.method} {self.path} was answered with {self.status} {self.phrase}" + (f": {why}" if why else "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """One statement to a database: rows as text, or the error."""
+
+    statement: str
+    to: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    error: str | None = None
+    took_ms: float
+    answered_at: float
+
+    def __str__(self) -> str:
+        return f"{self.statement} was answered with {self.error or f'{len(self.rows)} rows: {self.rows[:3]}'}"
+
+
 class Wire(httpx.Client):
     """`names` says what each origin is called."""
 
