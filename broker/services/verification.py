@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -42,6 +42,7 @@ _USABLE_FOR = OFFLINE_BOUND - _COMMITTED_WITHIN
 _TTL = _USABLE_FOR - _KEPT_FOR
 _LISTS_REMEMBERED = 64
 _TOKENS_REMEMBERED = 8_192  # with their claims, a few KiB each
+_NOT_CONFIRMED = "its end is not confirmed yet; an administrator sees why"
 _TOKEN_TYPES = ("at+jwt", "JWT")
 
 
@@ -120,7 +121,7 @@ class Verification:
         with self._database.read() as db:
             found = find_with_tasks(db, [grant_id]).get(grant_id) if is_id(grant_id, "grt") else None
             standing = self._standing.at(db, gate.era_of(db))
-            lease = None if found is None else _leases_of(db, [found[0]]).get(grant_id)
+            lease = None if found is None else _leases_of(db, [found[0]], caller).get(grant_id)
         if found is None or not may_see(caller, found[0]):
             raise NotFound(f"there is no grant {grant_id[:64]!r} that you may see")
         return found[0], _live(standing, now, *found), lease
@@ -136,7 +137,7 @@ class Verification:
         with self._database.read() as db:
             page = page_of_grants(db, where=where, before=before, limit=limit)
             found = find_with_tasks(db, [grant.id for grant in page])
-            owed = _leases_of(db, page)
+            owed = _leases_of(db, page, caller)
             standing = self._standing.at(db, gate.era_of(db))
         return [(grant, _live(standing, now, *found[grant.id]), owed.get(grant.id)) for grant in page]
 
@@ -223,8 +224,15 @@ class Verification:
         return built
 
 
-def _leases_of(db: Connection, page: Sequence[Grant]) -> Mapping[str, Lease]:
-    return leases_of(db, [grant.id for grant in page if grant.provider != OWES_NOTHING])
+def _leases_of(db: Connection, page: Sequence[Grant], caller: Caller) -> Mapping[str, Lease]:
+    """What is owed for them; why it was not paid speaks of our set-up, and not to agents."""
+    owed = leases_of(db, [grant.id for grant in page if grant.provider != OWES_NOTHING])
+    if caller.has(Role.ADMIN) or caller.has(Role.AUDITOR):
+        return owed
+    return {
+        grant_id: lease if lease.last_error is None else replace(lease, last_error=_NOT_CONFIRMED)
+        for grant_id, lease in owed.items()
+    }
 
 
 def _live(standing: Standing, now: datetime, grant: Authority, task_state: Any, ends_at: datetime) -> bool:

@@ -33,7 +33,8 @@ def house(store_url, tmp_path):
 
 
 def ask(house, task=None, **more):
-    return house.issue(task or house.open_task(), scope="select", **{"resource": ORDERS, "takes_secrets": True} | more)
+    wanted = {"resource": ORDERS, "scope": "select", "takes_secrets": True} | more
+    return house.issue(task or house.open_task(), **wanted)
 
 
 def settle(house):
