@@ -11,7 +11,14 @@ import jwt as pyjwt
 import pytest
 import sqlalchemy as sa
 
-from broker.domain.errors import ConfigurationError, NotFound, ProviderRefused, ProviderUnavailable, Unavailable
+from broker.domain.errors import (
+    ConfigurationError,
+    Invalid,
+    NotFound,
+    ProviderRefused,
+    ProviderUnavailable,
+    Unavailable,
+)
 from broker.domain.lifecycle import KeyState
 from broker.providers import jwt
 from broker.providers.vault.connection import Connection
@@ -849,6 +856,19 @@ def test_what_one_way_of_sealing_sealed_the_other_does_not_open(keys, seal, data
         envelope.unseal(MasterKey(MASTER).seal(b"secret", **BOUND), **BOUND)
     with pytest.raises(ConfigurationError, match="put back the master key file"):
         MasterKey(MASTER).unseal(envelope.seal(b"secret", **BOUND), **BOUND)
+
+
+@every_vault
+def test_vault_itself_opens_what_it_wrapped_for_one_key_for_no_other(seal, clock):
+    """So that an envelope is nothing to whoever may ask Vault, but has not the row it belongs to."""
+    blob = seal.sealing(clock).seal(b"secret", **BOUND)
+    wrapped = blob[3 : 3 + int.from_bytes(blob[1:3], "big")].decode()
+    key = seal.wrapping(clock)
+    bound_to = b'\x01["signing key","kid-1","ES256"]'
+    assert len(key.unwrap(wrapped, bound_to=bound_to)) == 32
+    for other in (b"", bound_to.replace(b"kid-1", b"kid-2"), bound_to.replace(b"ES256", b"EdDSA")):
+        with pytest.raises(Invalid):
+            key.unwrap(wrapped, bound_to=other)
 
 
 @on_the_fake
