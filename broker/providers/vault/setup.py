@@ -29,6 +29,37 @@ _IN_USE = "path is already in use"
 # The user is called jit-<grant id>-<random>, so that the database's own log and its roles tell the grant. PostgreSQL
 # cuts names at 63.
 USERNAME_TEMPLATE = '{{ printf "%s-%s" (.DisplayName | replace "token-" "" | truncate 44) (random 12) }}'
+# What comes of it: a child token's display name is jit-<grant id>, in which Vault writes "-" for "_". Read by Python
+# and by PostgreSQL alike.
+USERNAME = "jit-grt-([0-7][0-9a-hjkmnp-tv-z]{25})-[A-Za-z0-9]{12}"
+
+_SESSIONS = "PERFORM pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = {text}; "
+
+
+def _if_exists(statements: str) -> str:
+    """A block that does nothing for a user that somebody dropped already: its lease must not become irrevocable."""
+    exists = "EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = {text})"
+    return f"DO $$ BEGIN IF {exists} THEN {statements} END IF; END $$;"
+
+
+# How PostgreSQL ends a user for good: no new login, no open session, nothing owned, no role. {user} and {heir} stand
+# for identifiers, {text} for the user's name as a literal. It begins in a transaction; harmless when the user is gone.
+#
+# PostgreSQL ends sessions neither at VALID UNTIL nor at DROP ROLE, and drops no role that owns anything. Vault runs
+# these in one transaction, so the commits between them are what counts. The first: where dropping fails, the user may
+# not log in all the same. The second: until it is committed whoever logs in again and again gets sessions that no list
+# in the same transaction shows, and that outlive their role; the last one ends them.
+ENDING = (
+    "SELECT pg_catalog.set_config('jit.ended', coalesce((SELECT oid::text FROM pg_catalog.pg_roles "
+    "WHERE rolname = {text}), ''), false)",
+    _if_exists("ALTER ROLE {user} NOLOGIN;"),
+    "COMMIT AND CHAIN",
+    _if_exists(_SESSIONS + "REASSIGN OWNED BY {user} TO {heir}; DROP OWNED BY {user}; DROP ROLE {user};"),
+    "COMMIT AND CHAIN",
+    # By the number of the role, which has no name any more.
+    "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity "
+    "WHERE usesysid = nullif(pg_catalog.current_setting('jit.ended', true), '')::oid",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,30 +227,9 @@ class DatabaseRole:
 
     @property
     def revocation_statements(self) -> tuple[str, ...]:
-        """Ends a user for good: no new login, no open session, nothing owned, no role. Harmless when it is gone.
-
-        PostgreSQL ends sessions neither at VALID UNTIL nor at DROP ROLE, and drops no role that owns anything. Vault
-        runs these in one transaction, so the commits between them are what counts. The first: where dropping fails,
-        the user may not log in all the same. The second: until it is committed whoever logs in again and again gets
-        sessions that no list in the same transaction shows, and that outlive their role; the last one ends them.
-        """
-        activity = "pg_catalog.pg_stat_activity"
-        return (
-            "SELECT pg_catalog.set_config('jit.ended', coalesce((SELECT oid::text FROM pg_catalog.pg_roles "
-            "WHERE rolname = '{{name}}'), ''), false)",
-            _if_exists('ALTER ROLE "{{name}}" NOLOGIN;'),
-            "COMMIT AND CHAIN",
-            _if_exists(
-                f"PERFORM pg_catalog.pg_terminate_backend(pid) FROM {activity} WHERE usename = '{{{{name}}}}'; "
-                f'REASSIGN OWNED BY "{{{{name}}}}" TO "{self.heir}"; '
-                'DROP OWNED BY "{{name}}"; '
-                'DROP ROLE "{{name}}";'
-            ),
-            "COMMIT AND CHAIN",
-            # By the number of the role, which has no name any more.
-            f"SELECT pg_catalog.pg_terminate_backend(pid) FROM {activity} "  # noqa: S608 - a constant
-            "WHERE usesysid = nullif(pg_catalog.current_setting('jit.ended', true), '')::oid",
-        )
+        """`ENDING` as Vault takes it, which puts the user's name in its place."""
+        names = {"user": '"{{name}}"', "text": "'{{name}}'", "heir": f'"{self.heir}"'}
+        return tuple(statement.format(**names) for statement in ENDING)
 
     def requests(self) -> tuple[VaultRequest, ...]:
         mount, role = self.source.mount, self.source.role_path.removeprefix("creds/")
@@ -257,11 +267,26 @@ class DatabaseRole:
             f'GRANT "{self.heir}" TO "{administrator}";\n'
         )
 
+    @property
+    def maintenance(self) -> str:
+        """The name of the login through which the broker looks at the database itself."""
+        return f"{self.member_of}_maintenance"
 
-def _if_exists(statements: str) -> str:
-    """A block that does nothing for a user that somebody dropped already: its lease must not become irrevocable."""
-    exists = "EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = '{{name}}')"
-    return f"DO $$ BEGIN IF {exists} THEN {statements} END IF; END $$;"
+    def maintenance_sql(self, *, administrator: str) -> str:
+        """What a superuser runs once where the broker looks at the database itself: a login of its own for that.
+
+        Whoever may drop a user of PostgreSQL is its administrator, so this one acts as Vault's own user does: it may
+        what that may and no more, and nothing that belongs to others. It has no password yet.
+        """
+        if not _SQL_NAME.fullmatch(administrator):
+            raise Invalid("administrator must be a PostgreSQL name in lower case", member="administrator")
+        if not _SQL_NAME.fullmatch(self.maintenance):
+            raise Invalid(f"member_of is too long for {self.maintenance} beside it", member="member_of")
+        return (
+            f'CREATE ROLE "{self.maintenance}" LOGIN NOINHERIT;\n'
+            f'GRANT "{administrator}" TO "{self.maintenance}";\n'
+            f"ALTER ROLE \"{self.maintenance}\" SET role = '{administrator}';\n"
+        )
 
 
 def pki_role(source: SecretSource, *, allowed_domains: tuple[str, ...], max_ttl: timedelta) -> VaultRequest:
