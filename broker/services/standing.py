@@ -57,6 +57,11 @@ class StandingReader:
                 self._newest = read
             return read
 
+    def since(self, era: int) -> Standing:
+        """What stands at `era`, which was read before this call, or at a later one; for who holds no transaction."""
+        newest = self._newest
+        return newest if newest is not None and newest.era == era else self.now()
+
     def now(self) -> Standing:
         """What stands now, in a transaction of its own."""
         with self._database.read() as db:

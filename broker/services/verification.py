@@ -31,8 +31,9 @@ from broker.services.revocation import may_see
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.store import gate
 from broker.store.database import Database
-from broker.store.grants import find_authorities, find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
+from broker.store.grants import find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
 from broker.store.leases import leases_of
+from broker.store.looks import Found, find_authorities
 from broker.store.standing import STATUS_LIST_SIZE, status_list, status_lists
 
 # Our own memory, the verifier's, and what a commit may take after its time was read add up to the published bound.
@@ -166,13 +167,12 @@ class Verification:
 
     def _look(self, grant_ids: Sequence[str]) -> Sequence[_Seen | BrokerError]:
         now = self._clock()
-        with self._database.read() as db:
-            # The rows first: what stands is then at least as new, and a refusal is never missed (INV-24).
-            found = find_authorities(db, set(grant_ids))
-            standing = self._standing.at(db, gate.era_of(db))
+        era, found = find_authorities(self._database, set(grant_ids))
+        # What stands is read with the rows or after them, so no refusal is missed (INV-24).
+        standing = self._standing.last_known() if era is None else self._standing.since(era)
         return [self._seen(found.get(grant_id), standing, now) for grant_id in grant_ids]
 
-    def _seen(self, row: Any, standing: Standing, now: datetime) -> _Seen:
+    def _seen(self, row: Found | None, standing: Standing, now: datetime) -> _Seen:
         if row is None:
             return _Seen(grant=None, live=False, standing=standing)
         return _Seen(grant=row[0], live=_live(standing, now, *row), standing=standing)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -94,6 +94,36 @@ class Database:
         """Reading only: waits for no writer. On PostgreSQL each statement sees the newest state for itself."""
         return _transaction(self._reader)
 
+    def look(self, statement: str, values: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """What one statement finds at this moment, as the driver gives it: a transaction would cost more than it does.
+
+        Values are bound by name, in the driver's own way.
+        """
+        if in_transaction():
+            raise RuntimeError("a transaction is open here, and this look would not see what it did")
+        try:
+            with self._alone() as driver:
+                return list(driver.execute(statement, values).fetchall())
+        except (self.engine.dialect.dbapi.Error, DatabaseError, InterfaceError, PoolTimeout) as problem:  # type: ignore[union-attr]
+            raise _no_answer(problem) from problem
+
+    @contextmanager
+    def _alone(self) -> Iterator[Any]:
+        """A driver's connection on which each statement is a transaction of its own; thrown away if it broke."""
+        pooled = self.engine.raw_connection()
+        driver: Any = pooled.driver_connection
+        try:
+            if not self.is_sqlite:
+                driver.autocommit = True
+            yield driver
+            if not self.is_sqlite:
+                driver.autocommit = False
+        except BaseException:
+            pooled.invalidate()
+            raise
+        finally:
+            pooled.close()
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -113,12 +143,16 @@ def _transaction(
         raise  # the row's fault, or ours, and not the store's
     except (DatabaseError, InterfaceError, PoolTimeout) as problem:
         # Also where the commit itself was not answered: unknown is "not done" to the caller (INV-05).
-        _log.warning("the store did not answer", extra={"fields": {"kind": type(problem).__name__}}, exc_info=problem)
-        raise Unavailable("the broker's store did not answer, so nothing was handed out: try again") from problem
+        raise _no_answer(problem) from problem
     finally:
         _open.reset(token)
     if committed is not None and events:
         committed(events)
+
+
+def _no_answer(problem: Exception) -> Unavailable:
+    _log.warning("the store did not answer", extra={"fields": {"kind": type(problem).__name__}}, exc_info=problem)
+    return Unavailable("the broker's store did not answer, so nothing was handed out: try again")
 
 
 def _engine(url: str, pool_size: int) -> Engine:

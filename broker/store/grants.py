@@ -14,20 +14,17 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
-    String,
     bindparam,
     func,
-    literal_column,
     or_,
     select,
     text,
     true,
     update,
 )
-from sqlalchemy.dialects import postgresql
 
 from broker.domain.clock import epoch
-from broker.domain.grant import Authority, Grant
+from broker.domain.grant import Grant
 from broker.domain.lifecycle import GrantState, TaskState, sources
 from broker.domain.receipt import RECEIPT_FACTS
 from broker.domain.refusal import Refusal
@@ -87,33 +84,6 @@ def find_grant(db: Connection, grant_id: str, *, lock: bool = False) -> Grant | 
 def _with_task(columns: Iterable[ColumnElement[Any]]) -> Select[Any]:
     ends_at = (_tasks.c.deadline_at, _tasks.c.heartbeat_due_at)
     return select(*columns, _tasks.c.state.label("task_state"), *ends_at).join(_tasks, _tasks.c.id == _grants.c.task_id)
-
-
-_AUTHORITY = tuple(entry.name for entry in fields(Authority))
-_authority_of = attrgetter(*_AUTHORITY)
-_AUTHORITIES = _with_task(_grants.c[name] for name in _AUTHORITY)
-# Whole statements, made once: to compose one costs as much as to ask it, and every introspection asks.
-_AUTHORITIES_ON = {
-    "postgresql": _AUTHORITIES.where(_grants.c.id == func.any(bindparam("ids", type_=postgresql.ARRAY(String)))),
-    "sqlite": _AUTHORITIES.where(
-        _grants.c.id.in_(select(literal_column("value")).select_from(func.json_each(bindparam("ids"))))
-    ),
-}
-
-
-def find_authorities(db: Connection, ids: Collection[str]) -> Mapping[str, tuple[Authority, TaskState, datetime]]:
-    """The same as `find_with_tasks`, of the columns alone that a verifier's question needs."""
-    found = json.dumps(list(ids)) if db.dialect.name == "sqlite" else list(ids)
-    rows = db.execute(_AUTHORITIES_ON[db.dialect.name], {"ids": found})
-    return {row.id: (_authority(row), TaskState(row.task_state), _ends_at(row)) for row in rows}
-
-
-def _authority(row: Any) -> Authority:
-    values = dict(zip(_AUTHORITY, _authority_of(row), strict=True))
-    values["state"] = GrantState(row.state)
-    values["scopes"] = tuple(row.scopes)
-    values["kids"], values["policies"] = tuple(row.kids.split()), tuple(row.policies.split())
-    return Authority(**values)
 
 
 def _ends_at(row: Any) -> datetime:

@@ -4,7 +4,9 @@ from dataclasses import fields
 from datetime import timedelta
 
 from broker.domain.grant import Authority
-from broker.store.grants import find_authorities, find_with_tasks
+from broker.store.gate import era_of
+from broker.store.grants import find_with_tasks
+from broker.store.looks import find_authorities
 
 
 def test_the_short_row_says_what_the_whole_one_says(house):
@@ -12,7 +14,9 @@ def test_the_short_row_says_what_the_whole_one_says(house):
     made = [house.issue(task).grant for _ in range(3)]
     ids = [grant.id for grant in made]
     with house.broker.database.read() as db:
-        whole, short = find_with_tasks(db, ids), find_authorities(db, ids)
+        whole, era = find_with_tasks(db, ids), era_of(db)
+    short_era, short = find_authorities(house.broker.database, ids)
+    assert short_era == era
     assert set(whole) == set(short) == set(ids)
     for grant_id, (grant, state, ends_at) in whole.items():
         authority = {entry.name: getattr(grant, entry.name) for entry in fields(Authority)}
@@ -21,11 +25,10 @@ def test_the_short_row_says_what_the_whole_one_says(house):
 
 def test_a_heartbeat_that_comes_due_first_is_when_time_ends_the_task(house):
     issued = house.issue(house.open_task(heartbeat=timedelta(seconds=10))).grant
-    with house.broker.database.read() as db:
-        _, _, ends_at = find_authorities(db, [issued.id])[issued.id]
+    _, found = find_authorities(house.broker.database, [issued.id])
+    _, _, ends_at = found[issued.id]
     assert ends_at == house.clock() + timedelta(seconds=10)
 
 
 def test_what_is_not_there_is_not_found(house):
-    with house.broker.database.read() as db:
-        assert find_authorities(db, ["grt_00000000000000000000000000", "' OR 1=1 --"]) == {}
+    assert find_authorities(house.broker.database, ["grt_00000000000000000000000000", "' OR 1=1 --"]) == (None, {})
