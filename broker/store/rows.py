@@ -7,7 +7,7 @@ copied, never written into SQL (INV-31).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from operator import itemgetter
@@ -36,12 +36,32 @@ def insert_rows(db: Connection, model: type[Base], rows: Sequence[Row]) -> None:
         db.exec_driver_sql(statement, [tuple(values) for values in _converted(columns, rows)])
     elif len(rows) >= _WORTH_COPYING:
         statement, columns = _copy(model)
-        driver: Any = db.connection.driver_connection
-        with driver.cursor() as cursor, cursor.copy(statement) as copy:
-            for values in _converted(columns, rows):
-                copy.write_row(values)
+        _copied(db, statement, _converted(columns, rows))
     else:
         db.execute(insert(model), list(rows))
+
+
+def insert_alike(
+    db: Connection, model: type[Base], shared: Row, names: Sequence[str], own: Iterable[Sequence[Any]]
+) -> None:
+    """Insert a row like `shared` for each of `own`, which holds the columns `names`; those need no conversion."""
+    sqlite = db.dialect.name == "sqlite"
+    statement, columns = _sqlite_insert(model) if sqlite else _copy(model)
+    places = [name for name, _ in columns]
+    [values] = _converted(columns, [shared])
+    fill = itemgetter(*(len(values) + names.index(name) if name in names else at for at, name in enumerate(places)))
+    rows = (fill((*values, *mine)) for mine in own)
+    if sqlite:
+        db.exec_driver_sql(statement, list(rows))
+    else:
+        _copied(db, statement, rows)
+
+
+def _copied(db: Connection, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+    driver: Any = db.connection.driver_connection
+    with driver.cursor() as cursor, cursor.copy(statement) as copy:
+        for values in rows:
+            copy.write_row(values)
 
 
 Columns = tuple[tuple[str, Callable[[Any], Any]], ...]

@@ -6,11 +6,12 @@ that moved: losing a race gives a shorter list, never a corrupt row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import ColumnElement, Connection, Row, update
 
@@ -19,7 +20,7 @@ from broker.domain.identity import new_id
 from broker.domain.lifecycle import sources
 from broker.store.database import recorded
 from broker.store.models import AuditEvent, Base, table_of
-from broker.store.rows import insert_rows
+from broker.store.rows import insert_alike, insert_rows
 
 _EVENT = tuple(Event.__dataclass_fields__)
 _values_of = attrgetter(*_EVENT)
@@ -48,7 +49,10 @@ def move(
         .returning(*(table.c if returning is None else (table.c[name] for name in returning)))
     )
     moved = db.execute(statement).fetchall()
-    record(db, map(event, moved))
+    if isinstance(event, Change):
+        _record_alike(db, event, moved)
+    else:
+        record(db, map(event, moved))
     return moved
 
 
@@ -59,22 +63,40 @@ def record(db: Connection, events: Iterable[Event]) -> None:
     recorded((event.type, event.outcome) for event in made)
 
 
-def change_of(at: datetime, actor: str, type_: str, **more: Any) -> Callable[[Row[Any]], Event]:
+class Change:
     """The event maker for grants that moved: their task, agent, user, resource and policy stand in the event."""
 
-    def make(row: Row[Any]) -> Event:
-        return Event(
-            id=new_id("evt", at),
-            at=at,
-            type=type_,
-            actor=actor,
-            task_id=row.task_id,
-            grant_id=row.id,
-            agent=row.agent,
-            user=row.on_behalf_of,
-            resource=row.resource,
-            policy_version=row.policy_version,
-            **more,
-        )
+    # Members of the event that are the row's, and what the row calls them.
+    _OF_ROW: ClassVar[Mapping[str, str]] = {
+        "task_id": "task_id",
+        "grant_id": "id",
+        "agent": "agent",
+        "user": "on_behalf_of",
+        "resource": "resource",
+        "policy_version": "policy_version",
+    }
+    names = ("id", *_OF_ROW)
+    _facts = staticmethod(attrgetter(*_OF_ROW.values()))
 
-    return make
+    def __init__(self, event: Event) -> None:
+        self.event = event
+
+    def __call__(self, row: Row[Any]) -> Event:
+        return replace(self.event, **dict(zip(self.names, self.values(row), strict=True)))
+
+    def values(self, row: Row[Any]) -> tuple[Any, ...]:
+        """What is this row's own in its event: the members `names`, in their order."""
+        return new_id("evt", self.event.at), *self._facts(row)
+
+
+def change_of(at: datetime, actor: str, type_: str, **more: Any) -> Change:
+    return Change(Event(id="", at=at, type=type_, actor=actor, **more))
+
+
+def _record_alike(db: Connection, change: Change, moved: Sequence[Row[Any]]) -> None:
+    """The same as recording `change` of each row; thousands at once differ in a few members, and are made from one."""
+    if not moved:
+        return
+    shared = dict(zip(_EVENT, _values_of(change.event), strict=True))
+    insert_alike(db, AuditEvent, shared, change.names, map(change.values, moved))
+    recorded([(change.event.type, change.event.outcome)] * len(moved))
