@@ -42,8 +42,8 @@ demo: $(STAMP) ## watch a task open, obtain, and die with everything under it
 demo-vault: $(STAMP) $(OPENBAO) ## the same with database logins, on a real OpenBao and PostgreSQL
 	$(BIN)/python -m demo.vault
 
-bench: $(STAMP) ## how fast, on this machine
-	$(BIN)/python -m benchmarks
+bench: $(STAMP) $(if $(findstring openbao,$(ARGS)),$(OPENBAO)) ## how fast, on this machine; ARGS="--peer openbao": beside OpenBao
+	$(BIN)/python -m benchmarks $(ARGS)
 
 wheel: $(STAMP) ## the installable package, into dist/
 	@rm -rf build # what was deleted since the last build would be in the wheel

@@ -3,6 +3,7 @@
 python -m benchmarks                    # all, on both stores
 python -m benchmarks --only sqlite      # one store
 python -m benchmarks --quick            # only the hot paths
+python -m benchmarks --peer openbao     # and OpenBao beside the broker on PostgreSQL, under the same load
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
 
-from benchmarks import load, rows
+from benchmarks import load, openbao, rows
 from benchmarks.servers import (
     AGENTS,
     RESOURCE,
@@ -35,6 +37,8 @@ _FORM = "application/x-www-form-urlencoded"
 _AGENTS_A_TASK = 100
 _LIFE_S = 20  # so that no agent holds more live grants than its limit, however long this runs
 _GRANTS_IN_MEMORY = 100_000
+_ENDED_TOGETHER = 10_000
+_ENDED_TOGETHER_QUICKLY = 1_000
 
 
 class Report:
@@ -55,8 +59,15 @@ class Report:
             flush=True,
         )
 
+    def ended(self, name: str, ended: load.Ended, what: str) -> None:
+        self.value(name, f"{ended.seconds:8.2f} s for {ended.count:,} {what}")
+
     def value(self, name: str, value: str) -> None:
         print(f"  {name:<42} {value}", flush=True)
+
+
+def on_sqlite(bench: Bench) -> bool:
+    return bench.settings.store_url.startswith("sqlite")
 
 
 def open_task(bench: Bench, agents: list[str]) -> str:
@@ -87,7 +98,7 @@ def credential(request: bytes, port: int) -> str:
     return str(json.loads(answer)["credential"]["token"])
 
 
-def measure_http(report: Report, bench: Bench, seconds: float, *, quick: bool) -> None:
+def measure_http(report: Report, bench: Bench, seconds: float, *, quick: bool) -> load.Figures:
     with broker_on(bench) as pid:
         requests = fleet_requests(bench)
         # Every token verified once and every slice parsed: the first second of a broker's life is not its speed.
@@ -103,23 +114,24 @@ def measure_http(report: Report, bench: Bench, seconds: float, *, quick: bool) -
         load.run(bench.port, looks, count=1000)
         report.rate("introspection, 32 connections", load.run(bench.port, looks, seconds=seconds))
         # The worker is the same on both stores, and on the quicker one it is known sooner.
-        if not quick and bench.settings.store_url.startswith("sqlite"):
+        if not quick and on_sqlite(bench):
             made = figures.requests
             while made < _GRANTS_IN_MEMORY:
                 made += load.run(bench.port, requests, count=20_000, expect=b"201").requests
             report.value("memory of the worker", f"{resident_mib(pid):.0f} MiB after {made:,} grants")
+    return figures
 
 
-def measure_end(report: Report, bench: Bench) -> None:
-    """Completing a task of ten thousand live grants, as its orchestrator sees it, and a verifier."""
+def measure_end(report: Report, bench: Bench, count: int) -> load.Ended:
+    """Completing a task of this many live grants, as its orchestrator sees it, and a verifier."""
     with broker_on(bench):
         agents = [f"agent-{number}" for number in range(_AGENTS_A_TASK)]
         # Those of the runs before have to be over, or their agents are at their limit.
         time.sleep(_LIFE_S)
         task = open_task(bench, agents)
         requests = [grant_request(bench, agent, task, 600) for agent in agents]
-        load.run(bench.port, requests, count=9_900, expect=b"201")
-        token = credential(requests[0], bench.port)
+        load.run(bench.port, requests, count=count - 1, expect=b"201")
+        token = credential(requests[-1], bench.port)
         headers = {"Authorization": f"Bearer {bench.token('pipeline')}"}
         started = time.perf_counter()
         answer = httpx.post(f"{bench.settings.issuer}/v1/tasks/{task}/complete", headers=headers, timeout=60)
@@ -129,8 +141,9 @@ def measure_end(report: Report, bench: Bench) -> None:
         look = httpx.post(f"{bench.settings.issuer}/oauth2/introspect", data={"token": token}, headers=verifier)
         if look.json() != {"active": False}:
             raise SystemExit(f"a token of a completed task is still active: {look.json()}")
-        ended = answer.json()["totals"]["ended"]
-        report.value("completing a task", f"{took:.2f} s for {ended:,} live grants")
+        ended = load.Ended(count=answer.json()["totals"]["ended"], seconds=took)
+        report.ended("completing a task", ended, "live grants")
+        return ended
 
 
 def measure_sweep(report: Report, bench: Bench) -> None:
@@ -148,21 +161,44 @@ def measure_two_workers(report: Report, bench: Bench, seconds: float) -> None:
 
 
 def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> None:
+    # The peer has no store but PostgreSQL in common with us. Each of its figures is taken right after ours: minutes
+    # later a machine may be another.
+    beside = bench.settings.source.parent / "openbao" if options.peer and not on_sqlite(bench) else None
     prepare(bench)
-    if not bench.settings.store_url.startswith("sqlite"):
+    if not on_sqlite(bench):
         measure_two_workers(report, bench, options.seconds)
-    measure_http(report, bench, options.seconds, quick=options.quick)
+    grants = measure_http(report, bench, options.seconds, quick=options.quick)
+    if beside:
+        logins = openbao.measure_logins(beside / "logins", options.seconds, _LIFE_S)
+        report.rate(f"OpenBao {openbao.version()}: logins, 32 connections", logins)
+        report.value("  a grant beside it", openbao.rates_beside(grants, logins))
+    if beside or not options.quick:
+        together = _ENDED_TOGETHER_QUICKLY if options.quick else _ENDED_TOGETHER
+        ended = measure_end(report, bench, together)
+        if beside:
+            revoked = openbao.measure_revocation(beside / "revocation", together)
+            report.ended(f"OpenBao {openbao.version()}: revoking a token", revoked, "children")
+            report.value("  a task beside it", openbao.ends_beside(ended, revoked))
     if not options.quick:
-        measure_end(report, bench)
         measure_sweep(report, bench)
 
 
-def main() -> None:
+def options_from(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description="Measure the broker beside a no-op.")
     parser.add_argument("--only", choices=["sqlite", "postgresql"], help="one store instead of both")
     parser.add_argument("--seconds", type=float, default=5, help="how long each rate is measured (default: 5)")
     parser.add_argument("--quick", action="store_true", help="only grants and introspection")
-    options = parser.parse_args()
+    parser.add_argument("--peer", choices=["openbao"], help="its nearest equal, under the same load on PostgreSQL")
+    options = parser.parse_args(arguments)
+    if options.peer and options.only == "sqlite":
+        parser.error("--peer openbao is measured on PostgreSQL: leave out --only sqlite")
+    if options.peer and not openbao.is_installed():
+        parser.error(openbao.NOT_INSTALLED)
+    return options
+
+
+def main() -> None:
+    options = options_from()
     # So that the servers end with us, and not only when they are asked to.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     report = Report()

@@ -24,6 +24,14 @@ class Figures:
     p99: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How long it took until this many grants, or tokens, were over."""
+
+    count: int
+    seconds: float
+
+
 def post(host: str, path: str, body: bytes, *, token: str | None = None, media_type: str = "application/json") -> bytes:
     """One request as it goes over the wire."""
     authorization = f"Authorization: Bearer {token}\r\n" if token else ""
