@@ -32,6 +32,9 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def reconcile() -> None:
         broker.reconciliation.run()
 
+    def alert() -> None:
+        broker.alerting.send_due()
+
     def measure() -> None:
         looks, outstanding = broker.reconciliation.looks(), broker.leases.measure()
         for look in looks:
@@ -43,6 +46,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         ("sweep", sweep, 1),
         ("pay", pay, 1),
         ("reconcile", reconcile, 1),
+        ("alert", alert, 1),
         ("measure", measure, 5),
         ("look again", broker.look_again, 1),
         ("confirm keys", broker.keys.tend, 10),

@@ -10,6 +10,7 @@ from broker import telemetry
 from broker.config import Settings, read_master_key
 from broker.domain.clock import Clock, system_clock
 from broker.domain.errors import ConfigurationError
+from broker.providers.alerts import Alerts, NoAlerts, WebhookAlerts
 from broker.providers.base import Provider
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
@@ -18,6 +19,7 @@ from broker.providers.vault.administration import VaultSetup, brokered
 from broker.providers.vault.transit import TransitKey
 from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
+from broker.services.alerting import Alerting
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
 from broker.services.debts import Debts
@@ -56,6 +58,7 @@ class Broker:
     leases: Leases
     debts: Debts
     reconciliation: Reconciliation
+    alerting: Alerting
     verification: Verification
     administration: Administration
     audit_trail: AuditTrail
@@ -141,12 +144,19 @@ def build(settings: Settings, *, clock: Clock | None = None, providers: Mapping[
         leases=Leases(database=database, clock=clock),
         debts=debts,
         reconciliation=reconciliation,
+        alerting=Alerting(database=database, alerts=_alerts(settings, clock), clock=clock),
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
         administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
         wakeups=wakeups,
     )
+
+
+def _alerts(settings: Settings, clock: Clock) -> Alerts:
+    if settings.alerts is None:
+        return NoAlerts()
+    return WebhookAlerts(settings.alerts.webhook_url, settings.alerts.secret, clock=clock)
 
 
 def _sealing(settings: Settings, clock: Clock) -> Sealing:

@@ -1131,7 +1131,7 @@ def test_the_environment_of_the_process_is_read_unless_another_is_given(place, m
         (
             "BROKER__QQQQQQQQQQQQQQQQQQQQ",
             "x",
-            "overrides no key of this version; what can be set is BROKER__GRANTS__DEFAULT_TTL_S",
+            "overrides no key of this version; what can be set is BROKER__ALERTS__SECRET_FILE",
         ),
         ("BROKER__ISSUERS__0__NAME", "x", "BROKER__ISSUERS__0__NAME overrides no key"),
         ("BROKER__SERVER", "x", "BROKER__SERVER overrides no key"),
@@ -1297,3 +1297,42 @@ def test_junk_in_the_environment_is_at_worst_a_configuration_error(playground, v
         playground.load(environ={variable: value})
     except ConfigurationError as refused:
         assert all(problem.isprintable() for problem in refused.problems)
+
+
+class TestAlerts:
+    HOOK = "https://chat.example/hooks/T0/B0"
+
+    def configured(self, place, url=HOOK, mode=0o600, **alerts):
+        for name, content in (("hook", url), ("signing", "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=")):
+            (place.directory / name).write_text(content)
+            (place.directory / name).chmod(mode)
+        return VALID | {"alerts": {"webhook_url_file": "hook"} | alerts}
+
+    def test_without_the_section_nobody_is_told_but_the_log(self, place):
+        assert place.load().alerts is None
+
+    def test_the_files_are_read_and_shown_nowhere(self, place):
+        found = place.load(self.configured(place, secret_file="signing"))
+        assert found.alerts.webhook_url.reveal() == self.HOOK
+        assert found.alerts.secret.reveal() == "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
+        assert "hooks" not in repr(found) and "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=" not in repr(found)
+
+    @pytest.mark.parametrize(
+        ("wrong", "says"),
+        [
+            ({"mode": 0o644}, "open to others"),
+            ({"url": "ftp://chat.example/secret-path"}, "https"),
+            ({"url": "http://chat.example/secret-path"}, "https"),
+            ({"url": "two words"}, "does not hold one word"),
+            ({"webhook_url_file": "nowhere"}, "there is no file"),
+        ],
+    )
+    def test_what_is_wrong_is_said_without_the_address(self, place, wrong, says):
+        problem = place.the_problem(self.configured(place, **wrong))
+        assert "alerts.webhook_url_file" in problem and says in problem
+        assert "secret-path" not in problem
+
+    def test_a_secret_that_signs_nothing_is_refused(self, place):
+        self.configured(place)
+        problem = place.the_problem(VALID | {"alerts": {"secret_file": "signing"}})
+        assert "alerts.secret_file" in problem

@@ -20,11 +20,14 @@ from broker.config.files import (
     require_secret,
 )
 from broker.config.reading import Reader, Row
+from broker.config.settings import AlertSettings
 from broker.config.values import WORKLOAD_ALGORITHMS, address, is_loopback, web_url
 from broker.config.wording import Wrong, bare, nearest, quoted, shown
 from broker.domain.catalogue import KEY_SOURCES
 from broker.domain.errors import Invalid
 from broker.domain.identity import Role
+from broker.domain.secret import Secret
+from broker.providers.alerts import webhook_key, webhook_url
 from broker.providers.vault.sources import SecretSource
 
 
@@ -277,6 +280,31 @@ def check_vault(reader: Reader, vault: dict[str, Any], *, before_setup: bool) ->
             "so nobody else may take secrets from them; give the broker roles of its own, and write true",
             False,
         )
+
+
+def read_alerts(reader: Reader, alerts: Mapping[str, Any]) -> AlertSettings | None:
+    """Who is told; the files hold secrets, and what is wrong with them is told without their content."""
+    found: dict[str, Secret] = {}
+    for name, what in (("webhook_url_file", "the URL of the webhook"), ("secret_file", "the secret")):
+        if alerts.get(name) is None:
+            continue
+        try:
+            found[name] = require_secret(reader.path(alerts[name]), what)
+        except Wrong as wrong:
+            reader.refuse(f"alerts.{name}", str(wrong), alerts[name])
+    url = found.get("webhook_url_file")
+    if url is None:
+        if "secret_file" in found:
+            reader.refuse("alerts.secret_file", "signs nothing without webhook_url_file; add it, or take this out")
+        return None
+    for name, judge in (("webhook_url_file", webhook_url), ("secret_file", webhook_key)):
+        try:
+            if name in found:
+                judge(found[name].reveal())
+        except Invalid as invalid:
+            reader.refuse(f"alerts.{name}", invalid.detail)
+            return None
+    return AlertSettings(webhook_url=url, secret=found.get("secret_file"))
 
 
 def check_resources(

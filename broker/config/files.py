@@ -18,6 +18,7 @@ from broker.config.wording import Wrong, shown
 from broker.domain import strict_json
 from broker.domain.catalogue import TrustedIssuer
 from broker.domain.errors import ConfigurationError, Invalid
+from broker.domain.secret import Secret
 from broker.providers.key_sets import usable_algorithms
 
 MASTER_KEY_BYTES = 32
@@ -88,13 +89,15 @@ def master_key(path: Path) -> bytes:
     return content
 
 
-def require_secret(path: Path, what: str) -> None:
-    """Refuse a file that holds no secret of one word, or that is open to anyone but its owner."""
+def require_secret(path: Path, what: str) -> Secret:
+    """What is in it; refuse a file that holds no secret of one word, or that is open to anyone but its owner."""
     with _open(path, f"write {what} there, or correct the path") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         if mode & 0o077:
             raise Wrong(f"{path} has mode {mode:04o}, open to others; chmod 0600 {shlex.quote(str(path))}")
-        _require_word(file.read(_MAX_SECRET_BYTES + 1), path, what)
+        content = file.read(_MAX_SECRET_BYTES + 1)
+        _require_word(content, path, what)
+    return Secret(content.strip().decode())
 
 
 def require_attestation(path: Path, what: str) -> None:

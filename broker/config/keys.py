@@ -253,6 +253,19 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             "directory", f"Directory of the `*.cedar` files and, if there is one, `{SCHEMA_FILE}`.", default="policies"
         ),
     ),
+    "alerts": (
+        _string(
+            "webhook_url_file",
+            "File with the URL that alerts are posted to: https, or http on loopback. Mode 0600, because whoever knows "
+            "it may write there. Without it alerts are lines in the log.",
+            default=None,
+        ),
+        _string(
+            "secret_file",
+            "File with the secret that signs them, mode 0600, so that the receiver can tell they are ours.",
+            default=None,
+        ),
+    ),
     "vault": (
         _string(
             "address",

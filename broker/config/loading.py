@@ -17,6 +17,7 @@ from broker.config.checks import (
     check_server,
     check_store,
     check_vault,
+    read_alerts,
     read_policies,
     stated,
 )
@@ -68,6 +69,7 @@ def load(
     check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), providers, has_vault=has_vault)
     policies, schema = read_policies(reader, section["policies"].get("directory"))
     vault = _vault(reader, section["vault"])
+    alerts = read_alerts(reader, section["alerts"])
     if reader.problems:
         raise ConfigurationError(reader.problems)
 
@@ -97,6 +99,7 @@ def load(
         source=reader.source,
         policies_directory=reader.path(section["policies"]["directory"]),
         vault=vault,
+        alerts=alerts,
     )
 
 

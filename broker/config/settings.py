@@ -26,6 +26,14 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlertSettings:
+    """Who is told of what must not wait."""
+
+    webhook_url: Secret = field(repr=False)
+    secret: Secret | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """A checked configuration; every path in it is absolute, and its catalogue has no version yet.
 
@@ -44,6 +52,7 @@ class Settings:
     source: Path
     policies_directory: Path | None = None
     vault: VaultSettings | None = None
+    alerts: AlertSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

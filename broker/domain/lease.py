@@ -65,7 +65,6 @@ class Lease:
     fence: int
     last_error: str | None
     dead_at: datetime | None
-    alerted_at: datetime | None
     abandoned_at: datetime | None
     abandoned_by: str | None
     abandoned_reason: str | None

@@ -199,7 +199,7 @@ def _escaped(value: Value) -> str:
 
 def _values(given: Mapping[str, Value]) -> dict[str, Value]:
     return {
-        _plain(name): _plain(value) if isinstance(value, str) else value
+        _plain(name): value if value is None or isinstance(value, int) else _plain(str(value))
         for name, value in list(given.items())[:MAX_MEMBERS]
     }
 

@@ -223,7 +223,6 @@ def _debt(name: str, secret: LiveSecret, grant_id: str | None, now: datetime) ->
         fence=0,
         last_error=None,
         dead_at=None,
-        alerted_at=None,
         abandoned_at=None,
         abandoned_by=None,
         abandoned_reason=None,

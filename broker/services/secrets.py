@@ -303,7 +303,6 @@ def intended_lease(grant: Grant, settings: Mapping[str, Any], now: datetime) -> 
         fence=0,
         last_error=None,
         dead_at=None,
-        alerted_at=None,
         abandoned_at=None,
         abandoned_by=None,
         abandoned_reason=None,

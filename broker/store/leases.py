@@ -176,12 +176,6 @@ def open_references(db: Connection, provider: str, references: Collection[str]) 
     return set(db.execute(statement).scalars())
 
 
-def unalerted(db: Connection, *, limit: int) -> list[Lease]:
-    """Stuck leases nobody was told of yet."""
-    stuck = (in_state(LeaseState.STUCK), _leases.c.alerted_at.is_(None), _leases.c.abandoned_at.is_(None))
-    return [lease_of(row) for row in db.execute(_SELECT.where(_OWED, *stuck).order_by(_leases.c.id).limit(limit))]
-
-
 def owed_since(db: Connection, lease_ids: Collection[str]) -> dict[str, datetime]:
     """Since when each is owed: when the authority of its grant ended. Not of a lease whose grant may still live.
 

@@ -257,7 +257,6 @@ class Lease(Base):
     fence: Mapped[int] = mapped_column(Integer)
     last_error: Mapped[str | None] = mapped_column(String(1000))
     dead_at: Mapped[datetime | None] = mapped_column(Instant)
-    alerted_at: Mapped[datetime | None] = mapped_column(Instant)
     abandoned_at: Mapped[datetime | None] = mapped_column(Instant)
     abandoned_by: Mapped[str | None] = mapped_column(Name)
     abandoned_reason: Mapped[str | None] = mapped_column(String(1000))
@@ -333,6 +332,25 @@ class AuditEvent(Base):
     policy_version: Mapped[int | None] = mapped_column(Integer)
     trace_id: Mapped[str | None] = mapped_column(String(32))
     data: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class Alert(Base):
+    """An audit event that somebody has to be told of, until it was taken."""
+
+    __tablename__ = "alerts"
+    __table_args__ = (
+        Index(
+            "alerts_due_idx",
+            "next_attempt_at",
+            postgresql_where=text("taken_at IS NULL"),
+            sqlite_where=text("taken_at IS NULL"),
+        ),
+    )
+
+    event_id: Mapped[str] = mapped_column(Id, ForeignKey("events.id"), primary_key=True)
+    attempts: Mapped[int] = mapped_column(Integer)
+    next_attempt_at: Mapped[datetime] = mapped_column(Instant)
+    taken_at: Mapped[datetime | None] = mapped_column(Instant)
 
 
 class ConsumedProof(Base):

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 from sqlalchemy import ColumnElement, Connection, Row, update
 
-from broker.domain.audit import Event
+from broker.domain.audit import ALERTING, Event
 from broker.domain.identity import new_id
 from broker.domain.lifecycle import sources
+from broker.store.alerts import owe_alerts
 from broker.store.database import recorded
 from broker.store.models import AuditEvent, Base, table_of
 from broker.store.rows import insert_alike, insert_rows
@@ -49,7 +50,7 @@ def move(
         .returning(*(table.c if returning is None else (table.c[name] for name in returning)))
     )
     moved = db.execute(statement).fetchall()
-    if isinstance(event, Change):
+    if isinstance(event, Change) and event.event.type not in ALERTING:
         _record_alike(db, event, moved)
     else:
         record(db, map(event, moved))
@@ -60,6 +61,7 @@ def record(db: Connection, events: Iterable[Event]) -> None:
     """Write audit events; the caller's transaction is that of the change they speak of."""
     made = list(events)
     insert_rows(db, AuditEvent, [dict(zip(_EVENT, _values_of(event), strict=True)) for event in made])
+    owe_alerts(db, made)
     recorded((event.type, event.outcome) for event in made)
 
 

@@ -1,4 +1,4 @@
-"""What is owed to outside providers, and when each was last compared with our rows
+"""What is owed to outside providers, when each was last compared with our rows, and whom to tell
 
 Runs before the code that needs it; the code before it does not see what is new.
 """
@@ -45,7 +45,6 @@ def upgrade() -> None:
         sa.Column("fence", sa.Integer(), nullable=False),
         sa.Column("last_error", sa.String(length=1000), nullable=True),
         sa.Column("dead_at", INSTANT, nullable=True),
-        sa.Column("alerted_at", INSTANT, nullable=True),
         sa.Column("abandoned_at", INSTANT, nullable=True),
         sa.Column("abandoned_by", sa.String(length=255), nullable=True),
         sa.Column("abandoned_reason", sa.String(length=1000), nullable=True),
@@ -74,6 +73,17 @@ def upgrade() -> None:
         sa.Column("wanted_at", INSTANT, nullable=True),
         sa.PrimaryKeyConstraint("provider", name=op.f("provider_looks_pkey")),
     )
+    op.create_table(
+        "alerts",
+        sa.Column("event_id", sa.String(length=32), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("next_attempt_at", INSTANT, nullable=False),
+        sa.Column("taken_at", INSTANT, nullable=True),
+        sa.ForeignKeyConstraint(["event_id"], ["events.id"], name=op.f("alerts_event_id_fkey")),
+        sa.PrimaryKeyConstraint("event_id", name=op.f("alerts_pkey")),
+    )
+    waiting = sa.text("taken_at IS NULL")
+    op.create_index("alerts_due_idx", "alerts", ["next_attempt_at"], postgresql_where=waiting, sqlite_where=waiting)
     op.drop_index("grants_live_of_agent_idx", table_name="grants")
     op.create_index(
         "grants_held_by_agent_idx", "grants", ["agent", "expires_at"], postgresql_where=HELD, sqlite_where=HELD

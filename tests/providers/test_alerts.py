@@ -190,6 +190,13 @@ def test_what_others_wrote_is_cut(hook):
     assert len(json.loads(body)["summary"]) == MAX_TEXT + 1
 
 
+def test_what_is_neither_text_nor_number_is_told_as_text(hook):
+    alert = Alert(id=ALERT.id, at=AT, kind="x", summary="x", data={"sure": True, "many": ["a\nb", 2]})
+    alerts(hook.url).send(alert)
+    ((_, _, body),) = hook.received
+    assert json.loads(body)["data"] == {"sure": True, "many": "['a\\nb', 2]", "claimed": {}}
+
+
 @pytest.mark.parametrize("id_", ["", "a.b", "a b", "a\r\nX-Injected: 1", "x" * 129, "é"], ids=ascii)
 def test_an_id_that_could_change_a_header_is_not_sent(hook, id_):
     with pytest.raises(ValueError, match="not an id"):

@@ -95,6 +95,19 @@ class DatabaseTarget:
             f'-- GRANT SELECT ON ALL TABLES IN SCHEMA public TO "{group}";\n'
             f"-- And the password that Vault logs in with:\n"
             f"-- \\password {self.administrator}\n"
+            f"{self._maintenance_sql}"
+        )
+
+    @property
+    def _maintenance_sql(self) -> str:
+        if self.role.source.target is None:
+            return ""
+        return (
+            f"-- The login through which the broker looks at the users themselves, for its target "
+            f"{self.role.source.target}:\n"
+            f"{self.role.maintenance_sql(administrator=self.administrator)}"
+            f"-- And its password, which goes into the url_file of the target:\n"
+            f"-- \\password {self.role.maintenance}\n"
         )
 
 

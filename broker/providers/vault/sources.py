@@ -66,6 +66,7 @@ class SecretSource:
     role_path: str  # below the mount: creds/<role>, sign/<role>
     revocation: RevocationClass
     token_role: str | None = None
+    target: str | None = None  # where the broker looks at the users themselves
     bound: timedelta | None = None
     least_ttl: timedelta = timedelta(seconds=1)
     reads: bool = False
@@ -146,8 +147,11 @@ class _Keys:
         return timedelta(seconds=found)
 
     def token_role(self) -> str | None:
-        found = self.take("token_role")
-        return None if found is None else component_of(found, "token_role")
+        return self.name("token_role")
+
+    def name(self, name: str) -> str | None:
+        found = self.take(name)
+        return None if found is None else component_of(found, name)
 
     def require_empty(self) -> None:
         for name in self._left:
@@ -161,6 +165,7 @@ def _database(keys: _Keys) -> SecretSource:
         mount=path_of(keys.take("mount", "database"), "mount"),
         role_path=f"creds/{role}",
         token_role=keys.token_role(),
+        target=keys.name("target"),
         revocation=RevocationClass.HARD,
         reads=True,
         shape=_login_of,
