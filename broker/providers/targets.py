@@ -135,15 +135,25 @@ class PostgresLogins:
         role = db.execute("SELECT oid FROM pg_catalog.pg_roles WHERE rolname = %s", (name,)).fetchone()
         if role is None:
             return
-        db.execute("BEGIN")
-        for statement in ENDING:
-            names = {"user": Identifier(name), "text": Literal(name), "heir": Identifier(self._target.heir)}
-            db.execute(SQL(statement).format(**names))
-        db.execute("COMMIT")
+        failed: psycopg.Error | None = None
+        try:
+            db.execute("BEGIN")
+            for statement in ENDING:
+                names = {"user": Identifier(name), "text": Literal(name), "heir": Identifier(self._target.heir)}
+                db.execute(SQL(statement).format(**names))
+            db.execute("COMMIT")
+        except psycopg.Error as problem:
+            if problem.sqlstate is None:
+                raise
+            # Vault may be ending the same user, and be done before us: what is there now says whether it is gone.
+            failed = problem
+            db.execute("ROLLBACK")
         for pause_s in CONFIRM_PAUSES_S:
             roles, sessions = db.execute(_LOOK, (name, role[0])).fetchone() or (1, 0)
             if not roles and not sessions:
                 return
+            if roles and failed is not None:
+                raise failed
             if pause_s is not None:
                 self._pause(pause_s)
         raise ProviderUnavailable(
