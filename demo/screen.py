@@ -118,7 +118,7 @@ class Screen:
             header = Text.assemble(("Authorization: ", "name"), f"{scheme} {shortened(token)}", (whose, "quiet"))
             self._gutter([header], "asked")
         if exchange.sent is not None:
-            self._gutter(_document(exchange.sent, show=None, bright=()), "asked")
+            self._gutter(_document(_masked(exchange.sent), show=None, bright=()), "asked")
         style = "good" if (exchange.status < 400 if good is None else good) else "bad"
         status = Text.assemble(
             (f"{exchange.status} {exchange.phrase}", f"{style}.mark"), f"   {exchange.took_ms:.0f} ms"
@@ -126,7 +126,7 @@ class Screen:
         if note:
             status.append(f"   {note}", style="bright")
         self._gutter([status], style, first="←")
-        self._gutter(_document(exchange.came, show=show, bright=bright), style)
+        self._gutter(_document(_masked(exchange.came), show=show, bright=bright), style)
 
     def command(self, line: str, output: str, *, at_most: int = 100, columns: int = 100) -> None:
         """What somebody types, and what it printed; columns that tabs divide are drawn as such, the first of them."""
@@ -318,6 +318,13 @@ def shortened(token: str) -> str:
     return (token[:_SHOWN_OF_A_TOKEN] if token.startswith("ey") else token[:2]) + "…"
 
 
+def _masked(value: Any) -> Any:
+    """The same document without what opens something."""
+    if isinstance(value, Mapping):
+        return {name: _MASK if name in _SECRET_MEMBERS else _masked(member) for name, member in value.items()}
+    return [_masked(item) for item in value] if isinstance(value, list) else value
+
+
 def _safe(text: str) -> str:
     """Printable, and without a whole token."""
     cut = _TOKEN.sub(lambda found: shortened(found[0]), text)
@@ -355,7 +362,7 @@ def _members(
     shown = [name for name in value if show is None or _is_shown(f"{above}{name}", show)]
     left_out = len(value) - len(shown)
     for name in shown:
-        path, member = f"{above}{name}", _MASK if name in _SECRET_MEMBERS else value[name]
+        path, member = f"{above}{name}", value[name]
         end = "," if name != shown[-1] or left_out else ""
         head = Text.assemble(indent, (json.dumps(name), "name"), ": ")
         whole = json.dumps(member, ensure_ascii=False)

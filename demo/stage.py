@@ -48,13 +48,14 @@ class Stopped(BaseException):
         self.number = number
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Process:
     name: str
     url: str
     log: Path
     running: subprocess.Popen[bytes] = field(repr=False)
     ends_by: signal.Signals = signal.SIGTERM
+    over: bool = False
 
     @property
     def pid(self) -> int:
@@ -79,10 +80,13 @@ class Process:
         self.kill()
 
     def kill(self) -> None:
-        """As a power cut does: it and its children, at once."""
+        """As a power cut does: it and its children, at once. Afterwards its number may be somebody else's."""
+        if self.over:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.running.wait()
+        self.over = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +222,7 @@ def start(
             command,
             cwd=ROOT if account is None else root,
             env=dict(os.environ if environment is None else environment) | direct,
-            **runs_as(account),
+            **_runs_as(account),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -230,7 +234,7 @@ def start(
     return process
 
 
-def runs_as(account: pwd.struct_passwd | None) -> dict[str, Any]:
+def _runs_as(account: pwd.struct_passwd | None) -> dict[str, Any]:
     """What `subprocess` has to be told."""
     return {} if account is None else {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": ()}
 

@@ -319,11 +319,10 @@ def the_broker_is_killed_in_the_middle(on: VaultStage, screen: Screen) -> None:
     screen.aside(f"Process {killed} is gone. Process {on.broker.pid} finds these rows, committed before the cut:")
     rows = list(answer("the grants of the task", lambda: list(ada.grants(task=task.id))))
     states = Counter((row.state, "none" if row.lease is None else row.lease.state) for row in rows)
-    screen.counts(
-        ("grant", "lease", "rows", "what it means"),
-        [(*state, str(times), _STATES.get(state, "")) for state, times in sorted(states.items())],
-        bright=("rows",),
-    )
+    meanings = [(*state, str(times), _STATES.get(state, "")) for state, times in sorted(states.items())]
+    if len(rows) < _REQUESTS:
+        meanings.append(("–", "–", str(_REQUESTS - len(rows)), "had not begun: nothing was asked for"))
+    screen.counts(("grant", "lease", "requests", "what it means"), meanings, bright=("requests",))
     known = {row.id for row in rows}
     delivered = {given["grant"]["id"] for given in cut.delivered}
     held = {row.id for row in rows if row.lease is not None and row.lease.state == "held"}
@@ -353,13 +352,14 @@ def the_broker_is_killed_in_the_middle(on: VaultStage, screen: Screen) -> None:
             "A user without a lease is one that OpenBao made and forgot when the request was cut. Nobody ever heard "
             "its password, and PostgreSQL lets nobody in with it after its time."
         )
-    owed = receipt.totals.outstanding
-    screen.outcome(
-        f"{receipt.totals.confirmed_dead} are confirmed dead. {owed} were cut off, so that nobody can know what they "
-        "were: they stay owed, and are not called dead before they can no longer appear."
-        if owed
-        else "Nothing is alive, and every one of them is confirmed dead."
-    )
+    dead, owed = receipt.totals.confirmed_dead, receipt.totals.outstanding
+    told = "OpenBao knows of nothing that is alive" + ("." if left[1] else ", and PostgreSQL of no user.")
+    told += f" Confirmed dead: {dead}."
+    if owed:
+        told += (
+            f" Still owed: {owed}, cut off where nobody can know what was made. Not called dead before it is certain."
+        )
+    screen.outcome(told)
 
 
 def _grant_of(username: str) -> str | None:

@@ -14,7 +14,6 @@ import re
 import secrets
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import httpx
 import psycopg
 
 from demo.expect import DemoFailed
-from demo.stage import Process, runs_as, start, wait_until_ready
+from demo.stage import Process, start, wait_until_ready
 
 DATABASE = "orders"
 SUPERUSER = "postgres"
@@ -130,22 +129,21 @@ def start_postgres(end: contextlib.ExitStack, root: Path, port: int) -> PostgreS
     environment = {"HOME": str(home), "PATH": os.defpath, "LC_ALL": "C"}
     data = home / "data"
     options = ["-D", str(data), "-U", SUPERUSER, "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8"]
-    initialised = subprocess.run(  # noqa: S603 - our own command
-        [programs / "initdb", *options, "--no-locale", "--no-sync", "--no-instructions"],
-        cwd=home if account is None else root,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-        **runs_as(account),
-    )
+    options += ["--no-locale", "--no-sync", "--no-instructions"]
+    with contextlib.ExitStack() as over:
+        try:
+            initdb = start(
+                over, "initdb", "", root, [str(programs / "initdb"), *options], environment=environment, account=account
+            )
+        except PermissionError:
+            raise DemoFailed(
+                f"the user nobody to reach {root}, because PostgreSQL refuses to be root",
+                "it may not: set TMPDIR to a directory that others may enter, or run this as another user",
+            ) from None
+        code = initdb.running.wait()
     password_file.unlink()
-    if initialised.returncode:
-        last = initialised.stdout.splitlines()[-15:]
-        raise DemoFailed("an empty PostgreSQL", f"initdb ended with {initialised.returncode}", whose="initdb", log=last)
+    if code:
+        raise initdb.failed("an empty PostgreSQL", f"initdb ended with {code}")
     command = [str(programs / "postgres"), "-D", str(data), "-h", "127.0.0.1", "-p", str(port)]
     # Nothing here outlives the demo, so nothing has to survive a power cut.
     command += ["-c", "unix_socket_directories=", "-c", "fsync=off", "-c", "shared_buffers=32MB"]

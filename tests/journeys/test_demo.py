@@ -60,7 +60,7 @@ def processes_about(place):
     return [line for line in listed.splitlines() if str(place) in line]
 
 
-def run(place, command=DEMO, **more):
+def run(place, command=DEMO, *, patience_s=PATIENCE_S, **more):
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -68,7 +68,7 @@ def run(place, command=DEMO, **more):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=patience_s,
     )
 
 
