@@ -14,6 +14,7 @@ from broker.providers.alerts import Alerts, NoAlerts, WebhookAlerts
 from broker.providers.base import Provider
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
+from broker.providers.targets import Logins, PostgresLogins
 from broker.providers.vault import SecretSource, VaultProvider
 from broker.providers.vault.administration import VaultSetup, brokered
 from broker.providers.vault.transit import TransitKey
@@ -89,10 +90,16 @@ class Broker:
         self.database.close()
 
 
-def build(settings: Settings, *, clock: Clock | None = None, providers: Mapping[str, Provider] | None = None) -> Broker:
+def build(
+    settings: Settings,
+    *,
+    clock: Clock | None = None,
+    providers: Mapping[str, Provider] | None = None,
+    targets: Mapping[str, Logins] | None = None,
+) -> Broker:
     """A broker of these settings. Opens files and connections as they are needed; starts nothing.
 
-    `providers` stand in for those that the settings name.
+    `providers` and `targets` stand in for those that the settings name.
     """
     database = Database(settings.store_url, committed=telemetry.committed)
     if clock is None:
@@ -112,8 +119,10 @@ def build(settings: Settings, *, clock: Clock | None = None, providers: Mapping[
     wakeups = Wakeups(settings.redis_url)
     if providers is None:
         providers = _providers(settings, database, standing, clock, lambda name: reconciliation.distrust(name))
-    reconciliation = Reconciliation(database=database, providers=providers, clock=clock)
-    debts = Debts(database=database, providers=providers, clock=clock)
+    if targets is None:
+        targets = {target.name: PostgresLogins(target) for target in settings.targets}
+    reconciliation = Reconciliation(database=database, providers=providers, targets=targets, clock=clock)
+    debts = Debts(database=database, providers=providers, targets=targets, clock=clock)
     secrets = Secrets(
         database=database, standing=standing, providers=providers, reconciliation=reconciliation, clock=clock
     )

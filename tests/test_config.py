@@ -1336,3 +1336,29 @@ class TestAlerts:
         self.configured(place)
         problem = place.the_problem(VALID | {"alerts": {"secret_file": "signing"}})
         assert "alerts.secret_file" in problem
+
+
+class TestTargets:
+    def configured(self, place, url="postgresql://watch:s3cret@db.example/orders", **row):
+        (place.directory / "orders-url").write_text(url)
+        (place.directory / "orders-url").chmod(0o600)
+        return VALID | {"targets": [{"name": "orders", "url_file": "orders-url", "heir": "jit_heir"} | row]}
+
+    def test_a_database_that_is_looked_at_itself_is_named_and_its_url_shown_nowhere(self, place):
+        document = spoiled(self.configured(place), "resources[2].vault.target", "orders")
+        found = place.load(document)
+        assert [(target.name, target.heir) for target in found.targets] == [("orders", "jit_heir")]
+        assert found.catalogue.resource("urn:db:orders:readonly").settings["target"] == "orders"
+        assert "s3cret" not in repr(found)
+
+    def test_a_target_that_is_not_there_is_refused_by_the_resource_that_names_it(self, place):
+        problem = place.the_problem(spoiled(self.configured(place), "resources[2].vault.target", "order"))
+        assert "resources" in problem and "target" in problem and "orders" in problem
+
+    @pytest.mark.parametrize(
+        ("wrong", "key"),
+        [({"url": "mysql://watch:s3cret@db.example/orders"}, "url_file"), ({"heir": "Heir; DROP"}, "heir")],
+    )
+    def test_what_is_wrong_is_said_without_the_password(self, place, wrong, key):
+        problem = place.the_problem(self.configured(place, **wrong))
+        assert key in problem and "s3cret" not in problem

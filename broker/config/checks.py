@@ -28,6 +28,7 @@ from broker.domain.errors import Invalid
 from broker.domain.identity import Role
 from broker.domain.secret import Secret
 from broker.providers.alerts import webhook_key, webhook_url
+from broker.providers.targets import Target, target_url
 from broker.providers.vault.sources import SecretSource
 
 
@@ -305,6 +306,29 @@ def read_alerts(reader: Reader, alerts: Mapping[str, Any]) -> AlertSettings | No
             reader.refuse(f"alerts.{name}", invalid.detail)
             return None
     return AlertSettings(webhook_url=url, secret=found.get("secret_file"))
+
+
+def read_targets(reader: Reader, rows: Sequence[Row], resources: Sequence[Row]) -> tuple[Target, ...]:
+    """The databases that are looked at themselves; every one that a resource names has to be there."""
+    _unique(reader, rows, "name")
+    found: list[Target] = []
+    for at, _, written in rows:
+        if not {"name", "url_file", "heir"} <= written.keys():
+            continue
+        path = reader.path(written["url_file"])
+        try:
+            target_url(require_secret(path, "the URL of the connection").reveal())
+            found.append(Target(name=written["name"], url_file=path, heir=written["heir"]))
+        except Wrong as wrong:
+            reader.refuse(f"{at}.url_file", str(wrong), written["url_file"])
+        except Invalid as invalid:
+            reader.refuse(f"{at}.{invalid.member or 'url_file'}", invalid.detail)
+    names = _written(rows, "name")
+    for at, _, written in resources:
+        wanted = (written.get("vault") or {}).get("target")
+        if wanted is not None and wanted not in names:
+            reader.refuse(f"{at}.vault.target", _unknown("target", wanted, names, "targets"), wanted)
+    return tuple(found)
 
 
 def check_resources(

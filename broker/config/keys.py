@@ -139,7 +139,17 @@ _BOUND = "How long it may take until everybody refuses what was revoked."
 
 # What `vault` of a resource says for each secret engine; `broker.providers.vault.sources` gives it meaning.
 ENGINES: Mapping[str, tuple[Key, ...]] = {
-    "database": (_ENGINE_ROLE, _mount("database"), _TOKEN_ROLE),
+    "database": (
+        _ENGINE_ROLE,
+        _mount("database"),
+        _TOKEN_ROLE,
+        _string(
+            "target",
+            "Name of one of `[[targets]]`: the PostgreSQL whose users it makes, to be looked at itself.",
+            default=None,
+            check=values.name,
+        ),
+    ),
     "pki": (
         _ENGINE_ROLE,
         _mount("pki"),
@@ -349,6 +359,14 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             "A request without a task opens one, as long as the token.",
             default=PrincipalRule.implicit_tasks,
         ),
+    ),
+    "targets": (
+        _string("name", "What resources call it.", check=values.name),
+        _string(
+            "url_file",
+            "File with the `postgresql://` URL of a connection that sees and ends the users Vault makes, mode 0600.",
+        ),
+        _string("heir", "The role that gets what a user leaves behind, as in `broker vault setup`."),
     ),
     "resources": (
         _string("identifier", "The audience of its tokens: an absolute URI without fragment.", check=values.identifier),

@@ -19,6 +19,7 @@ from broker.config.checks import (
     check_vault,
     read_alerts,
     read_policies,
+    read_targets,
     stated,
 )
 from broker.config.keys import ARRAYS, PROVIDERS, SECTIONS, TOP
@@ -69,6 +70,7 @@ def load(
     check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), providers, has_vault=has_vault)
     policies, schema = read_policies(reader, section["policies"].get("directory"))
     vault = _vault(reader, section["vault"])
+    targets = read_targets(reader, rows["targets"], rows["resources"])
     alerts = read_alerts(reader, section["alerts"])
     if reader.problems:
         raise ConfigurationError(reader.problems)
@@ -100,6 +102,7 @@ def load(
         policies_directory=reader.path(section["policies"]["directory"]),
         vault=vault,
         alerts=alerts,
+        targets=targets,
     )
 
 

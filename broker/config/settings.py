@@ -8,6 +8,7 @@ from pathlib import Path
 
 from broker.domain.catalogue import Catalogue, Limits
 from broker.domain.secret import Secret
+from broker.providers.targets import Target
 from broker.providers.vault import VaultSettings
 
 
@@ -53,6 +54,7 @@ class Settings:
     policies_directory: Path | None = None
     vault: VaultSettings | None = None
     alerts: AlertSettings | None = None
+    targets: tuple[Target, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any
 from broker.domain.clock import rfc3339
 
 # What somebody has to hear of at once, and not when they next look.
-ALERTING = frozenset({"lease.stuck", "lease.found", "lease.gone"})
+ALERTING = frozenset({"lease.stuck", "lease.found", "lease.gone", "login.found"})
 
 
 @dataclass(frozen=True, kw_only=True)

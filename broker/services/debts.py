@@ -23,6 +23,7 @@ from broker.domain.errors import BrokerError, Unavailable
 from broker.domain.lease import STUCK_AFTER, Lease, RevocationClass, Urgency, dead_at, next_attempt
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import Handle, Provider, revoke_each
+from broker.providers.targets import Logins
 from broker.services.endings import ACTOR, end_grants, lease_event
 from broker.services.reconciliation import OLD_ENOUGH
 from broker.store import grants, leases, models
@@ -47,9 +48,17 @@ _log = logging.getLogger(__name__)
 class Debts:
     """`providers` by the name that a resource's `provider` says."""
 
-    def __init__(self, *, database: Database, providers: Mapping[str, Provider], clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        providers: Mapping[str, Provider],
+        targets: Mapping[str, Logins],
+        clock: Clock,
+    ) -> None:
         self._database = database
         self._providers = providers
+        self._targets = targets
         self._clock = clock
         self._turns = ThreadPoolExecutor(_WORKERS, thread_name_prefix="debts")
         self._closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix="closings")
@@ -208,8 +217,20 @@ class Debts:
             if not self._was_looked_at_since(lease.provider, settles_at + OLD_ENOUGH):
                 self._wait(lease, now + _LOOK_AGAIN)
                 return None
+            if self._is_ended_at_target(lease):
+                return self._clock()
             return self._when_reached(lease, max(now, lease.expires_at))
         return self._when_reached(lease, dead_at(lease, confirmed_at=now))
+
+    def _is_ended_at_target(self, lease: Lease) -> bool:
+        """Whether a look at the database itself showed, or made it so, that no login of its grant is left."""
+        target = self._targets.get(str(lease.settings.get("target")))
+        if target is None:
+            return False
+        for login in target.list_logins():
+            if login.grant_id == lease.grant_id:
+                target.end(login)
+        return True
 
     def _was_looked_at_since(self, provider: str, moment: datetime) -> bool:
         with self._database.read() as db:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -22,6 +22,7 @@ from broker.domain.identity import new_id
 from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import LiveSecret, Provider
+from broker.providers.targets import Login, Logins
 from broker.services.endings import ACTOR, end_grants
 from broker.services.standing import StandingReader
 from broker.store import grants, leases
@@ -39,11 +40,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Reconciled:
-    """What looks at providers found: secrets nobody owns, and held ones that are gone."""
+    """What looks at providers found: secrets nobody owns, held ones that are gone, logins no lease knows."""
 
     looks: int = 0
     found: int = 0
     gone: int = 0
+    logins: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +68,17 @@ def settings_in_use(database: Database, standing: StandingReader, provider: str)
 
 
 class Reconciliation:
-    def __init__(self, *, database: Database, providers: Mapping[str, Provider], clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        database: Database,
+        providers: Mapping[str, Provider],
+        targets: Mapping[str, Logins],
+        clock: Clock,
+    ) -> None:
         self._database = database
         self._providers = providers
+        self._targets = targets
         self._clock = clock
         self._since: dict[str, datetime] = {}
         self._numbers: dict[str, int] = {}
@@ -115,6 +125,11 @@ class Reconciliation:
                 failures.append(problem)
                 continue
             total = Reconciled(looks=total.looks + 1, found=total.found + found, gone=total.gone + gone)
+        for name in self._targets if total.looks else ():
+            try:
+                total = replace(total, logins=total.logins + self.look_at_target(name))
+            except BrokerError as problem:
+                failures.append(problem)
         if failures:
             raise failures[0]
         return total
@@ -147,6 +162,24 @@ class Reconciliation:
         with self._database.begin() as db:
             leases.looked(db, name, began_at=began_at)
         return found, gone
+
+    def look_at_target(self, name: str) -> int:
+        """End the logins a database has for grants of ours to which nothing open belongs; answers how many.
+
+        A provider that died half-way through making one knows nothing of it, so its list does not show it.
+        """
+        target = self._targets[name]
+        logins = target.list_logins()
+        with self._database.read() as db:
+            owned = leases.accounted_for(db, [login.grant_id for login in logins])
+        strangers = [login for login in logins if login.grant_id not in owned]
+        for login in strangers:
+            now = self._clock()
+            with self._database.begin() as db:
+                record(db, [_login_event(name, login, now)])
+            _log.error("a login nobody owns", extra={"fields": {"target": name, "grant_id": login.grant_id}})
+            target.end(login)
+        return len(strangers)
 
     def _is_due(self, name: str) -> bool:
         now = self._clock()
@@ -239,6 +272,19 @@ def _found_event(name: str, secret: LiveSecret, now: datetime) -> Event:
         grant_id=secret.grant_id,
         reason="alive outside, and no row accounted for it",
         data={"provider": name, "reference": secret.reference, "trouble": secret.trouble},
+    )
+
+
+def _login_event(target: str, login: Login, now: datetime) -> Event:
+    return Event(
+        id=new_id("evt", now),
+        at=now,
+        type="login.found",
+        actor=ACTOR,
+        outcome="orphan",
+        grant_id=login.grant_id,
+        reason="alive at the database, and no lease accounted for it",
+        data={"target": target, "login": login.name, "sessions": login.sessions},
     )
 
 

@@ -176,6 +176,18 @@ def open_references(db: Connection, provider: str, references: Collection[str]) 
     return set(db.execute(statement).scalars())
 
 
+def accounted_for(db: Connection, grant_ids: Collection[str]) -> set[str]:
+    """The grants whose secrets have a lease that is made, held, or being paid by its own name.
+
+    Where nobody heard of one, its provider may not know it either, and nothing that is being paid accounts for it.
+    """
+    if not grant_ids:
+        return set()
+    living = in_state(LeaseState.INTENDED, LeaseState.HELD)
+    paid = _OWED & _leases.c.reference.is_not(None) & ~_leases.c.unknown
+    return set(db.execute(select(_leases.c.grant_id).where(of_grants(db, grant_ids), living | paid)).scalars())
+
+
 def owed_since(db: Connection, lease_ids: Collection[str]) -> dict[str, datetime]:
     """Since when each is owed: when the authority of its grant ended. Not of a lease whose grant may still live.
 

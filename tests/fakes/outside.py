@@ -17,9 +17,11 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from broker.domain.catalogue import Resource
 from broker.domain.clock import Clock
 from broker.domain.errors import ProviderRefused, ProviderUnavailable
+from broker.domain.identity import GrantId
 from broker.domain.secret import SecretData
 from broker.providers.base import Handle, IssuedSecret, LiveSecret, SecretRequest
 from broker.providers.dev_issuer import DevIssuer
+from broker.providers.targets import Login
 from broker.providers.vault import SecretSource
 from broker.web.app import create_app
 from broker.wiring import build
@@ -36,7 +38,7 @@ _RESOURCES = (
         identifier=ORDERS,
         provider="vault",
         scopes=("select",),
-        settings={"engine": "database", "role": "jit-orders-ro"},
+        settings={"engine": "database", "role": "jit-orders-ro", "target": "orders"},
     ),
     Resource(
         identifier=AGENTS,
@@ -107,6 +109,25 @@ class Outside:
             raise ProviderUnavailable("the system that makes this credential did not answer", reason=SEALED)
 
 
+class Target:
+    """The logins a database has, by the grant in their name, whatever the system that makes them knows."""
+
+    def __init__(self) -> None:
+        self.down = False
+        self.logins: set[str] = set()
+
+    def list_logins(self) -> Collection[Login]:
+        if self.down:
+            raise ProviderUnavailable("the database did not answer")
+        return [
+            Login(name=f"jit-{grant_id}", grant_id=GrantId(grant_id), valid_until=None, sessions=1)
+            for grant_id in sorted(self.logins)
+        ]
+
+    def end(self, login: Login) -> None:
+        self.logins.discard(login.grant_id)
+
+
 class OutsideHouse(House):
     """A house on it; whoever asks finds it reconciled."""
 
@@ -120,13 +141,20 @@ class OutsideHouse(House):
 
 
 @contextmanager
-def house_on_outside(store_url: str, directory: Path, *, looked: bool = True, **limits: int) -> Iterator[OutsideHouse]:
+def house_on_outside(
+    store_url: str, directory: Path, *, looked: bool = True, target: Target | None = None, **limits: int
+) -> Iterator[OutsideHouse]:
     clock = TestClock()
     outside = Outside(clock)
     issuer = DevIssuer.create_or_load(directory)
     catalogue = catalogue_for(issuer, policies=POLICIES | {"outside.cedar": _POLICY})
     catalogue = replace(catalogue, resources=(*catalogue.resources, *_RESOURCES))
-    broker = build(settings_for(store_url, directory, catalogue, **limits), clock=clock, providers={"vault": outside})
+    broker = build(
+        settings_for(store_url, directory, catalogue, **limits),
+        clock=clock,
+        providers={"vault": outside},
+        targets={} if target is None else {"orders": target},
+    )
     broker.apply(by="tests")
     if looked:
         broker.reconciliation.run()

@@ -7,10 +7,11 @@ import pytest
 import sqlalchemy as sa
 
 from broker.domain.errors import ProviderUnavailable, Unavailable
+from broker.domain.identity import new_id
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import LiveSecret
 from broker.services.reconciliation import EVERY, OLD_ENOUGH
-from tests.fakes.outside import house_on_outside
+from tests.fakes.outside import Target, house_on_outside
 from tests.leases import require_consistent, states
 from tests.services.test_secrets import ask, at
 
@@ -211,3 +212,74 @@ def test_what_it_lists_may_have_trouble_of_its_own(house):
     assert look(house) == (1, 0)
     (event,) = events(house, "lease.found")
     assert event.data["trouble"] == "no database"
+
+
+class TestAtTheDatabaseItself:
+    """What a provider that died half-way made and does not know of."""
+
+    @pytest.fixture
+    def target(self):
+        return Target()
+
+    @pytest.fixture
+    def house(self, store_url, tmp_path, target):
+        with house_on_outside(store_url, tmp_path, target=target) as made:
+            yield made
+            require_consistent(made.broker.database)
+
+    def test_a_login_no_lease_accounts_for_is_ended_and_told(self, house, target):
+        grant_id = new_id("grt", house.clock())
+        target.logins.add(grant_id)
+        house.clock.at += EVERY
+        assert house.broker.reconciliation.run().logins == 1
+        assert target.logins == set()
+        (event,) = events(house, "login.found")
+        assert (event.grant_id, event.data["target"], event.data["sessions"]) == (grant_id, "orders", 1)
+
+    def test_a_login_that_is_held_or_being_made_is_left_alone(self, house, target):
+        target.logins.add(ask(house).grant.id)
+        assert house.broker.reconciliation.look_at_target("orders") == 0
+        looked = []
+
+        def look_meanwhile():
+            page = house.broker.verification.page_of_grants(house.caller("ada"), {}, before=None, limit=1)
+            target.logins.add(page[0][0].id)
+            looked.append(house.broker.reconciliation.look_at_target("orders"))
+
+        at(house, ("issue", "after"), look_meanwhile)
+        ask(house)
+        assert looked == [0] and len(target.logins) == 2
+
+    def test_one_whose_grant_ended_and_was_paid_is_ended(self, house, target):
+        issued = ask(house)
+        target.logins.add(issued.grant.id)
+        house.broker.revocation.revoke_grant(house.caller("ada"), issued.grant.id)
+        assert house.broker.reconciliation.look_at_target("orders") == 1
+        assert target.logins == set()
+
+    def test_a_database_that_does_not_answer_is_said_and_keeps_issuing_open(self, house, target):
+        target.down = True
+        house.clock.at += EVERY
+        with pytest.raises(ProviderUnavailable):
+            house.broker.reconciliation.run()
+        assert ask(house).grant.state is GrantState.ACTIVE
+
+    def test_what_nobody_heard_of_is_dead_when_the_database_shows_it_and_not_only_at_its_expiry(self, house, target):
+        def made_and_lost():
+            page = house.broker.verification.page_of_grants(house.caller("ada"), {}, before=None, limit=1)
+            target.logins.add(page[0][0].id)
+            house.outside.alive.clear()
+            raise ProviderUnavailable("no answer")
+
+        at(house, ("issue", "after"), made_and_lost)
+        with pytest.raises(ProviderUnavailable):
+            ask(house, house.open_task(deadline_s=3600), ttl=timedelta(seconds=900))
+        house.broker.debts.pay()
+        house.clock.forward(seconds=120)
+        house.broker.debts.pay()
+        assert target.logins != set() and states(house.broker.database) == [("failed", "revoking")]
+        house.clock.at += OLD_ENOUGH
+        look(house)
+        house.clock.forward(seconds=10)
+        house.broker.debts.pay()
+        assert target.logins == set() and states(house.broker.database) == [("failed", "released")]
