@@ -1362,3 +1362,16 @@ class TestTargets:
     def test_what_is_wrong_is_said_without_the_password(self, place, wrong, key):
         problem = place.the_problem(self.configured(place, **wrong))
         assert key in problem and "s3cret" not in problem
+
+    def test_who_is_about_to_make_its_login_need_not_have_the_file(self, place):
+        document = self.configured(place)
+        (place.directory / "orders-url").unlink()
+        assert "targets[0].url_file" in place.the_problem(document)
+        (target,) = place.load(document, before_vault_setup=True).targets
+        assert target.url_file == place.directory / "orders-url"
+
+    @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o622])
+    def test_a_url_that_is_open_to_others_is_refused(self, place, mode):
+        document = self.configured(place)
+        (place.directory / "orders-url").chmod(mode)
+        assert "open to others; chmod 0600" in place.the_problem(document)

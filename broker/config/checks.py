@@ -308,8 +308,13 @@ def read_alerts(reader: Reader, alerts: Mapping[str, Any]) -> AlertSettings | No
     return AlertSettings(webhook_url=url, secret=found.get("secret_file"))
 
 
-def read_targets(reader: Reader, rows: Sequence[Row], resources: Sequence[Row]) -> tuple[Target, ...]:
-    """The databases that are looked at themselves; every one that a resource names has to be there."""
+def read_targets(
+    reader: Reader, rows: Sequence[Row], resources: Sequence[Row], *, before_setup: bool
+) -> tuple[Target, ...]:
+    """The databases that are looked at themselves; every one that a resource names has to be there.
+
+    `before_setup`: the login that the file of each is about is yet to be made.
+    """
     _unique(reader, rows, "name")
     found: list[Target] = []
     for at, _, written in rows:
@@ -317,7 +322,8 @@ def read_targets(reader: Reader, rows: Sequence[Row], resources: Sequence[Row]) 
             continue
         path = reader.path(written["url_file"])
         try:
-            target_url(require_secret(path, "the URL of the connection").reveal())
+            if not before_setup:
+                target_url(require_secret(path, "the URL of the connection").reveal())
             found.append(Target(name=written["name"], url_file=path, heir=written["heir"]))
         except Wrong as wrong:
             reader.refuse(f"{at}.url_file", str(wrong), written["url_file"])

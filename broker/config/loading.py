@@ -50,7 +50,8 @@ def load(
     """The settings of a TOML file under its overrides; `ConfigurationError` with every problem at once.
 
     Relative paths are relative to the directory of the file. `environ` is `os.environ` unless given.
-    `before_vault_setup` is for who is about to make the files of the broker's login at Vault: they may be absent.
+    `before_vault_setup` is for who is about to make the files of the broker's logins at Vault and at what it makes
+    users of: they may be absent.
     """
     reader = Reader(path)
     document = reader.overridden(reader.document(), os.environ if environ is None else environ)
@@ -70,7 +71,7 @@ def load(
     check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), providers, has_vault=has_vault)
     policies, schema = read_policies(reader, section["policies"].get("directory"))
     vault = _vault(reader, section["vault"])
-    targets = read_targets(reader, rows["targets"], rows["resources"])
+    targets = read_targets(reader, rows["targets"], rows["resources"], before_setup=before_vault_setup)
     alerts = read_alerts(reader, section["alerts"])
     if reader.problems:
         raise ConfigurationError(reader.problems)

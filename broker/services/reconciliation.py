@@ -83,6 +83,7 @@ class Reconciliation:
         self._since: dict[str, datetime] = {}
         self._numbers: dict[str, int] = {}
         self._silent: dict[str, datetime] = {}  # when we last looked in vain
+        self._told: dict[str, frozenset[str]] = {}  # by target, the logins that were told of and could not be ended
 
     def begin(self) -> None:
         """From now on this process trusts only looks that begin after this."""
@@ -173,12 +174,28 @@ class Reconciliation:
         with self._database.read() as db:
             owned = leases.accounted_for(db, [login.grant_id for login in logins])
         strangers = [login for login in logins if login.grant_id not in owned]
+        if strangers:
+            # Ended and released between the list and our rows, it was nobody's only by our slowness.
+            left = {login.name for login in target.list_logins()}
+            strangers = [login for login in strangers if login.name in left]
+        told = self._told.pop(name, frozenset())
+        failures: list[BrokerError] = []
+        alive: set[str] = set()
         for login in strangers:
-            now = self._clock()
-            with self._database.begin() as db:
-                record(db, [_login_event(name, login, now)])
-            _log.error("a login nobody owns", extra={"fields": {"target": name, "grant_id": login.grant_id}})
-            target.end(login)
+            if login.name not in told:
+                now = self._clock()
+                with self._database.begin() as db:
+                    record(db, [_login_event(name, login, now)])
+                _log.error("a login nobody owns", extra={"fields": {"target": name, "grant_id": login.grant_id}})
+            # One that cannot be ended yet keeps no other alive, and is not news at each look.
+            try:
+                target.end(login)
+            except BrokerError as problem:
+                alive.add(login.name)
+                failures.append(problem)
+        self._told[name] = frozenset(alive)
+        if failures:
+            raise failures[0]
         return len(strangers)
 
     def _is_due(self, name: str) -> bool:

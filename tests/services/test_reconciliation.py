@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from broker.domain.errors import ProviderUnavailable, Unavailable
+from broker.domain.errors import ProviderRefused, ProviderUnavailable, Unavailable
 from broker.domain.identity import new_id
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import LiveSecret
@@ -256,6 +256,39 @@ class TestAtTheDatabaseItself:
         house.broker.revocation.revoke_grant(house.caller("ada"), issued.grant.id)
         assert house.broker.reconciliation.look_at_target("orders") == 1
         assert target.logins == set()
+
+    def test_one_that_cannot_be_ended_keeps_no_other_alive_and_is_told_once(self, house, target):
+        stuck, other = (new_id("grt", house.clock()) for _ in range(2))
+        target.logins |= {stuck, other}
+        end = target.end
+
+        def refuse(login):
+            if login.grant_id == stuck:
+                raise ProviderRefused("the database refused to end a login")
+            end(login)
+
+        target.end = refuse
+        for _ in range(3):
+            with pytest.raises(ProviderRefused):
+                house.broker.reconciliation.look_at_target("orders")
+        assert target.logins == {stuck}
+        assert sorted(event.grant_id for event in events(house, "login.found")) == sorted([stuck, other])
+        target.end = end
+        assert house.broker.reconciliation.look_at_target("orders") == 1
+        assert target.logins == set()
+
+    def test_one_that_ended_while_we_looked_is_nobody_s_news(self, house, target):
+        target.logins.add(new_id("grt", house.clock()))
+        listed = target.list_logins
+
+        def once():
+            found = listed()
+            target.logins.clear()
+            return found
+
+        target.list_logins = once
+        assert house.broker.reconciliation.look_at_target("orders") == 0
+        assert events(house, "login.found") == []
 
     def test_a_database_that_does_not_answer_is_said_and_keeps_issuing_open(self, house, target):
         target.down = True
