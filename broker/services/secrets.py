@@ -35,7 +35,7 @@ from broker.domain.errors import (
 )
 from broker.domain.grant import DynamicSecret, Grant, Issued
 from broker.domain.identity import Caller, GrantId, new_id
-from broker.domain.lease import Lease, Urgency
+from broker.domain.lease import Lease, RevocationClass, Urgency
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import Handle, IssuedSecret, Provider, SecretRequest
 from broker.services.endings import end_grants, lease_event
@@ -95,7 +95,7 @@ class Secrets:
                 )
                 handle = made.handle = provider.prepare(request, self._left(intent))
                 self._commit_handle(intent, handle)
-                made.unknown = True
+                made.asked = made.unknown = True
                 secret = provider.issue(handle, request, self._left(intent))
                 made.reference, made.expires_at, made.unknown = secret.reference, secret.expires_at, False
             return self._confirm(intent, secret, str(handle.revocation))
@@ -174,6 +174,18 @@ class Secrets:
                 expires_at=expires_at,
                 credential_sha256=secret.data.sha256(),
             )
+            # The grant before its lease, as whoever ends it takes them: so no two wait for each other.
+            active = move(
+                db,
+                models.Grant,
+                GrantState.ACTIVE,
+                grants.with_id(grant.id),
+                grants.unexpired(now),
+                event=lambda _row: grant_event(given, intent.caller, now, "grant.issued", lease_id=lease.id),
+                issued_at=now,
+                expires_at=expires_at,
+                credential_sha256=secret.data.sha256(),
+            )
             held = move(
                 db,
                 models.Lease,
@@ -187,17 +199,6 @@ class Secrets:
                 facts=dict(secret.facts),
                 unknown=False,
                 expires_at=secret.expires_at,
-            )
-            active = move(
-                db,
-                models.Grant,
-                GrantState.ACTIVE,
-                grants.with_id(grant.id),
-                grants.unexpired(now),
-                event=lambda _row: grant_event(given, intent.caller, now, "grant.issued", lease_id=lease.id),
-                issued_at=now,
-                expires_at=expires_at,
-                credential_sha256=secret.data.sha256(),
             )
             if not (held and active and task.is_open(now) and now < expires_at):
                 # Rolled back: neither moves without the other.
@@ -225,8 +226,7 @@ class Secrets:
                     revoked = change_of(now, caller.name, "grant.revoked", reason=why, trace_id=caller.trace_id)
                     values = {"revoked_at": now, "revoked_by": caller.name, "reason": why}
                     end_grants(db, GrantState.REVOKED, of_it, now=now, urgency=Urgency.URGENT, event=revoked, **values)
-                owed = leases.in_state(LeaseState.REVOKING, LeaseState.STUCK)
-                if not leases.note(db, lease_id, owed, next_attempt_at=now, **known) and made.exists:
+                if not leases.learn(db, lease_id, next_attempt_at=now, **known) and made.exists:
                     late = replace(
                         intent.lease,
                         id=new_id("lea", now),
@@ -248,6 +248,7 @@ class _Made:
     """What one issue knows of what it made, so far."""
 
     handle: Handle | None = None
+    asked: bool = False  # for the secret, and not refused: it exists, or may
     reference: str | None = None
     expires_at: datetime | None = None
     unknown: bool = False
@@ -259,18 +260,21 @@ class _Made:
     def learn(self, problem: BrokerError) -> None:
         """What a failure says about it: a refusal that there is no secret, everything else nothing (INV-05)."""
         if isinstance(problem, ProviderRefused | Invalid):
-            self.unknown = False
-        elif isinstance(problem, ProviderUnavailable) and problem.reference is not None:
-            self.reference, self.unknown = problem.reference, False
+            self.asked = self.unknown = False
+        elif isinstance(problem, ProviderUnavailable):
+            # How long it lives is known even where it has no name, and nothing calls it dead before.
             self.expires_at = problem.expires_at
+            if problem.reference is not None:
+                self.reference, self.unknown = problem.reference, False
 
     def known(self, intent: Intent) -> dict[str, Any]:
         found: dict[str, Any] = {"unknown": self.unknown}
         if self.handle is not None:
-            bound = self.handle.bound
+            bound = self.handle.bound if self.asked else None
             found |= {
                 "handle": self.handle.value,
-                "revocation_class": str(self.handle.revocation),
+                # Without a secret there is the handle alone, which is dead when it is confirmed.
+                "revocation_class": str(self.handle.revocation if self.asked else RevocationClass.HARD),
                 "bound_s": None if bound is None else int(bound.total_seconds()),
                 "expires_at": max(filter(None, (self.handle.expires_at, self.expires_at, intent.grant.expires_at))),
             }

@@ -145,6 +145,15 @@ def note(db: Connection, lease_id: str, *where: ColumnElement[bool], **values: A
     return db.execute(statement).one_or_none() is not None
 
 
+def learn(db: Connection, lease_id: str, **values: Any) -> bool:
+    """Write what its issuer still heard of a lease that is owed already; whether it is.
+
+    Whoever is paying it asked without knowing this: it is claimed away from them, and what they waited for is void.
+    """
+    owed = in_state(LeaseState.REVOKING, LeaseState.STUCK)
+    return note(db, lease_id, owed, fence=_leases.c.fence + 1, dead_at=None, settles_at=None, **values)
+
+
 def abandoned_intents(db: Connection, *, now: datetime, limit: int) -> list[Lease]:
     """Intents whose issuer had all the time there is, and neither confirmed nor gave up."""
     statement = _SELECT.where(_INTENDED, _leases.c.issue_by <= now).order_by(_leases.c.issue_by).limit(limit)
