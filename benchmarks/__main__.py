@@ -130,7 +130,7 @@ def measure_end(report: Report, bench: Bench, count: int) -> load.Ended:
         time.sleep(_LIFE_S)
         task = open_task(bench, agents)
         requests = [grant_request(bench, agent, task, 600) for agent in agents]
-        load.run(bench.port, requests, count=count - 1, expect=b"201")
+        load.run(bench.port, requests, seconds=300, count=count - 1, expect=b"201")
         token = credential(requests[-1], bench.port)
         headers = {"Authorization": f"Bearer {bench.token('pipeline')}"}
         started = time.perf_counter()

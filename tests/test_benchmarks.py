@@ -73,6 +73,12 @@ def test_a_revocation_that_leaves_children_alive_is_no_figure(directory, monkeyp
         openbao.measure_revocation(directory / "revocation", 50)
 
 
+def test_a_peer_that_does_not_start_says_why(directory, monkeypatch):
+    monkeypatch.setattr(openbao, "CONFIGURATION", openbao.CONFIGURATION.replace('"postgresql"', '"parchment"'))
+    with pytest.raises(SystemExit, match=r"(?s)OpenBao did not start.*parchment"):
+        openbao.measure_revocation(directory / "revocation", 50)
+
+
 def test_ours_is_told_as_a_multiple_of_theirs():
     ours = load.Figures(requests=10, failed=0, per_second=2000, p50=10, p99=40)
     theirs = load.Figures(requests=10, failed=0, per_second=1600, p50=15, p99=50)
