@@ -7,7 +7,7 @@ OPENBAO := $(VENV)/.openbao
 IMAGE  ?= agent-credential-broker
 
 .DEFAULT_GOAL := help
-.PHONY: help check test run demo demo-vault bench wheel image lock clean
+.PHONY: help check test run demo demo-vault bench chaos wheel image lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ demo-vault: $(STAMP) $(OPENBAO) ## the same with database logins, on a real Open
 
 bench: $(STAMP) $(if $(findstring openbao,$(ARGS)),$(OPENBAO)) ## how fast, on this machine; ARGS="--peer openbao": beside OpenBao
 	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(STAMP) $(OPENBAO) ## random crash cycles beside a real OpenBao: N=500 SEED=1 STORE=postgresql, all optional
+	$(BIN)/python -m tests.crash $(if $(N),--cycles $(N)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
 
 wheel: $(STAMP) ## the installable package, into dist/
 	@rm -rf build # what was deleted since the last build would be in the wheel
