@@ -7,7 +7,7 @@ OPENBAO := $(VENV)/.openbao
 IMAGE  ?= agent-credential-broker
 
 .DEFAULT_GOAL := help
-.PHONY: help check test run demo demo-vault bench chaos wheel image lock clean
+.PHONY: help check test run demo demo-vault bench chaos crash wheel image lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ bench: $(STAMP) $(if $(findstring openbao,$(ARGS)),$(OPENBAO)) ## how fast, on t
 
 chaos: $(STAMP) $(OPENBAO) ## random crash cycles beside a real OpenBao: N=500 SEED=1 STORE=postgresql, all optional
 	$(BIN)/python -m tests.crash $(if $(N),--cycles $(N)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
+
+crash: $(STAMP) $(OPENBAO) ## every failpoint once beside a real OpenBao, and the seeded bugs
+	$(BIN)/pytest -o addopts="-ra --strict-markers" tests/crash/test_cycles.py tests/crash/test_not_blind.py
 
 wheel: $(STAMP) ## the installable package, into dist/
 	@rm -rf build # what was deleted since the last build would be in the wheel
