@@ -11,8 +11,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -264,8 +262,7 @@ def _running(directory: Path) -> Iterator[OpenBao]:
         finally:
             bao.close()
             # Asked to stop it would first finish what it is revoking, and all it has stored goes with the block.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
 
 
