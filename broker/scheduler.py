@@ -25,8 +25,10 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         swept = broker.sweeper.sweep()
         telemetry.swept(asdict(swept), time.perf_counter() - started)
 
-    def pay() -> None:
+    def recover() -> None:
         broker.debts.recover()
+
+    def pay() -> None:
         broker.debts.pay()
 
     def reconcile() -> None:
@@ -44,6 +46,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     # Each its own, so that a provider that hangs delays neither what time ends nor what another is owed.
     return (
         ("sweep", sweep, 1),
+        ("recover", recover, 1),
         ("pay", pay, 1),
         ("reconcile", reconcile, 1),
         ("alert", alert, 1),

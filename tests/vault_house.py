@@ -150,7 +150,7 @@ def house_on_vault(
             "role_id_file": str(directory / "role-id"),
             "secret_id_file": str(directory / "secret-id"),
         },
-        "deadline_s": 1,
+        "deadline_s": 3,
         "lease_prefix_exclusive": True,
     }
     if ca_file is not None:

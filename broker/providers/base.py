@@ -81,7 +81,8 @@ class LiveSecret:
     """A secret the outside says exists under what is ours alone.
 
     `issued_at` and `expires_at` are told where the outside was asked about it, `grant_id` where it can tell.
-    `trouble` is what the outside says went wrong with revoking it.
+    `trouble` is what the outside says went wrong with revoking it. What a revocation of it means is the worst there is
+    if `revocation` does not tell.
     """
 
     reference: str
@@ -89,6 +90,8 @@ class LiveSecret:
     issued_at: datetime | None = None
     expires_at: datetime | None = None
     trouble: str | None = None
+    revocation: RevocationClass | None = None
+    bound: timedelta | None = None
 
 
 class Provider(Protocol):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -32,6 +33,7 @@ from broker.store.transitions import change_of, move
 
 # Who claimed a debt and was killed keeps it so long; asking twice does no harm, so it need not be longer.
 _CLAIMED_FOR = timedelta(seconds=20)
+_CLAIMED_AGAIN_S = 8.0  # while its provider is asked
 _WORKERS = 8  # at one provider at once, for what is paid in its turn
 _URGENT_WORKERS = 2  # of them, for nothing but what is urgent
 _CLOSING_WORKERS = 8  # for what somebody is waiting for just now
@@ -78,21 +80,12 @@ class Debts:
             if not leases.abandoned_intents(db, now=now, limit=1):
                 return 0
         with self._database.begin() as db:
-            found = [lease.id for lease in leases.abandoned_intents(db, now=now, limit=_INTENTS_AT_ONCE)]
-            moved = move(
-                db,
-                models.Lease,
-                LeaseState.REVOKING,
-                leases.with_ids(found),
-                leases.in_state(LeaseState.INTENDED),
-                event=lease_event(now, "lease.owed", reason="its issuer did not come back"),
-                returning=leases.LEASE_FACTS,
-                urgency=int(Urgency.URGENT),
-                next_attempt_at=now,
-            )
-            of_them = grants.with_ids([row.grant_id for row in moved])
+            found = leases.abandoned_intents(db, now=now, limit=_INTENTS_AT_ONCE)
+            of_found = grants.with_ids([lease.grant_id for lease in found if lease.grant_id is not None])
+            # One that another transaction holds is being confirmed or ended there; the next run sees what came of it.
+            of_them = grants.claimed(of_found, limit=_INTENTS_AT_ONCE)
             event = change_of(now, ACTOR, "grant.failed", reason="its issuer did not come back")
-            end_grants(db, GrantState.FAILED, of_them, now=now, urgency=Urgency.URGENT, event=event)
+            moved = end_grants(db, GrantState.FAILED, of_them, now=now, urgency=Urgency.URGENT, event=event)
         return len(moved)
 
     # --- Paying -------------------------------------------------------------------------------------------------------
@@ -194,8 +187,36 @@ class Debts:
                 missing = Unavailable(f"no provider {name!r} is configured, and a lease is owed to it")
                 yield from ((lease, missing) for lease, _ in owed)
                 continue
-            answers = revoke_each(provider, [(handle, lease.reference) for lease, handle in owed])
+            with self._kept([lease for lease, _ in owed]):
+                answers = revoke_each(provider, [(handle, lease.reference) for lease, handle in owed])
             yield from ((lease, answer) for (lease, _), answer in zip(owed, answers, strict=True))
+
+    @contextmanager
+    def _kept(self, claimed: Sequence[Lease]) -> Iterator[None]:
+        """Keep the claim on them for as long as this takes, and no longer than this process lives.
+
+        Otherwise a provider that answers more slowly than claims last is asked by one worker after the other, and none
+        of them may say what came of it.
+        """
+        over = threading.Event()
+
+        def keep() -> None:
+            while not over.wait(_CLAIMED_AGAIN_S):
+                try:
+                    with self._database.begin() as db:
+                        again_at = self._clock() + _CLAIMED_FOR
+                        for lease in claimed:
+                            leases.note(db, lease.id, leases.claimed_by(lease.fence), next_attempt_at=again_at)
+                except BrokerError as problem:
+                    _log.warning("a claim was not kept", extra={"fields": {"why": problem.detail}})
+
+        keeper = threading.Thread(target=keep, name="claims", daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            over.set()
+            keeper.join()
 
     def _died_at(self, lease: Lease) -> datetime | None:
         """When its credential died, whose end is confirmed; None while only time is waited for, which is noted.

@@ -31,7 +31,11 @@ def end_grants(
     event: Callable[[Row[Any]], Event],
     **values: Any,
 ) -> Sequence[Row[Any]]:
-    """Move grants into a state that ends them; each lease of theirs becomes a debt of this urgency, due now."""
+    """Move grants into a state that ends them; each lease of theirs becomes a debt of this urgency, due now.
+
+    A grant is locked before its lease, here and wherever both move: in two orders, an end and an issue that meet would
+    wait for each other, and the database would fail one of them (INV-27).
+    """
     moved = move(db, models.Grant, to, *where, event=event, returning=GRANT_FACTS, **values)
     owing = [row.id for row in moved if row.provider != OWES_NOTHING]
     if owing:

@@ -19,13 +19,13 @@ from broker.domain.audit import Event
 from broker.domain.clock import Clock
 from broker.domain.errors import BrokerError, Unavailable
 from broker.domain.identity import new_id
-from broker.domain.lease import Lease, Urgency
+from broker.domain.lease import Lease, RevocationClass, Urgency
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import LiveSecret, Provider
 from broker.providers.targets import Login, Logins
 from broker.services.endings import ACTOR, end_grants
 from broker.services.standing import StandingReader
-from broker.store import grants, leases
+from broker.store import grants, leases, locks
 from broker.store.database import Database
 from broker.store.transitions import change_of, record
 
@@ -93,7 +93,8 @@ class Reconciliation:
 
     def distrust(self, provider: str) -> None:
         """Trust no earlier look: the provider does not know us any more, so it may have gone back in time."""
-        self._since[provider] = self._clock()
+        # Within the same second a look may have begun before and asked after.
+        self._since[provider] = self._clock() + timedelta(seconds=1)
 
     def require_reconciled(self, db: Connection, provider: str, now: datetime) -> None:
         """Raise Unavailable unless it was looked at since we can trust (INV-37); the caller's transaction asks."""
@@ -213,6 +214,8 @@ class Reconciliation:
         if not old:
             return 0
         with self._database.begin() as db:
+            # Two that look at once would each owe it, and each tell somebody.
+            locks.hold_reconciling(db, name)
             accounted = leases.open_references(db, name, [secret.reference for secret in old])
             found = [secret for secret in old if secret.reference not in accounted]
             leases.insert_leases(db, [_debt(name, secret, _grant_of(db, secret), now) for secret in found])
@@ -230,13 +233,15 @@ class Reconciliation:
                 # What ended by itself just now is the sweep's.
                 if lease.grant_id is None or lease.expires_at <= now:
                     continue
-                if not leases.note(db, lease.id, leases.in_state(LeaseState.HELD), unknown=True, settles_at=now):
-                    continue
                 why = f"{lease.provider} does not know its secret any more"
                 event = change_of(now, ACTOR, "grant.revoked", reason=why)
                 values = {"revoked_at": now, "revoked_by": ACTOR, "reason": why}
                 of_it = grants.with_id(lease.grant_id)
-                end_grants(db, GrantState.REVOKED, of_it, now=now, urgency=Urgency.URGENT, event=event, **values)
+                if not end_grants(
+                    db, GrantState.REVOKED, of_it, now=now, urgency=Urgency.URGENT, event=event, **values
+                ):
+                    continue
+                leases.note(db, lease.id, unknown=True, settles_at=now)
                 record(db, [_gone_event(lease, why, now)])
             _log.error("a held secret is gone", extra={"fields": {"lease_id": lease.id, "provider": lease.provider}})
             gone += 1
@@ -251,21 +256,25 @@ def _grant_of(db: Connection, secret: LiveSecret) -> str | None:
 
 
 def _debt(name: str, secret: LiveSecret, grant_id: str | None, now: datetime) -> Lease:
+    ends_at = secret.expires_at
+    if ends_at is None or (secret.revocation is not RevocationClass.HARD and ends_at <= now):
+        # What is being revoked there says that it ends now, and what cannot be revoked does not.
+        ends_at = now + _LONGEST
     return Lease(
         id=new_id("lea", now),
         grant_id=grant_id,
         provider=name,
         settings={},
         state=LeaseState.REVOKING,
-        revocation_class="hard",
-        bound_s=None,
+        revocation_class=None if secret.revocation is None else str(secret.revocation),
+        bound_s=None if secret.bound is None else int(secret.bound.total_seconds()),
         handle=None,
         reference=secret.reference,
         unknown=False,
         facts={},
         created_at=now,
         issue_by=now,
-        expires_at=secret.expires_at or now + _LONGEST,
+        expires_at=ends_at,
         settles_at=None,
         urgency=int(Urgency.URGENT),
         attempts=0,

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 
 # Any constants will do that differ from each other and from what else takes advisory locks in the same database.
 _GATE = 0x6A69_7462_726F_6B72
-_AGENT, _TASK, _STATUS_LISTS, _MIGRATION = 7, 11, 13, 17
+_AGENT, _TASK, _STATUS_LISTS, _MIGRATION, _RECONCILING = 7, 11, 13, 17, 19
 
 # Ordered inside and locked outside: the locks are taken row by row, in that order.
 _FOR_ISSUING = text(
@@ -62,6 +62,13 @@ def hold_gate_alone(db: Connection) -> None:
 def hold_status_lists(db: Connection) -> None:
     """Be the only one who hands out places in status lists."""
     _hold(db, "pg_advisory_xact_lock(hashtextextended('', :key))", key=_STATUS_LISTS)
+
+
+def hold_reconciling(db: Connection, provider: str) -> None:
+    """Be the only one who writes down what a look at this provider found."""
+    if db.dialect.name == "postgresql":
+        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:provider, :key))")
+        db.execute(lock, {"provider": provider, "key": _RECONCILING})
 
 
 def hold_for_migration(db: Connection) -> None:

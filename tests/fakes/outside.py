@@ -19,7 +19,7 @@ from broker.domain.clock import Clock
 from broker.domain.errors import ProviderRefused, ProviderUnavailable
 from broker.domain.identity import GrantId
 from broker.domain.secret import SecretData
-from broker.providers.base import Handle, IssuedSecret, LiveSecret, SecretRequest
+from broker.providers.base import Handle, IssuedSecret, LiveSecret, RevocationClass, SecretRequest
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.targets import Login
 from broker.providers.vault import SecretSource
@@ -102,7 +102,7 @@ class Outside:
 
     def list_live(self, known: Collection[str] = ()) -> Collection[LiveSecret]:
         self._require_up()
-        return [LiveSecret(reference=reference) for reference in self.alive]
+        return [LiveSecret(reference=reference, revocation=RevocationClass.HARD) for reference in self.alive]
 
     def _require_up(self) -> None:
         if self.down:

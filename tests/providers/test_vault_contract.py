@@ -196,14 +196,34 @@ def test_of_several_the_one_whose_look_up_is_lost_is_not_confirmed_and_the_other
     assert [type(problem) for problem in said] == [ProviderUnavailable, type(None), type(None)]
 
 
-def test_several_are_given_up_together_where_vault_is_too_slow(stand, monkeypatch):
-    """Whoever claimed them keeps the claim no longer than that."""
-    _, handle, secret = stand.issue()
+def test_several_are_given_up_together_where_vault_is_too_slow_and_the_first_never_is(stand, monkeypatch):
+    """Whoever claimed them keeps the claim no longer than that, and some are paid however slow Vault is."""
+    made = [stand.issue()[1:] for _ in range(3)]
     monkeypatch.setattr("broker.providers.vault.provider.MANY_S", -1.0)
-    said = stand.provider.revoke_many([(handle, secret.reference)] * 2)
-    assert [type(problem) for problem in said] == [ProviderUnavailable] * 2
-    assert stand.opens(**secret.data.reveal())
-    stand.provider.revoke(handle, secret.reference)
+    said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
+    assert [type(problem) for problem in said] == [type(None), ProviderUnavailable, ProviderUnavailable]
+    assert [stand.opens(**secret.data.reveal()) for _, secret in made] == [False, True, True]
+    for handle, secret in made[1:]:
+        stand.provider.revoke(handle, secret.reference)
+
+
+def test_a_vault_slow_enough_to_end_all_and_confirm_none_is_asked_about_some_of_them(stand, monkeypatch):
+    made = [stand.issue()[1:] for _ in range(8)]
+    now = 0.0
+    end_token = stand.provider._end_token
+
+    def slow(handle):
+        nonlocal now
+        now += 1.3
+        return end_token(handle)
+
+    monkeypatch.setattr(stand.provider, "_end_token", slow)
+    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: now)
+    said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
+    assert [problem is None for problem in said] == [True, True] + [False] * 6
+    monkeypatch.undo()
+    for handle, secret in made[2:]:
+        stand.provider.revoke(handle, secret.reference)
 
 
 def test_a_secret_ends_with_the_time_it_was_given_though_its_lease_is_longer(stand):

@@ -108,6 +108,12 @@ class Race:
             assert time.monotonic() < deadline, f"{done} are done and {waits} wait, of {wanted}"
             time.sleep(0.01)
 
+    def until(self, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not done():
+            assert time.monotonic() < deadline, "it never came to that"
+            time.sleep(0.01)
+
     def waiting_for_locks(self) -> int:
         """How many transactions of this database PostgreSQL holds back."""
         statement = (
@@ -154,6 +160,12 @@ def outcome(future: "Future[object]", *, waited: int) -> Outcome:
     assert future.done(), "it never ended"
     refusal = future.exception()
     return Outcome(answer=None if refusal else future.result(), refusal=refusal, waited=bool(waited))
+
+
+@pytest.fixture
+def threads():
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ import pytest
 import sqlalchemy as sa
 
 from broker.domain.errors import Conflict, NotFound, ProviderUnavailable, RoleMissing
+from broker.domain.identity import new_id
 from broker.domain.lease import STUCK_AFTER, Urgency, next_attempt
 from broker.domain.lifecycle import LeaseState, TaskState
 from broker.services import debts
+from broker.store.leases import insert_leases
 from tests.conftest import NOW
 from tests.fakes.outside import AGENTS, HOSTS, house_on_outside
 from tests.leases import require_consistent, states
@@ -310,6 +312,43 @@ class TestUrgency:
             go_on.set()
             paying.join()
         assert house.outside.alive == {}
+
+    def test_a_mass_expiry_of_thousands_is_not_before_it(self, house, monkeypatch):
+        """INV-27: at most what each worker has claimed already is paid before it."""
+        expired = ask(house)
+        afraid = ask(house, house.open_task(), ttl=timedelta(seconds=600))
+        house.clock.at = expired.grant.expires_at
+        house.broker.sweeper.sweep()
+        owed = lease_of(house, expired)
+        backlog = [
+            replace(owed, id=new_id("lea", NOW), grant_id=None, handle=f"backlog-{number}") for number in range(2000)
+        ]
+        with house.broker.database.begin() as db:
+            insert_leases(db, backlog)
+        monkeypatch.setattr(house.broker.debts, "pay_now", lambda _ids: None)
+        asked, begun = [], threading.Event()
+        original = house.outside.revoke
+        urgent = lease_of(house, afraid).handle
+
+        def noted(handle, reference):
+            asked.append(handle.value)
+            if len(asked) >= 100:
+                begun.set()
+            original(handle, reference)
+
+        house.outside.revoke = noted
+        paying = threading.Thread(target=house.broker.debts.pay)
+        paying.start()
+        try:
+            assert begun.wait(20)
+            revoke(house, afraid)
+            before = len(asked)
+        finally:
+            paying.join()
+        assert len(asked) == 2002
+        at_most = debts._WORKERS * debts._TOGETHER
+        # Those that are claimed already, and those that come while the urgent one is claimed.
+        assert asked.index(urgent) - before <= 2 * at_most
 
 
 def test_a_task_with_many_secrets_is_paid_before_its_receipt(house):
