@@ -30,12 +30,15 @@ def chaos(cycles: int, seed: int | None, lanes: int, store: str | None) -> None:
     console.print(f"{cycles} cycles, seeds {first} to {first + cycles - 1}, {lanes} at once")
     with a_world(lanes) as world:
         verdicts = _all(console, world, range(first, first + cycles), store)
+        unheard_of = world.unheard_of()
     _show(console, verdicts)
+    for name in unheard_of:
+        console.print(f"{name} can log in, and no cycle had a row of its grant", style="red", markup=False)
     wrong = [verdict for verdict in verdicts if verdict.wrong]
     for verdict in wrong:
         console.print(str(verdict), style="red", markup=False)
         console.print(f"again: make chaos N=1 SEED={verdict.seed} STORE={verdict.store}")
-    raise SystemExit(1 if wrong else 0)
+    raise SystemExit(1 if wrong or unheard_of else 0)
 
 
 def _all(console: Console, world: World, seeds: range, store: str | None) -> list[Verdict]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import httpx
@@ -40,9 +41,12 @@ class Log:
     ended: dict[str, str] = field(default_factory=dict)  # task -> the state that was answered
     revoked: set[str] = field(default_factory=set)
     proofs: Counter[str] = field(default_factory=Counter)  # how often a token for one use was accepted
-    called_dead: set[str] = field(default_factory=set)  # by a receipt
     trouble: list[str] = field(default_factory=list)
     figures: Counter[str] = field(default_factory=Counter)
+
+    def so_far(self) -> Log:
+        """As it is now, while clients go on."""
+        return replace(self, **{entry.name: copy.copy(getattr(self, entry.name)) for entry in fields(self)})
 
 
 class Client:
@@ -119,7 +123,6 @@ class Client:
         dead = {
             line["grant_id"] for line in receipt["grants"] if line["confirmed_dead_at"] and line["provider"] == "vault"
         }
-        self.log.called_dead |= dead
         if dead:
             for name, grant_id in self.world.logins().items():
                 if grant_id in dead:

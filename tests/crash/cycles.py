@@ -157,9 +157,14 @@ class Cycle:
         with Crowd(self.broker, self.lane.world, self.log, str(self.choose.random())):
             deadline = time.monotonic() + seconds
             while time.monotonic() < deadline and self.broker.is_up:
-                time.sleep(0.05)
+                self.watch()
+                time.sleep(0.2)
         if not self.broker.is_up:
             self.log.figures["kills"] += 1
+
+    def watch(self) -> None:
+        """A look in the middle of it all: what is wrong now is wrong, whatever comes of it."""
+        self.log.trouble += [line for line in self.oracle.look().wrong if line not in self.log.trouble]
 
     def settle(self, *, to_the_end: bool = False) -> float:
         """End every task, and see everything end; answers how long that took. To the end: until every debt is paid."""

@@ -64,10 +64,11 @@ ANSWER = "hand out"  # between TX 3 and the answer
 AT_A_COMMIT = ("kill before", "kill after", "error before", "error after", "delay before")
 AT_A_CALL = ("kill before", "kill after", "refuse", "lose", "delay before")
 LATE = ("late", "leave")  # only where something is made
+# What leaves a secret that nobody heard of comes first, because it is owed until it would have ended by itself.
 CELLS: tuple[tuple[str, str], ...] = (
-    *((point, action) for point in COMMITS for action in AT_A_COMMIT),
-    *((point, action) for point in CALLS for action in AT_A_CALL),
     *((point, action) for point in ("prepare", "issue") for action in LATE),
+    *((point, action) for point in CALLS for action in AT_A_CALL),
+    *((point, action) for point in COMMITS for action in AT_A_COMMIT),
     (ANSWER, "kill before"),
     (ANSWER, "delay before"),
 )
@@ -298,9 +299,12 @@ def _around(action: str | None) -> Iterator[None]:
         _die()
     if action in _DELAYS_S:
         time.sleep(_DELAYS_S[action])
-    yield
-    if action == "kill after":
-        _die()
+    try:
+        yield
+    finally:
+        # However it came out.
+        if action == "kill after":
+            _die()
 
 
 def _die() -> None:

@@ -62,6 +62,9 @@ class Oracle:
 
     def rows(self) -> Rows:
         with self._engine.connect() as db:
+            if self._engine.dialect.name == "sqlite":
+                # Its driver begins nothing for a reader, and then each statement would see another moment.
+                db.exec_driver_sql("BEGIN")
             return Rows(
                 tasks={row.id: row for row in db.execute(sa.select(_TASKS.c.id, _TASKS.c.state))},
                 grants={row.id: row for row in db.execute(sa.select(_GRANTS))},
@@ -70,22 +73,21 @@ class Oracle:
             )
 
     def look(self) -> Found:
-        # First our word, then the truth: what was called dead before must be dead now. And what is alive now has a row
-        # by then, because the row came first.
-        before = self.rows()
-        world = self._lane.world
+        # First what was said, then the truth: what was called dead before must be dead now. And what is alive now has a
+        # row by then, because the row came first.
+        log, before, world = self._log.so_far(), self.rows(), self._lane.world
         references, logins, accessors = self._lane.leases(), world.logins(), world.accessors()
         rows = self.rows()
-        delivered = [received.grant_id for received in list(self._log.received)]
+        world.grants |= rows.grants.keys()
         mine = {name: grant for name, grant in logins.items() if grant in rows.grants}
         wrong = [
-            *self._log.trouble,
-            *_without_a_row(delivered, rows),
+            *log.trouble,
+            *_without_a_row(log, rows),
             *_called_dead(before, references, mine, accessors),
             *_orphans(rows, mine),
             *_authority(rows),
-            *_twice(self._log, rows),
-            *_answers_forgotten(self._log, rows),
+            *_twice(log, rows),
+            *_answers_forgotten(log, rows),
             *_untold(rows),
         ]
         figures: Counter[str] = Counter()
@@ -114,10 +116,10 @@ class Oracle:
         return Found(wrong=wrong, unsettled=unsettled, open_debts=len(rows.open), figures=figures)
 
 
-def _without_a_row(delivered: list[str], rows: Rows) -> Iterator[str]:
+def _without_a_row(log: Log, rows: Rows) -> Iterator[str]:
     """INV-01."""
     issued = {event.grant_id for event in rows.events if event.type == "grant.issued"}
-    for grant_id in delivered:
+    for grant_id in {received.grant_id for received in log.received}:
         if grant_id not in rows.grants:
             yield f"{grant_id} was delivered, and there is no such grant"
         elif grant_id not in issued:
@@ -168,7 +170,7 @@ def _twice(log: Log, rows: Rows) -> Iterator[str]:
         if uses > 1:
             yield f"a token for one use was accepted {uses} times"
     live: defaultdict[str, set[str]] = defaultdict(set)
-    for received in list(log.received):
+    for received in log.received:
         grant = rows.grants.get(received.grant_id)
         if grant is not None and grant.state == GrantState.ACTIVE:
             live[received.key].add(grant.id)
@@ -182,10 +184,10 @@ def _answers_forgotten(log: Log, rows: Rows) -> Iterator[str]:
     for task_id in log.opened:
         if task_id not in rows.tasks:
             yield f"{task_id} was opened, and is not there"
-    for task_id, state in list(log.ended.items()):
+    for task_id, state in log.ended.items():
         if rows.tasks[task_id].state != state:
             yield f"{task_id} was answered to be {state}, and is {rows.tasks[task_id].state}"
-    for grant_id in list(log.revoked):
+    for grant_id in log.revoked:
         if rows.grants[grant_id].state in _UNENDED:
             yield f"{grant_id} was answered to be revoked, and is {rows.grants[grant_id].state}"
 

@@ -13,12 +13,13 @@ from tests.crash.failpoints import CELLS
 
 
 @pytest.mark.parametrize("store", ["sqlite", "postgresql"])
-def test_whatever_happens_at_any_point_what_was_made_outside_dies_and_no_row_says_so_before(store, side_by_side):
+def test_whatever_happens_at_any_point_what_was_made_outside_dies_and_no_row_says_so_before(store, side_by_side, world):
     """INV-01 to INV-06, INV-12, INV-23, INV-32, on a real OpenBao with a real PostgreSQL behind it."""
     shares = [CELLS[number::LANES] for number in range(LANES)]
     calls = [functools.partial(_through, store, cells) for cells in shares]
     verdicts = side_by_side(calls)
     assert not [verdict for verdict in verdicts if verdict.wrong], "\n".join(map(str, verdicts))
+    assert not world.unheard_of()
     met = {cell for verdict in verdicts for cell in verdict.met}
     assert met >= set(CELLS), "a fault nobody met says nothing"
     figures = sum((verdict.figures for verdict in verdicts), Counter())

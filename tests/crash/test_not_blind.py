@@ -27,9 +27,8 @@ def a_task_ends_while_the_target_takes_its_time(cycle):
     with cycle.lane.world.target_held():
         cycle.client.end(login.task_id, "complete")
         deadline = time.monotonic() + 3
-        while not cycle.wrong and time.monotonic() < deadline:
-            cycle.wrong = cycle.oracle.look().wrong
-    cycle.log.trouble += cycle.wrong
+        while time.monotonic() < deadline:
+            cycle.watch()
 
 
 def one_token_is_shown_by_several_at_once(cycle):
@@ -73,17 +72,25 @@ PROVOKED = {
 }
 
 
+# These keep PostgreSQL from making logins, and others would wait for them.
+ALONE = {"a 204 is death", "nothing arrives late"}
+IN_TURN = (PROVOKED.keys() & ALONE, PROVOKED.keys() - ALONE)
+
+
 def test_the_oracle_sees_every_seeded_bug(side_by_side):
     assert PROVOKED.keys() == BUGS.keys()
-    verdicts = side_by_side([functools.partial(_provoked, bug, provoke) for bug, (provoke, _) in PROVOKED.items()])
-    for (bug, (_, sign)), verdict in zip(PROVOKED.items(), verdicts, strict=True):
-        assert any(sign in line for line in verdict.wrong), f"{bug} was not seen; {verdict}"
+    for bugs in map(sorted, IN_TURN):
+        verdicts = side_by_side([functools.partial(_provoked, bug, PROVOKED[bug][0]) for bug in bugs])
+        for bug, verdict in zip(bugs, verdicts, strict=True):
+            sign = PROVOKED[bug][1]
+            assert any(sign in line for line in verdict.wrong), f"{bug} was not seen; {verdict}"
 
 
 def test_the_oracle_sees_nothing_where_the_same_happens_to_a_broker_without_bugs(side_by_side):
-    verdicts = side_by_side([functools.partial(_provoked, NO_BUG, provoke) for provoke, _ in PROVOKED.values()])
-    for verdict in verdicts:
-        assert not verdict.wrong, str(verdict)
+    for bugs in map(sorted, IN_TURN):
+        verdicts = side_by_side([functools.partial(_provoked, NO_BUG, PROVOKED[bug][0]) for bug in bugs])
+        for verdict in verdicts:
+            assert not verdict.wrong, str(verdict)
 
 
 def _provoked(bug, provoke, lane):
