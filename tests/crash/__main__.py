@@ -36,8 +36,7 @@ def chaos(cycles: int, seed: int | None, lanes: int, store: str | None) -> None:
         console.print(f"{name} can log in, and no cycle had a row of its grant", style="red", markup=False)
     wrong = [verdict for verdict in verdicts if verdict.wrong]
     for verdict in wrong:
-        console.print(str(verdict), style="red", markup=False)
-        console.print(f"again: make chaos N=1 SEED={verdict.seed} STORE={verdict.store}")
+        _tell(console, verdict)
     raise SystemExit(1 if wrong or unheard_of else 0)
 
 
@@ -71,7 +70,14 @@ def _work(
         verdicts.append(verdict)
         outcome = "[red]wrong[/]" if verdict.wrong else f"settled {verdict.settled_s:4.1f} s after its tasks ended"
         faults = ", ".join(f"{point}: {action}" for point, action in verdict.met) or "killed at random"
-        console.print(f"{len(verdicts):5} seed {seed} {kind:10} {outcome}; {faults}")
+        console.print(f"{len(verdicts):5} seed {seed} {kind:10} {outcome}; {faults}", soft_wrap=True)
+        if verdict.wrong:
+            _tell(console, verdict)
+
+
+def _tell(console: Console, verdict: Verdict) -> None:
+    console.print(str(verdict), style="red", markup=False, soft_wrap=True)
+    console.print(f"again: make chaos N=1 SEED={verdict.seed} STORE={verdict.store}")
 
 
 def _show(console: Console, verdicts: list[Verdict]) -> None:

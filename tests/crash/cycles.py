@@ -6,6 +6,7 @@ A cycle has a database of its own and is planned from its seed alone, so the sam
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import time
 from collections import Counter
@@ -61,6 +62,8 @@ class CrashingBroker(BrokerProcess):
         self._bug = bug
 
     def start(self) -> None:
+        # The first of its processes may be gone, and a worker not yet; it would keep the address.
+        until(lambda: not self._has_processes(), what="the end of the one before")
         self._process = self._launcher.launch(
             faults=self._faults.directory,
             bug=self._bug,
@@ -68,6 +71,15 @@ class CrashingBroker(BrokerProcess):
             environment={"BROKER__SERVER__LISTEN": f"127.0.0.1:{self.port}"},
             log=self.log,
         )
+
+    def _has_processes(self) -> bool:
+        if self._process is None:
+            return False
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     @property
     def is_up(self) -> bool:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ class World:
         self._server = server
         self._template = template
         self.lanes = [Lane(self, f"jit-lane-{number}") for number in range(lanes)]
+        self._ports: set[int] = set()
+        self._turn = threading.Lock()
         self._set_up_lanes()
 
     def _set_up_lanes(self) -> None:
@@ -154,12 +157,21 @@ class World:
                 url = f"sqlite:///{directory / 'broker.db'}"
             else:
                 url = stack.enter_context(postgres_database(self._server, template=self._template))
-            deployment = Deployment.create(directory / "deployment", url)
+            deployment = self._created(directory, url)
             deployment.configure(policies=POLICIES | {"orders.cedar": _POLICY})
             with deployment.configuration.open("a") as file:
                 vault = {"address": self.bao.address, "directory": self.bao.directory, "role": lane.role}
                 file.write(_VAULT.format(**vault))
             yield deployment, Faults(directory / "faults")
+
+    def _created(self, directory: Path, url: str) -> Deployment:
+        """At an address that no other lane was told: two brokers that start at once would share it."""
+        while True:
+            deployment = Deployment.create(directory / uuid.uuid4().hex, url)
+            with self._turn:
+                if deployment.port not in self._ports:
+                    self._ports.add(deployment.port)
+                    return deployment
 
 
 def _grant_of(login: str) -> str | None:
