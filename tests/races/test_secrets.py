@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from broker.domain.errors import BrokerError, LimitExceeded, Unavailable
+from broker.domain.errors import BrokerError, LimitExceeded, LockedDown, Unavailable
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.lifecycle import TaskState
 from broker.providers.vault import VaultProvider
@@ -99,6 +99,20 @@ def test_whatever_ends_it_at_whatever_step_ends_it_and_fails_for_nobody(race, st
     assert race.one.fake.alive == set()
     assert {lease for _, lease in states(race.one.broker.database)} == {"released"}
     assert race.live_under_ended_tasks() == []
+
+
+def test_a_revocation_whose_rows_have_not_followed_yet_lets_nothing_out(race):
+    """INV-11: its broker died behind the one commit that is the revocation."""
+    pause = race.stop(Secrets, "_confirm")
+    issuing = race.start(race.one.ask)
+    pause.until_reached(issuing)
+    race.monkeypatch.setattr(race.other.broker.revocation, "follow", lambda *_, **__: 0)
+    revoke_agent(race, None, None)
+    assert states(race.one.broker.database) == [("approved", "intended")]
+    pause.go_on()
+    assert isinstance(issuing.exception(timeout=30), LockedDown)
+    race.one.settle()
+    assert race.one.fake.alive == set()
 
 
 def test_what_is_learned_while_a_debt_is_being_paid_is_paid_at_once(race):

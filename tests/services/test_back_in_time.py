@@ -71,6 +71,14 @@ class TestVault:
         house.broker.debts.pay()
         assert house.lease_of(issued.grant.id).state is LeaseState.REVOKING
 
+    def test_a_look_that_began_within_the_same_second_is_not_trusted(self, house):
+        house.broker.reconciliation.run()
+        house.broker.reconciliation.distrust("vault")
+        with pytest.raises(Unavailable, match="not yet compared"):
+            house.ask()
+        house.tick(1)
+        assert house.ask().grant.state is GrantState.ACTIVE
+
     def test_what_died_since_and_what_was_made_since_are_both_put_right_by_one_look(self, fake, house):
         died = house.ask()
         taken = snapshot(fake)

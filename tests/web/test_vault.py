@@ -235,6 +235,25 @@ def test_a_vault_that_fails_is_told_audited_and_owed_for_and_nothing_lives_on(we
     granted(ask(web))
 
 
+@pytest.mark.parametrize(
+    ("resource", "path", "more"),
+    [
+        (HOSTS, "ssh/sign", {"parameters": {"public_key": ssh_key()}}),
+        (CLOUD, "aws/sts", {}),
+        (AGENTS, "pki/sign", {"parameters": {"csr": csr()}}),
+    ],
+    ids=["ssh", "aws sts", "pki"],
+)
+def test_what_was_refused_is_not_called_exposed_for_as_long_as_it_would_have_lived(web, resource, path, more):
+    """There is its token alone, and that is dead when Vault says so."""
+    task = web.open_task()
+    web.house.fake.answers(f"POST {path}", 403, DENIED)
+    assert refused(ask(web, resource, task, ttl_s=900, **more), status=[503])["code"] == "provider_refused"
+    web.house.broker.debts.pay()
+    receipt = web.get(f"/v1/tasks/{task['id']}/receipt", "pipeline").json
+    assert receipt["totals"] == {"ended": 0, "confirmed_dead": 1, "outstanding": 0}
+
+
 def test_a_role_that_nobody_made_is_refused(web):
     answer = ask(web, UNMADE)
     problem = refused(answer, status=[503])
