@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,12 +162,23 @@ def taking_signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        # It came while Python ran a callback (an import has some), which drops what is raised in it: in a moment, again.
+        if isinstance(lost.exc_value, Stopped):
+            retry = threading.Timer(0.05, os.kill, (os.getpid(), lost.exc_value.number))
+            retry.daemon = True
+            retry.start()
+        else:
+            hook(lost)
+
     # One that is ignored stays so: nohup and a shell's background jobs mean it.
     heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in heard}
+    hook, sys.unraisablehook = sys.unraisablehook, again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -10,7 +10,9 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,7 @@ import pytest
 
 from broker.sdk import Refused
 from demo.expect import DemoFailed, answer, expect, refusal
+from demo.stage import Stopped, taking_signals
 
 ROOT = Path(__file__).parents[2]
 DEMO = (sys.executable, "-m", "demo")
@@ -211,6 +214,18 @@ def test_interrupted_it_ends_what_it_started_and_says_that_it_did_not_finish(ter
     assert demo.end(number) == 128 + number
     assert "their directory is removed" in demo.plain
     assert "Traceback" not in demo.plain
+
+
+def test_a_signal_that_comes_while_python_drops_what_is_raised_is_taken_all_the_same():
+    class Kept:
+        pass
+
+    kept = Kept()
+    dropping = weakref.ref(kept, lambda _gone: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(Stopped), taking_signals():
+        del kept
+        assert dropping() is None
+        threading.Event().wait(PATIENCE_S)
 
 
 @pytest.fixture
