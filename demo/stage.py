@@ -163,7 +163,7 @@ def taking_signals() -> Iterator[None]:
         raise Stopped(number)
 
     def again(lost: sys.UnraisableHookArgs) -> None:
-        # It came while Python ran a callback (an import has some), which drops what is raised in it: in a moment, again.
+        # It came while Python ran a callback, as imports do, which drops what is raised in it: in a moment, again.
         if isinstance(lost.exc_value, Stopped):
             retry = threading.Timer(0.05, os.kill, (os.getpid(), lost.exc_value.number))
             retry.daemon = True
