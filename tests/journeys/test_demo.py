@@ -128,7 +128,12 @@ class Terminal:
         self.said = ""
 
     def read_until(self, words, *, patience_s=PATIENCE_S):
-        """Everything it said once it said these words, or ended; without colours."""
+        """Everything it said once it said these words; without colours."""
+        self._read(words, patience_s=patience_s)
+        assert words in self.plain, f"{words!r} was not said before it ended; there was:\n{self.plain}"
+        return self.plain
+
+    def _read(self, words, *, patience_s=PATIENCE_S):
         deadline = time.monotonic() + patience_s
         while words not in self.plain:
             ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
@@ -140,7 +145,6 @@ class Terminal:
             if not more:
                 break
             self.said += more.decode()
-        return self.plain
 
     @property
     def plain(self):
@@ -148,7 +152,7 @@ class Terminal:
 
     def end(self, number):
         self.running.send_signal(number)
-        self.read_until("\0never said")
+        self._read("\0never said")
         return self.running.wait(PATIENCE_S)
 
     def close(self):

@@ -55,7 +55,9 @@ def test_a_database_login_works_until_its_task_ends_and_the_receipt_says_when_it
         session = connect(openbao, credential["data"])
         assert session.execute("SELECT item FROM orders").fetchone() == ("lamp",)
 
-        receipt = broker.complete(task_id)
+        assert broker.complete(task_id)["totals"]["ended"] == 1
+        # The completion itself waits for the death, but no longer than two seconds.
+        receipt = until(lambda: _all_dead(broker, task_id), what="the login's end")
         (line,) = receipt["grants"]
         assert line["confirmed_dead_at"] is not None and line["exposed_until"] is None, receipt
         assert receipt["totals"] == {"ended": 1, "confirmed_dead": 1, "outstanding": 0}
@@ -70,3 +72,8 @@ def _granted(broker, request):
     answer = broker.post("/v1/grants", "summarizer", request)
     assert answer.status_code in (201, 503), answer.text
     return answer.json() if answer.status_code == 201 else None
+
+
+def _all_dead(broker, task_id):
+    receipt = broker.get(f"/v1/tasks/{task_id}/receipt", "pipeline").json()
+    return receipt if receipt["totals"]["outstanding"] == 0 else None
