@@ -38,8 +38,8 @@ class Log:
 
     received: list[Received] = field(default_factory=list)
     opened: set[str] = field(default_factory=set)
-    ended: dict[str, str] = field(default_factory=dict)  # task -> the state that was answered
-    revoked: set[str] = field(default_factory=set)
+    ended: dict[str, str] = field(default_factory=dict)  # task -> the state it was answered to have
+    revoked: set[str] = field(default_factory=set)  # grants that were answered to be
     proofs: Counter[str] = field(default_factory=Counter)  # how often a token for one use was accepted
     trouble: list[str] = field(default_factory=list)
     figures: Counter[str] = field(default_factory=Counter)
@@ -115,7 +115,9 @@ class Client:
         """As an admin does."""
         answer = self._say(f"/v1/grants/{grant_id}/revoke", "ada", {"reason": "crash"})
         if answer is not None and answer.status_code == 200:
-            self.log.revoked.add(grant_id)
+            # One that had expired is answered to have, whether or not a sweep came by.
+            if answer.json()["outcome"] == "revoked":
+                self.log.revoked.add(grant_id)
             self._read(answer.json())
 
     def _read(self, receipt: Mapping[str, Any]) -> None:
