@@ -14,12 +14,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, bindparam, case, func, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.types import String
 
 from broker.domain.lease import Lease
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.store import models
-from broker.store.rows import insert_rows
+from broker.store.rows import among, insert_rows
 
 _leases = models.table_of(models.Lease)
 _grants = models.table_of(models.Grant)
@@ -93,11 +92,7 @@ def not_abandoned() -> ColumnElement[bool]:
 
 
 def of_grants(db: Connection, grant_ids: Collection[str]) -> ColumnElement[bool]:
-    """Of any number of grants: as one value, because a statement takes only so many."""
-    if db.dialect.name == "postgresql":
-        return _leases.c.grant_id == func.any(bindparam(None, list(grant_ids), type_=postgresql.ARRAY(String)))
-    listed = func.json_each(json.dumps(list(grant_ids))).table_valued("value")
-    return _leases.c.grant_id.in_(select(listed.c.value))
+    return among(db, _leases.c.grant_id, grant_ids)
 
 
 def not_owed_yet() -> ColumnElement[bool]:
@@ -176,11 +171,7 @@ def open_references(db: Connection, provider: str, references: Collection[str]) 
     """Those of the references that a lease which is not released accounts for."""
     if not references:
         return set()
-    if db.dialect.name == "postgresql":
-        named: Any = _leases.c.reference == func.any(bindparam(None, list(references), type_=postgresql.ARRAY(String)))
-    else:
-        listed = func.json_each(json.dumps(list(references))).table_valued("value")
-        named = _leases.c.reference.in_(select(listed.c.value))
+    named = among(db, _leases.c.reference, references)
     statement = select(_leases.c.reference).where(_OPEN, _leases.c.provider == provider, named)
     return set(db.execute(statement).scalars())
 

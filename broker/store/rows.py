@@ -1,4 +1,4 @@
-"""Writing many rows at once: COPY on PostgreSQL, one prepared statement on SQLite.
+"""Many rows at once: written by COPY on PostgreSQL and one prepared statement on SQLite, and found by their values.
 
 Statement building is most of what an insert costs in Python, so it is done once per table. Values are bound or
 copied, never written into SQL (INV-31).
@@ -7,14 +7,14 @@ copied, never written into SQL (INV-31).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import JSON, Connection, insert
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy import JSON, ColumnElement, Connection, String, bindparam, func, insert, select
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
 from broker.domain.clock import epoch
 from broker.store.models import Base, Instant
@@ -25,6 +25,14 @@ _compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _WORTH_COPYING = 4
 
 Row = Mapping[str, Any]
+
+
+def among(db: Connection, column: ColumnElement[Any], values: Collection[str]) -> ColumnElement[bool]:
+    """Of any number of values: as one parameter, because a statement takes only so many."""
+    if db.dialect.name == "postgresql":
+        return column == func.any(bindparam(None, list(values), type_=ARRAY(String)))
+    listed = func.json_each(json.dumps(list(values))).table_valued("value")
+    return column.in_(select(listed.c.value))
 
 
 def insert_rows(db: Connection, model: type[Base], rows: Sequence[Row]) -> None:

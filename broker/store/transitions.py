@@ -13,16 +13,17 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, ClassVar
 
-from sqlalchemy import ColumnElement, Connection, Row, update
+from sqlalchemy import ColumnElement, Connection, Row, select, update
 
 from broker.domain.audit import ALERTING, Event
 from broker.domain.identity import new_id
 from broker.domain.lifecycle import sources
 from broker.store.alerts import owe_alerts
 from broker.store.database import recorded
-from broker.store.models import AuditEvent, Base, table_of
-from broker.store.rows import insert_alike, insert_rows
+from broker.store.models import AuditEvent, Base, Grant, table_of
+from broker.store.rows import among, insert_alike, insert_rows
 
+_grants = table_of(Grant)
 _EVENT = tuple(Event.__dataclass_fields__)
 _values_of = attrgetter(*_EVENT)
 # What is told of a grant that moved; the rest of a row is most of what moving ten thousand costs.
@@ -59,10 +60,20 @@ def move(
 
 def record(db: Connection, events: Iterable[Event]) -> None:
     """Write audit events; the caller's transaction is that of the change they speak of."""
-    made = list(events)
+    made = _with_tasks(db, list(events))
     insert_rows(db, AuditEvent, [dict(zip(_EVENT, _values_of(event), strict=True)) for event in made])
     owe_alerts(db, made)
     recorded((event.type, event.outcome) for event in made)
+
+
+def _with_tasks(db: Connection, events: list[Event]) -> list[Event]:
+    """What happened to a grant happened for its task, whoever told of it: both are asked for in the audit trail."""
+    lacking = {event.grant_id for event in events if event.task_id is None and event.grant_id is not None}
+    if not lacking:
+        return events
+    known = select(_grants.c.id, _grants.c.task_id).where(among(db, _grants.c.id, lacking))
+    tasks = {row.id: row.task_id for row in db.execute(known)}
+    return [event if event.task_id else replace(event, task_id=tasks.get(event.grant_id)) for event in events]
 
 
 class Change:
