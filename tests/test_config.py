@@ -252,7 +252,7 @@ TABLES = [
     {"engine": "pki", "role": "r", "bound_s": 60},
     {"engine": "pki", "role": "r", "operation": "issue", "common_name": "{grant_id}.agents.example"},
     {"engine": "ssh", "role": "r", "principals": "deploy,ops"},
-    {"engine": "generic", "mount": "aws", "path": "sts/r", "revocation": "ttl_only", "least_ttl_s": 900},
+    {"engine": "generic", "mount": "aws", "path": "sts/r", "revocation": "ttl_only", "least_ttl_s": 895},
     {
         "engine": "generic",
         "mount": "kubernetes",
@@ -665,7 +665,7 @@ REFUSED = [
     ("resources[2].vault.mount", "a" + "/a" * 8, None, "write 1 to 8 parts"),
     ("resources[3].vault.bound_s", 0, "0", "an integer from 1"),
     ("resources[3].vault.revocation", "soft", None, 'write one of "hard", "bounded", "ttl_only"'),
-    ("resources[3].vault.least_ttl_s", 901, "901", "above max_ttl_s of the resource, which is 900.*raise"),
+    ("resources[3].vault.least_ttl_s", 901, "901", "a max_ttl_s of the resource of 906 at least.* is 900.*raise"),
     ("resources[3].vault.parameters.vhost", 1.5, "1.5", "is a float; write a string"),
     ("resources[3].vault.parameters.vhost", {"a": 1}, "{…}", "is a table; write a string"),
     ("resources[3].vault.parameters", {"a b": 1}, '"a b"', "is not the name of a parameter; use"),

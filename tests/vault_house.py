@@ -43,7 +43,7 @@ _TABLES: dict[str, dict[str, Any]] = {
         "path": "sts/jit-deployer",
         "method": "write",
         "ttl_parameter": "ttl",
-        "least_ttl_s": 900,
+        "least_ttl_s": 600,
         "revocation": "ttl_only",
     },
     UNMADE: {"engine": "database", "role": "nobody-made-it"},

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -417,15 +418,17 @@ def _check_vault_of(
     if not table:
         return
     try:
-        SecretSource.parse(stated(table))
+        least = SecretSource.parse(stated(table)).least_to_ask
     except Invalid as problem:
         reader.refuse(f"{at}.vault" + (f".{problem.member}" if problem.member else ""), problem.detail)
-    least, longest = table.get("least_ttl_s"), values.get("max_ttl_s")
-    if least is not None and longest is not None and least > longest:
+        return
+    longest = values.get("max_ttl_s")
+    if least is not None and longest is not None and least > timedelta(seconds=longest):
         reader.refuse(
             f"{at}.vault.least_ttl_s",
-            f"is above max_ttl_s of the resource, which is {longest}, so that nothing could be issued; raise that one",
-            least,
+            f"needs a max_ttl_s of the resource of {int(least.total_seconds())} at least, and it is {longest}, so that "
+            "nothing could be issued; raise that one",
+            table.get("least_ttl_s"),
         )
 
 

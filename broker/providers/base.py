@@ -128,6 +128,20 @@ class RevokesMany(Protocol):
         """For each in order: None if it is confirmed dead, else what `revoke` would have raised for it."""
 
 
+@runtime_checkable
+class Foresees(Protocol):
+    """A provider that can tell without asking the outside that a request will come to nothing."""
+
+    def foresee(self, request: SecretRequest, ttl: timedelta) -> None:
+        """`Invalid` for parameters it would not pass on, or a life it cannot give; asks nothing of anybody."""
+
+
+def require_foreseeable(provider: Provider, request: SecretRequest, ttl: timedelta) -> None:
+    """`Invalid` where it is known beforehand that `prepare` would refuse; then no intent is needed."""
+    if isinstance(provider, Foresees):
+        provider.foresee(request, ttl)
+
+
 def revoke_each(provider: Provider, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
     """What became of each; the trouble of one is no other's."""
     if isinstance(provider, RevokesMany) and len(owed) > 1:

@@ -215,6 +215,8 @@ class Issuance:
             )
         if not found.allowed:
             raise self._denied(request, grant, found, standing.policies, now, batch)
+        if outside:
+            self._secrets.require_foreseeable(grant, resource.settings, request.parameters)
         if request.task_id is None:
             task = replace(task, deadline_at=grant.expires_at)
             batch.tasks.append(task)

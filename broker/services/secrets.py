@@ -37,7 +37,7 @@ from broker.domain.grant import DynamicSecret, Grant, Issued
 from broker.domain.identity import Caller, GrantId, new_id
 from broker.domain.lease import Lease, RevocationClass, Urgency
 from broker.domain.lifecycle import GrantState, LeaseState
-from broker.providers.base import Handle, IssuedSecret, Provider, SecretRequest
+from broker.providers.base import Handle, IssuedSecret, Provider, SecretRequest, require_foreseeable
 from broker.services.endings import end_grants, lease_event
 from broker.services.grant_events import grant_event
 from broker.services.reconciliation import Reconciliation
@@ -84,12 +84,25 @@ class Secrets:
         self._tasks = Tasks()
         self._room = threading.BoundedSemaphore(_AT_ONCE)
 
+    def require_foreseeable(self, grant: Grant, settings: Mapping[str, Any], parameters: Mapping[str, str]) -> None:
+        """Before there is an intent: what the outside need not be asked about is not begun."""
+        request = SecretRequest(grant_id=GrantId(grant.id), settings=settings, parameters=parameters)
+        provider = self._provider(grant)
+        try:
+            require_foreseeable(provider, request, timedelta(seconds=grant.ttl_s))
+        except BrokerError:
+            raise
+        except Exception as fault:
+            # It is decided together with requests of others, which its fault is not to fail.
+            _log.exception("a request was not foreseen", extra={"fields": {"grant_id": grant.id}})
+            raise Unavailable("the broker could not get this credential: try again") from fault
+
     def obtain(self, intent: Intent) -> Issued:
         """The secret of a committed intent, or why there is none. After a failure the lease is owed or released."""
         made = _Made()
         try:
             with self._place():
-                provider = self._provider(intent)
+                provider = self._provider(intent.grant)
                 request = SecretRequest(
                     grant_id=GrantId(intent.grant.id), settings=intent.lease.settings, parameters=intent.parameters
                 )
@@ -118,10 +131,10 @@ class Secrets:
         finally:
             self._room.release()
 
-    def _provider(self, intent: Intent) -> Provider:
-        provider = self._providers.get(intent.grant.provider)
+    def _provider(self, grant: Grant) -> Provider:
+        provider = self._providers.get(grant.provider)
         if provider is None:
-            raise Unavailable(f"this broker has no provider {intent.grant.provider!r}: ask its administrator")
+            raise Unavailable(f"this broker has no provider {grant.provider!r}: ask its administrator")
         return provider
 
     def _left(self, intent: Intent) -> timedelta:

@@ -71,9 +71,11 @@ class Outside:
         self._clock = clock
         self._made = 0
 
+    def foresee(self, request: SecretRequest, ttl: timedelta) -> None:
+        SecretSource.parse(request.settings).checked(request.parameters)
+
     def prepare(self, request: SecretRequest, ttl: timedelta) -> Handle:
         source = SecretSource.parse(request.settings)
-        source.checked(request.parameters)
         self._require_up()
         self._made += 1
         expires_at = self._clock() + ttl

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from broker.domain.errors import ProviderRefused, ProviderUnavailable
+from broker.domain.errors import Invalid, ProviderRefused, ProviderUnavailable
 from broker.providers.base import RevocationClass, SecretRequest
 from broker.providers.vault import SecretSource, VaultProvider, VaultSettings
 from tests.fakes.vault import FakeVault
@@ -408,8 +408,10 @@ def test_an_aws_session_says_that_only_time_ends_it(fake, provider):
 
 
 def test_a_life_below_what_the_engine_can_give_is_refused_before_vault_is_asked(fake, provider):
-    with pytest.raises(ProviderRefused, match="at least 900 s"):
-        provider.prepare(request_of(STS), timedelta(minutes=5))
+    with pytest.raises(Invalid, match="at least 905 s"):
+        provider.foresee(request_of(STS), timedelta(seconds=904))
+    with pytest.raises(ProviderRefused, match="less than this credential can live"):
+        provider.prepare(request_of(STS), timedelta(seconds=899))
     assert fake.seen == []
 
 

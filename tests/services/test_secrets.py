@@ -395,13 +395,18 @@ class TestWhatMakesNoSense:
         with pytest.raises(Invalid, match="is not renewed"):
             house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
-    def test_parameters_that_cannot_be_read_leave_nothing_owed(self, house):
+    def test_parameters_that_cannot_be_read_begin_nothing(self, house):
         with pytest.raises(Invalid):
             house.issue(
                 house.open_task(), scope="connect", resource=AGENTS, takes_secrets=True, parameters={"csr": "no"}
             )
-        house.broker.debts.pay()
-        assert states(house.broker.database) == [("failed", "released")]
+        assert states(house.broker.database) == []
+
+    def test_a_provider_that_fails_at_it_fails_no_other_request(self, house, monkeypatch):
+        monkeypatch.setattr(house.outside, "foresee", lambda _request, _ttl: {}["missing"])
+        with pytest.raises(Unavailable, match="try again"):
+            ask(house)
+        assert states(house.broker.database) == []
 
 
 def test_the_secret_itself_is_in_no_row(house):

@@ -73,6 +73,10 @@ def test_a_login_is_handed_out_once_with_its_lease_and_dies_with_its_task(web_on
     lease = web.get(f"/v1/leases/{lease['id']}", "ada").json
     assert lease["state"] == "released"
     assert lease["confirmed_dead_at"] == lease["owed_since"] == receipt["grants"][0]["confirmed_dead_at"]
+    # One question gives the life of everything of the task, what became of its secrets outside too.
+    told = [event["type"] for event in web.get(f"/v1/audit?task={task['id']}", "audrey").json["items"]]
+    for type_ in ("task.opened", "grant.approved", "lease.held", "grant.issued", "lease.owed", "lease.released"):
+        assert told.count(type_) == 1, told
 
 
 def test_what_is_owed_says_since_when_how_often_it_was_tried_and_why_it_fails(web_on_both):
@@ -140,6 +144,8 @@ def test_a_stuck_lease_is_abandoned_by_an_admin_with_a_reason_and_stays_open(web
     assert web.get(f"/v1/grants/{lease['grant_id']}", "ada").json["lease"]["abandoned_at"] == lease["abandoned_at"]
     [event] = web.get("/v1/audit?type=lease.abandoned", "audrey").json["items"]
     assert (event["actor"], event["reason"]) == ("ada", "the server was scrapped")
+    grant = web.get(f"/v1/grants/{lease['grant_id']}", "ada").json
+    assert event["task_id"] == grant["task_id"] is not None
 
 
 def test_only_what_is_stuck_can_be_abandoned(web):
@@ -203,7 +209,9 @@ def test_a_parameter_that_is_wrong_is_named_and_nothing_is_left_of_it(web, resou
 def test_what_was_wrong_with_a_parameter_is_on_record_without_the_parameter(web):
     ask(web, AGENTS, "connect", parameters={"csr": "canary-8841"})
     events = web.get("/v1/audit", "audrey")
-    assert {event["type"] for event in events.json["items"][:2]} == {"grant.failed", "lease.owed"}
+    latest = events.json["items"][0]
+    assert (latest["type"], latest["outcome"]) == ("grant.refused", "invalid_request")
+    assert "csr" in latest["reason"]
     assert "canary-8841" not in events.text
 
 

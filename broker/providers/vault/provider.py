@@ -18,7 +18,7 @@ from typing import Any
 from hvac.api.auth_methods import Token
 
 from broker.domain.clock import LEEWAY, Clock
-from broker.domain.errors import ProviderRefused, ProviderUnavailable
+from broker.domain.errors import Invalid, ProviderRefused, ProviderUnavailable
 from broker.domain.identity import is_id
 from broker.domain.secret import Secret
 from broker.providers.base import (
@@ -83,16 +83,21 @@ class VaultProvider:
     def close(self) -> None:
         self._connection.close()
 
+    def foresee(self, request: SecretRequest, ttl: timedelta) -> None:
+        source = SecretSource.parse(request.settings)
+        if source.least_to_ask is not None and ttl < source.least_to_ask:
+            least = int(source.least_to_ask.total_seconds())
+            raise Invalid(f"a credential of this resource lives at least {least} s: ask for more", member="ttl_s")
+        source.checked(request.parameters)
+
     def prepare(self, request: SecretRequest, ttl: timedelta) -> Handle:
         """A child token for this grant: service, orphan, not renewable, with exactly the policies of its role."""
-        source = SecretSource.parse(request.settings)
         if not is_id(request.grant_id, "grt"):
             raise ValueError("a grant's id is needed")
         seconds = _whole_seconds(ttl)
-        if ttl < source.least_ttl:
-            raise ProviderRefused(
-                f"a credential of this resource lives at least {int(source.least_ttl.total_seconds())} s; ask for more"
-            )
+        source = SecretSource.parse(request.settings)
+        if source.least_ttl is not None and ttl < source.least_ttl:
+            raise ProviderRefused("what is left of the grant is less than this credential can live: ask for more")
         source.checked(request.parameters)
         role = source.token_role or self._settings.token_role
         child = self._child_token(role, request.grant_id, seconds)

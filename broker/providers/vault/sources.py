@@ -29,6 +29,7 @@ from broker.providers.base import RevocationClass
 from broker.providers.vault.settings import component_of, path_of
 
 MAX_PARAMETER = 16 * 1024
+MAKING = timedelta(seconds=5)  # of a grant's life may have gone by when its secret is read
 RSA_BITS = 2048
 
 _PEM_REQUEST = re.compile(
@@ -68,13 +69,18 @@ class SecretSource:
     token_role: str | None = None
     target: str | None = None  # where the broker looks at the users themselves
     bound: timedelta | None = None
-    least_ttl: timedelta = timedelta(seconds=1)
+    least_ttl: timedelta | None = None
     reads: bool = False
     leases: bool = True
     ttl_parameter: str | None = None
     fixed: Mapping[str, str | int | bool] = field(default_factory=dict)
     accepts: Mapping[str, Callable[[str], str]] = field(default_factory=dict, repr=False)
     shape: _Shape = field(repr=False)
+
+    @property
+    def least_to_ask(self) -> timedelta | None:
+        """What a grant has to last, so that enough of it is left once the secret is made."""
+        return None if self.least_ttl is None else self.least_ttl + MAKING
 
     @property
     def path(self) -> str:
@@ -248,7 +254,7 @@ def _generic(keys: _Keys) -> SecretSource:
         token_role=keys.token_role(),
         revocation=RevocationClass(revocation),
         bound=bound,
-        least_ttl=keys.seconds("least_ttl_s") or timedelta(seconds=1),
+        least_ttl=keys.seconds("least_ttl_s"),
         reads=method == "read",
         ttl_parameter=ttl_parameter,
         fixed=MappingProxyType(dict(fixed)),
