@@ -45,6 +45,8 @@ T = TypeVar("T")
 
 _ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _PASSING = frozenset({429, 502, 503, 504})
+# A 503 too, and yet an answer: the system outside said no, and says so again within the seconds a repetition waits.
+_SETTLED = frozenset({"provider_refused"})
 _MAX_TRIES = 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
@@ -156,7 +158,7 @@ def exchange(call: Call[T], endpoint: Endpoint) -> Generator[Step, Outcome, T]:
                 continue
         left_s = endpoint.retry_deadline_s - (timing.monotonic() - started)
         pause_s = pause_before_next(call, outcome, tried=tried, left_s=left_s, chance=timing.chance())
-        if pause_s is None:
+        if pause_s is None or error.code in _SETTLED:
             raise error
         yield Wait(pause_s)
     raise error

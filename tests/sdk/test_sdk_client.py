@@ -276,6 +276,14 @@ def test_retry_after_as_a_date_is_read_by_the_brokers_clock(client, server, a, t
     assert time.slept == [4]
 
 
+def test_what_the_system_outside_refused_is_not_asked_for_again(client, server, a, time):
+    server.answers((503, a.problem(503, "provider_refused"), {"Retry-After": "1"}), a.grant())
+    with pytest.raises(sdk.Unreachable) as error:
+        client.request_grant("task_1", "urn:db:orders", ["select"])
+    assert error.value.code == "provider_refused"
+    assert (len(server.seen), time.slept) == (1, [])
+
+
 def test_a_wait_beyond_the_deadline_is_not_begun(client, server, a, time):
     server.answers((429, a.problem(429, "limit_exceeded"), {"Retry-After": "21"}))
     with pytest.raises(sdk.Limited) as error:
