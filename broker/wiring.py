@@ -11,7 +11,7 @@ from broker.config import Settings, read_master_key
 from broker.domain.clock import Clock, system_clock
 from broker.domain.errors import ConfigurationError
 from broker.providers.alerts import Alerts, NoAlerts, WebhookAlerts
-from broker.providers.base import Provider
+from broker.providers.base import Provider, third_party
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
 from broker.providers.targets import Logins, PostgresLogins
@@ -194,13 +194,14 @@ def _providers(
     distrust: Callable[[str], object],
 ) -> Mapping[str, Provider]:
     """Every system outside that makes secrets, by the name that a resource says."""
-    if settings.vault is None:
-        return {}
+    found: dict[str, Provider] = {name: third_party(name)(given, clock) for name, given in settings.providers.items()}
 
     def sources() -> Iterable[SecretSource]:
         return map(SecretSource.parse, settings_in_use(database, standing, "vault"))
 
-    return {"vault": VaultProvider(settings.vault, clock, sources, forgotten=lambda: distrust("vault"))}
+    if settings.vault is not None:
+        found["vault"] = VaultProvider(settings.vault, clock, sources, forgotten=lambda: distrust("vault"))
+    return found
 
 
 def dev_issuer(directory: Path) -> DevIssuer:

@@ -613,7 +613,7 @@ REFUSED = [
     ("resources[0].identifier", "javascript:alert(1)", None, "not an audience; write"),
     ("resources[0].identifier", "https://broker.example", None, "is the broker itself.*write another"),
     ("resources[1].identifier", "https://crm.example/api", None, r"already the identifier of resources\[0\]"),
-    ("resources[0].provider", "acme", None, "the providers are: jwt, vault"),
+    ("resources[0].provider", "acme", None, "there are jwt, vault, and one that a package"),
     ("resources[0].scopes", [], "[]", "name at least one scope"),
     ("resources[0].scopes[1]", "contacts read", None, "RFC 6749.*rename it"),
     ("resources[0].scopes[1]", 'quo"te', 'quo\\"te', "RFC 6749.*rename it"),
@@ -760,8 +760,36 @@ def test_two_principals_that_their_claims_tell_apart_are_accepted(place):
     place.load(spoiled(VALID, "principals[3]", VALID["principals"][1] | {"name": "twin", "claims": {"tier": 1}}))
 
 
-def test_a_provider_that_was_added_is_accepted(place):
-    place.load(spoiled(VALID, "resources[0].provider", "acme"), providers=("jwt", "vault", "acme"))
+def added(**resource):
+    """The first resource is one of a provider that was added."""
+    providers = [{"name": "acme", "settings": {"url": "https://acme.example", "tries": 3}}]
+    first = {name: VALID["resources"][0][name] for name in ("identifier", "scopes")}
+    changed = spoiled(VALID, "resources[0]", first | {"provider": "acme"} | resource)
+    return changed | {"providers": providers}
+
+
+def test_a_provider_that_was_added_has_its_settings_and_its_resources_theirs(place):
+    found = place.load(added(settings={"role": "reader", "deep": True}))
+    assert found.providers == {"acme": {"url": "https://acme.example", "tries": 3}}
+    assert "acme.example" not in repr(found)
+    assert found.catalogue.resources[0].settings == {"role": "reader", "deep": True}
+    assert place.load(added()).catalogue.resources[0].settings == {}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "value", "said"),
+    [
+        ("providers[0].name", "vault", "is a provider that the broker has; write another"),
+        ("providers[0].name", "other", r'provider = "acme": is no provider here; there are jwt, vault, other, and'),
+        ("resources[0].vault", {"engine": "pki", "role": "r"}, "has no meaning with provider"),
+        ("resources[0].require_dpop", True, "is about tokens.*take it out"),
+        ("resources[1].settings", {"a": 1}, r"resources\[1\].settings.*has no meaning with provider.*take it out"),
+        ("providers[0].settings", {"a b": 1}, "is not the name of a setting"),
+    ],
+)
+def test_what_contradicts_an_added_provider_is_refused(place, spoil, value, said):
+    with pytest.raises(ConfigurationError, match=said):
+        place.load(spoiled(added(), spoil, value))
 
 
 def test_all_problems_come_at_once(place):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from broker.config.files import (
     require_key_set,
     require_secret,
 )
+from broker.config.keys import PROVIDERS
 from broker.config.reading import Reader, Row
 from broker.config.settings import AlertSettings
 from broker.config.values import WORKLOAD_ALGORITHMS, address, is_loopback, web_url
@@ -338,15 +339,26 @@ def read_targets(
     return tuple(found)
 
 
+def check_providers(reader: Reader, rows: Sequence[Row]) -> set[str]:
+    """The names of those that were added; what each is given is its own affair."""
+    _unique(reader, rows, "name")
+    names = _written(rows, "name")
+    for at, _, written in rows:
+        if written.get("name") in PROVIDERS:
+            reader.refuse(f"{at}.name", "is a provider that the broker has; write another", written["name"])
+    return set(names)
+
+
 def check_resources(
     reader: Reader,
     rows: Sequence[Row],
     principals: Sequence[Row],
     own: str | None,
-    providers: Sequence[str],
+    added: Collection[str],
     *,
     has_vault: bool,
 ) -> None:
+    """`added` are the names of `[[providers]]`."""
     _unique(reader, rows, "identifier")
     roles = {values["name"]: values.get("roles") for _, _, values in principals if "name" in values}
     names = _written(principals, "name")
@@ -359,13 +371,19 @@ def check_resources(
                 identifier,
             )
         provider = values.get("provider")
-        if provider is not None and provider not in providers:
+        # Where a name of theirs cannot be read, it may be the one that is meant.
+        if not (provider is None or provider in PROVIDERS or provider in added or "providers" in reader.unreadable):
             reader.refuse(
                 f"{at}.provider",
-                f"is not a provider of this version; the providers are: {', '.join(providers)}",
+                f"is no provider here; there are {', '.join((*PROVIDERS, *sorted(added)))}, and one that a package "
+                "offers is added with [[providers]]",
                 provider,
             )
         _check_vault_of(reader, at, raw, values, has_vault=has_vault)
+        if provider in PROVIDERS and "settings" in raw:
+            reader.refuse(f"{at}.settings", f"has no meaning with provider {shown(provider)}; take it out")
+        if provider not in PROVIDERS:
+            _refuse_what_is_of_tokens(reader, at, raw)
         if values.get("scopes") == []:
             reader.refuse(f"{at}.scopes", "offers nothing that could be asked for; name at least one scope", [])
         for index, verifier in enumerate(values.get("verifiers", ())):
@@ -383,7 +401,7 @@ def check_resources(
                 )
 
 
-# What is about tokens the broker signs, and says nothing of a secret that Vault makes.
+# What is about tokens the broker signs, and says nothing of a secret that another system makes.
 _OF_TOKENS = ("signing_algorithm", "token_typ", "require_dpop")
 
 
@@ -405,13 +423,7 @@ def _check_vault_of(
             "is Vault, and there is no section [vault] that says where that is and how to log in; add one",
             provider,
         )
-    for name in _OF_TOKENS:
-        if name in raw:
-            reader.refuse(
-                f"{at}.{name}",
-                "is about tokens that the broker signs, and a secret of Vault is none; take it out",
-                raw[name],
-            )
+    _refuse_what_is_of_tokens(reader, at, raw)
     if "vault" not in raw:
         reader.refuse(at, 'has provider "vault" and no table vault; write vault = { engine = "database", role = "…" }')
     table = values.get("vault")
@@ -430,6 +442,16 @@ def _check_vault_of(
             "nothing could be issued; raise that one",
             table.get("least_ttl_s"),
         )
+
+
+def _refuse_what_is_of_tokens(reader: Reader, at: str, raw: Mapping[str, Any]) -> None:
+    for name in _OF_TOKENS:
+        if name in raw:
+            reader.refuse(
+                f"{at}.{name}",
+                "is about tokens that the broker signs, and a secret from elsewhere is none; take it out",
+                raw[name],
+            )
 
 
 def stated(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -368,9 +368,17 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
         ),
         _string("heir", "The role that gets what a user leaves behind, as in `broker vault setup`."),
     ),
+    "providers": (
+        _string("name", "The entry point a package offers it by, and what resources call it.", check=values.name),
+        _facts("settings", "What it is given: it says what. Paths are absolute, and a secret is in a file.", "setting"),
+    ),
     "resources": (
         _string("identifier", "The audience of its tokens: an absolute URI without fragment.", check=values.identifier),
-        _string("provider", f"What issues its credentials: {', '.join(PROVIDERS)}.", default=Resource.provider),
+        _string(
+            "provider",
+            f"What issues its credentials: {', '.join(PROVIDERS)}, or one of `[[providers]]`.",
+            default=Resource.provider,
+        ),
         _array("scopes", "What may be asked of it (RFC 6749).", check=values.scope),
         _string("sensitivity", "For policies.", choices=SENSITIVITIES, default=Resource.sensitivity),
         _string("environment", "For policies; a free word.", default=Resource.environment, check=values.word),
@@ -402,6 +410,7 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             ENGINES,
             default=None,
         ),
+        _facts("settings", "With one of `[[providers]]`, and only with it: what that is told to make.", "setting"),
     ),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from broker.config.checks import (
     check_keys,
     check_limits,
     check_principals,
+    check_providers,
     check_resources,
     check_server,
     check_store,
@@ -22,7 +23,7 @@ from broker.config.checks import (
     read_targets,
     stated,
 )
-from broker.config.keys import ARRAYS, PROVIDERS, SECTIONS, TOP
+from broker.config.keys import ARRAYS, SECTIONS, TOP
 from broker.config.reading import Reader
 from broker.config.settings import ServerSettings, Settings, VaultAdministrator
 from broker.config.values import address, vault_address
@@ -44,7 +45,6 @@ def load(
     path: Path,
     environ: Mapping[str, str] | None = None,
     *,
-    providers: Sequence[str] = PROVIDERS,
     before_vault_setup: bool = False,
 ) -> Settings:
     """The settings of a TOML file under its overrides; `ConfigurationError` with every problem at once.
@@ -68,7 +68,8 @@ def load(
     check_issuers(reader, rows["issuers"], rows["principals"], top.get("issuer"))
     check_principals(reader, rows["principals"], rows["issuers"])
     check_limits(reader, section["grants"], rows["resources"])
-    check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), providers, has_vault=has_vault)
+    added = check_providers(reader, rows["providers"])
+    check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), added, has_vault=has_vault)
     policies, schema = read_policies(reader, section["policies"].get("directory"))
     vault = _vault(reader, section["vault"])
     targets = read_targets(reader, rows["targets"], rows["resources"], before_setup=before_vault_setup)
@@ -104,6 +105,7 @@ def load(
         vault=vault,
         alerts=alerts,
         targets=targets,
+        providers={values["name"]: values["settings"] for _, _, values in rows["providers"]},
     )
 
 
@@ -158,9 +160,9 @@ def _vault(reader: Reader, vault: Mapping[str, Any]) -> VaultSettings | None:
 
 
 def _resource(values: Mapping[str, Any]) -> Resource:
-    own = {name: value for name, value in _tupled(values).items() if name != "vault"}
+    own = {name: value for name, value in _tupled(values).items() if name not in ("vault", "settings")}
     # With its defaults written out: what a role was is told by the version, not by the code that reads it later.
-    return Resource(**own, settings=stated(values["vault"] or {}))
+    return Resource(**own, settings=stated(values["vault"] or values["settings"]))
 
 
 def _issuer(reader: Reader, values: Mapping[str, Any]) -> TrustedIssuer:

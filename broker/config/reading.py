@@ -195,8 +195,8 @@ class Reader:
                 self.refuse(where, 'is not the name of an attribute; use letters, digits and "_"')
             elif name in key.reserved:
                 self.refuse(where, "is a fact the broker itself states, and may not be restated; rename it", fact)
-            elif key.names == "parameter" and not PARAMETER.fullmatch(name):
-                self.refuse(where, 'is not the name of a parameter; use letters, digits and "_ . -"')
+            elif key.names in ("parameter", "setting") and not PARAMETER.fullmatch(name):
+                self.refuse(where, f'is not the name of a {key.names}; use letters, digits and "_ . -"')
             elif key.names == "claim" and (not name.isprintable() or not all(name.split("."))):
                 self.refuse(where, 'is not the path of a claim; write names joined by "."')
             elif isinstance(fact, dict) and key.names == "claim":

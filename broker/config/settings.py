@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from broker.domain.catalogue import Catalogue, Limits
 from broker.domain.secret import Secret
@@ -55,6 +57,7 @@ class Settings:
     vault: VaultSettings | None = None
     alerts: AlertSettings | None = None
     targets: tuple[Target, ...] = ()
+    providers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # of others, by name
 
 
 @dataclass(frozen=True, kw_only=True)
