@@ -106,8 +106,9 @@ class Secrets:
                 request = SecretRequest(
                     grant_id=GrantId(intent.grant.id), settings=intent.lease.settings, parameters=intent.parameters
                 )
+                made.late = provider.settles_after
                 handle = made.handle = provider.prepare(request, self._left(intent))
-                self._commit_handle(intent, handle)
+                self._commit_handle(intent, handle, made.late)
                 made.asked = made.unknown = True
                 secret = provider.issue(handle, request, self._left(intent))
                 made.reference, made.expires_at, made.unknown = secret.reference, secret.expires_at, False
@@ -144,8 +145,8 @@ class Secrets:
             raise Unavailable("getting this credential took longer than it would have lived: try again")
         return left
 
-    def _commit_handle(self, intent: Intent, handle: Handle) -> None:
-        """TX 2: what revokes it is durable before it exists (INV-02)."""
+    def _commit_handle(self, intent: Intent, handle: Handle, late: timedelta) -> None:
+        """TX 2: what revokes it is durable before it exists (INV-02). `late` is how long it may then take to appear."""
         with self._database.begin_issuing() as db:
             mine = leases.note(
                 db,
@@ -156,7 +157,8 @@ class Secrets:
                 bound_s=None if handle.bound is None else int(handle.bound.total_seconds()),
                 # From here on it may be asked for, whether or not we live to hear of it.
                 unknown=True,
-                expires_at=max(handle.expires_at, intent.grant.expires_at),
+                # As late as it may be made it lives on, whatever was asked for: its life begins there.
+                expires_at=max(handle.expires_at, intent.grant.expires_at) + late,
             )
         if not mine:
             raise Conflict(f"grant {intent.grant.id} was ended while its credential was being made")
@@ -261,6 +263,7 @@ class _Made:
     """What one issue knows of what it made, so far."""
 
     handle: Handle | None = None
+    late: timedelta = timedelta(0)  # how long after it was asked for a secret may be made that nobody heard of
     asked: bool = False  # for the secret, and not refused: it exists, or may
     reference: str | None = None
     expires_at: datetime | None = None
@@ -284,12 +287,13 @@ class _Made:
         found: dict[str, Any] = {"unknown": self.unknown}
         if self.handle is not None:
             bound = self.handle.bound if self.asked else None
+            ends_at = max(filter(None, (self.handle.expires_at, self.expires_at, intent.grant.expires_at)))
             found |= {
                 "handle": self.handle.value,
                 # Without a secret there is the handle alone, which is dead when it is confirmed.
                 "revocation_class": str(self.handle.revocation if self.asked else RevocationClass.HARD),
                 "bound_s": None if bound is None else int(bound.total_seconds()),
-                "expires_at": max(filter(None, (self.handle.expires_at, self.expires_at, intent.grant.expires_at))),
+                "expires_at": ends_at + self.late if self.unknown else ends_at,
             }
         if self.reference is not None:
             found["reference"] = self.reference

@@ -443,3 +443,17 @@ def test_what_flew_past_its_own_token_s_death_is_found_and_killed(web):
     web.house.settle()
     assert fake.alive == set()
     assert len(web.house.events("lease.found")) == 1
+
+
+def test_a_certificate_that_was_made_late_is_not_called_dead_while_it_lives(web):
+    """INV-04: nobody heard of it, no list shows it, and its life begins when it is made, not when it is asked for."""
+    fake = web.house.fake
+    fake.flies("POST ssh/sign/")
+    refused(ask(web, HOSTS, parameters={"public_key": ssh_key()}, ttl_s=900), status=[503])
+    web.house.tick(80)
+    fake.land()
+    lives_until = fake.now + timedelta(seconds=900)
+    while fake.now < lives_until:
+        assert web.house.leases()[0].state == "revoking"
+        web.house.tick(10)
+    web.house.settle()
