@@ -606,6 +606,20 @@ def test_a_login_that_is_refused_is_no_debt_and_is_not_tried_by_every_caller(fak
     provider.prepare(request_of(), TTL)
 
 
+def test_whoever_waited_while_a_login_had_no_answer_does_not_wait_for_the_next(fake, provider):
+    """A login that nobody answers takes the whole deadline: ten callers would wait for ten of them in a row."""
+
+    def silent(call):
+        fake.now += timedelta(seconds=10)
+        call.hang_up()
+
+    fake.fault("POST auth/approle/login", silent, times=99)
+    for _ in range(5):
+        with pytest.raises(ProviderUnavailable):
+            provider.list_live()
+    assert len([path for _, path, _ in fake.seen if path == "auth/approle/login"]) == 1
+
+
 @pytest.mark.parametrize("auth", [{}, {"client_token": "s.x"}, {"client_token": "a\nb", "lease_duration": 60}], ids=str)
 def test_a_login_without_a_usable_token_is_unknown(fake, provider, auth):
     fake.answers("POST auth/approle/login", 200, {"auth": auth})

@@ -114,7 +114,9 @@ class Login:
             self._held = self._renewed(held, now) or self._new(now)
             self._failure = None
         except (ProviderRefused, ProviderUnavailable) as problem:
-            self._failure = (now, problem)
+            # When it failed and not when it began: between them may lie the whole deadline, and those who waited for it
+            # would then wait for another, one after the other.
+            self._failure = (self._clock(), problem)
             if held is None or not held.usable(now):
                 raise
             _log.warning(
