@@ -620,6 +620,22 @@ def test_whoever_waited_while_a_login_had_no_answer_does_not_wait_for_the_next(f
     assert len([path for _, path, _ in fake.seen if path == "auth/approle/login"]) == 1
 
 
+def test_a_policy_that_refuses_is_not_a_vault_that_forgot_the_broker(fake, settings):
+    """Taken for that, one role that is wrong would shut every other until all that lives was looked at anew."""
+    forgotten = []
+    provider = VaultProvider(settings(), fake.clock, forgotten=lambda: forgotten.append(fake.now))
+    provider.prepare(request_of(), TTL)
+    fake.advance(timedelta(seconds=5))
+    fake.answers(CREATE, 403, DENIED)
+    with pytest.raises(ProviderRefused):
+        provider.prepare(request_of(), TTL)
+    assert (forgotten, fake.logins) == ([], 1)
+    fake.tokens.clear()
+    provider.prepare(request_of(), TTL)
+    assert (forgotten, fake.logins) == ([fake.now], 2)
+    provider.close()
+
+
 @pytest.mark.parametrize("auth", [{}, {"client_token": "s.x"}, {"client_token": "a\nb", "lease_duration": 60}], ids=str)
 def test_a_login_without_a_usable_token_is_unknown(fake, provider, auth):
     fake.answers("POST auth/approle/login", 200, {"auth": auth})

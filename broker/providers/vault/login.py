@@ -89,17 +89,26 @@ class Login:
 
     def was_refused(self, token: Secret) -> bool:
         """Whether it is worth asking again with a new token: Vault may have lost the old one, as after a restore."""
-        now = self._clock()
+        held = self._held
+        if held is None or held.token is not token:
+            return True
+        # A policy that is wrong refuses every token: it must not become a login for each call.
+        if self._clock() - held.obtained_at < PAUSE or self._is_known(token):
+            return False
         with self._guard:
-            held = self._held
-            if held is None or held.token is not token:
+            if self._held is None or self._held.token is not token:
                 return True
-            # A policy that is wrong refuses every token: it must not become a login for each call.
-            if now - held.obtained_at < PAUSE:
-                return False
             self._held = None
         self._forgotten()
         return True
+
+    def _is_known(self, token: Secret) -> bool:
+        """Whether Vault knows this token. Then it was a policy that refused, and Vault did not go back in time: taken
+        for a loss, one role that is wrong would keep every other from being issued until all is looked at anew."""
+        try:
+            return self._connection.call("get", "auth/token/lookup-self", token=token).ok
+        except ProviderUnavailable:
+            return False
 
     def _tended(self, now: datetime) -> Secret:
         held = self._held
