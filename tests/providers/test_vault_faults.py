@@ -636,6 +636,22 @@ def test_a_policy_that_refuses_is_not_a_vault_that_forgot_the_broker(fake, setti
     provider.close()
 
 
+def test_that_vault_forgot_the_broker_is_told_where_it_shows_when_its_token_is_renewed(fake, settings):
+    """INV-37: with a new token everything would go on as if Vault had not gone back in time."""
+    forgotten = []
+    provider = VaultProvider(settings(), fake.clock, forgotten=lambda: forgotten.append(fake.now))
+    provider.prepare(request_of(), TTL)
+    fake.advance(timedelta(seconds=2401))
+    fake.answers("POST auth/token/renew-self", 403, DENIED)
+    provider.prepare(request_of(), TTL)
+    assert (forgotten, fake.logins) == ([], 2)
+    fake.advance(timedelta(seconds=2401))
+    fake.tokens.clear()
+    provider.prepare(request_of(), TTL)
+    assert (forgotten, fake.logins) == ([fake.now], 3)
+    provider.close()
+
+
 @pytest.mark.parametrize("auth", [{}, {"client_token": "s.x"}, {"client_token": "a\nb", "lease_duration": 60}], ids=str)
 def test_a_login_without_a_usable_token_is_unknown(fake, provider, auth):
     fake.answers("POST auth/approle/login", 200, {"auth": auth})

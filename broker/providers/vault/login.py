@@ -140,6 +140,8 @@ class Login:
             return None
         answer = self._connection.call("post", "auth/token/renew-self", token=held.token, body={})
         if not answer.ok:
+            if answer.status == 403 and not self._is_known(held.token):
+                self._forgotten()
             return None
         renewed = self._of(answer.table("auth"), now, held.token, held.file_state)
         # Near its maximum a renewal adds ever less. A token from a file has nobody to replace it but the file's owner.
