@@ -15,6 +15,7 @@ takes the provider's settings and the clock and answers a `Provider`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -31,6 +32,8 @@ from broker.domain.secret import SecretData as SecretData
 ENTRY_POINTS = "broker.providers"
 
 Setting = str | int | bool
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +146,15 @@ def require_foreseeable(provider: Provider, request: SecretRequest, ttl: timedel
 
 
 def revoke_each(provider: Provider, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
-    """What became of each; the trouble of one is no other's."""
+    """What became of each; the trouble of one is no other's, nor is a fault of the provider's in killing several."""
     if isinstance(provider, RevokesMany) and len(owed) > 1:
-        return provider.revoke_many(owed)
+        try:
+            answers = provider.revoke_many(owed)
+            if len(answers) == len(owed):
+                return answers
+            _log.error("a provider did not say of each whether it is dead", extra={"fields": {"owed": len(owed)}})
+        except Exception:
+            _log.exception("a provider could not kill several", extra={"fields": {"owed": len(owed)}})
     return [_problem_with(provider, handle, reference) for handle, reference in owed]
 
 

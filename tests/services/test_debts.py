@@ -215,6 +215,21 @@ class TestOthersTrouble:
         lease = lease_of(house, issued)
         assert lease.state is LeaseState.REVOKING and "other" in lease.last_error
 
+    @pytest.mark.parametrize("answers", [RuntimeError("a fault of its own"), [None]], ids=["raises", "leaves one out"])
+    def test_a_provider_with_a_fault_in_killing_several_kills_each(self, house, answers):
+        task = house.open_task()
+        both = [ask(house, task) for _ in range(2)]
+
+        def revoke_many(owed):
+            if isinstance(answers, Exception):
+                raise answers
+            return answers
+
+        house.outside.revoke_many = revoke_many
+        house.broker.tasks.end(house.caller("pipeline"), task.id, TaskState.COMPLETED)
+        assert {lease_of(house, issued).state for issued in both} == {LeaseState.RELEASED}
+        assert house.outside.alive == {}
+
 
 def test_a_worker_that_was_superseded_changes_nothing(house):
     """INV-07: it comes back with an answer when another has claimed the debt."""
