@@ -120,9 +120,15 @@ class Debts:
                 _log.warning("a closing was not paid at once", exc_info=problem)
 
     def _pay_urgent(self, turns_over: threading.Event) -> int:
-        paid = self._pay_until_none(at_most_urgency=Urgency.URGENT)
-        while not turns_over.wait(0.25):
-            paid += self._pay_until_none(at_most_urgency=Urgency.URGENT)
+        paid = 0
+        over = False
+        while not over:
+            try:
+                paid += self._pay_until_none(at_most_urgency=Urgency.URGENT)
+            except BrokerError as problem:
+                # The others may be at it for hours, and until they are done nobody comes instead of this one.
+                _log.warning("urgent debts were not paid", extra={"fields": {"why": problem.detail}})
+            over = turns_over.wait(0.25)
         return paid
 
     def _pay_until_none(

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from broker.domain.errors import Conflict, NotFound, ProviderUnavailable, RoleMissing
+from broker.domain.errors import Conflict, NotFound, ProviderUnavailable, RoleMissing, Unavailable
 from broker.domain.identity import new_id
 from broker.domain.lease import STUCK_AFTER, Urgency, next_attempt
 from broker.domain.lifecycle import LeaseState, TaskState
@@ -323,6 +323,47 @@ class TestUrgency:
             revoke(house, afraid)
             assert paid.wait(10)
             assert len(house.outside.alive) == 20
+        finally:
+            go_on.set()
+            paying.join()
+        assert house.outside.alive == {}
+
+    def test_those_who_pay_what_is_urgent_outlive_a_store_that_did_not_answer(self, house, monkeypatch):
+        """The others are at a backlog meanwhile, and nobody comes instead of them until that is done."""
+        monkeypatch.setattr(debts, "_TOGETHER", 1)
+        task = house.open_task()
+        many = [ask(house, task) for _ in range(debts._WORKERS)]
+        afraid = ask(house, house.open_task(), ttl=timedelta(seconds=600))
+        urgent, go_on, paid = lease_of(house, afraid).handle, threading.Event(), threading.Event()
+        failed, both_failed = [], threading.Event()
+        original, claim = house.outside.revoke, debts.leases.claim_owed
+
+        def hangs(handle, reference):
+            if handle.value != urgent:
+                assert go_on.wait(20)
+            original(handle, reference)
+            if handle.value == urgent:
+                paid.set()
+
+        def claim_owed(db, **how):
+            if how["at_most_urgency"] == Urgency.URGENT and len(failed) < debts._URGENT_WORKERS:
+                failed.append(how)
+                if len(failed) == debts._URGENT_WORKERS:
+                    both_failed.set()
+                raise Unavailable("the store did not answer")
+            return claim(db, **how)
+
+        house.outside.revoke = hangs
+        monkeypatch.setattr(debts.leases, "claim_owed", claim_owed)
+        house.clock.at = many[0].grant.expires_at
+        house.broker.sweeper.sweep()
+        monkeypatch.setattr(house.broker.debts, "pay_now", lambda _ids: None)
+        paying = threading.Thread(target=house.broker.debts.pay)
+        paying.start()
+        try:
+            assert both_failed.wait(10)
+            revoke(house, afraid)
+            assert paid.wait(10)
         finally:
             go_on.set()
             paying.join()
