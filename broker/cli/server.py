@@ -258,6 +258,8 @@ def scheduler(config: Path) -> None:
         running = scheduling.start(house)
         _log.info("sweeping")
         stop.wait()
+        # First, or the job that pays goes on until nothing more is due.
+        house.debts.close()
         running.shutdown(wait=True)
 
 

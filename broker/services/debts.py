@@ -64,9 +64,12 @@ class Debts:
         self._clock = clock
         self._turns = ThreadPoolExecutor(_WORKERS, thread_name_prefix="debts")
         self._closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix="closings")
+        self._closed = threading.Event()
 
     def close(self) -> None:
         """Start nothing more. What is under way ends by the deadlines of its calls, and what is owed is in rows."""
+        # Whoever pays until nothing is due goes on for as long as a backlog lasts, and a process waits for its threads.
+        self._closed.set()
         self._turns.shutdown(wait=False, cancel_futures=True)
         self._closings.shutdown(wait=False, cancel_futures=True)
 
@@ -92,6 +95,8 @@ class Debts:
 
     def pay(self) -> int:
         """Pay everything that is due, the most urgent first; answers how many were released."""
+        if self._closed.is_set():
+            return 0
         with self._database.read() as db:
             if not leases.any_owed(db, now=self._clock()):
                 return 0
@@ -104,7 +109,7 @@ class Debts:
 
     def pay_now(self, grant_ids: Collection[str]) -> None:
         """Pay what is owed for these grants, as much as can be in the time somebody waits for a receipt."""
-        if not grant_ids:
+        if not grant_ids or self._closed.is_set():
             return
         ends_at = time.monotonic() + _CLOSING_S
         workers = min(_CLOSING_WORKERS, len(grant_ids))
@@ -139,7 +144,7 @@ class Debts:
         together: int = _TOGETHER,
     ) -> int:
         paid = 0
-        while ends_at is None or time.monotonic() < ends_at:
+        while not self._closed.is_set() and (ends_at is None or time.monotonic() < ends_at):
             now = self._clock()
             with self._database.begin() as db:
                 claimed = leases.claim_owed(

@@ -435,6 +435,35 @@ def test_a_provider_that_hangs_delays_a_receipt_by_two_seconds_and_no_more(house
     go_on.set()
 
 
+def test_a_broker_that_is_told_to_stop_does_not_pay_a_whole_backlog_first(house):
+    expired = ask(house)
+    house.clock.at = expired.grant.expires_at
+    house.broker.sweeper.sweep()
+    owed = lease_of(house, expired)
+    many = [replace(owed, id=new_id("lea", NOW), grant_id=None, handle=f"backlog-{number}") for number in range(2000)]
+    with house.broker.database.begin() as db:
+        insert_leases(db, many)
+    asked, begun = [], threading.Event()
+
+    def noted(handle, reference):
+        asked.append(handle.value)
+        if len(asked) >= 50:
+            begun.set()
+
+    house.outside.revoke = noted
+    paying = threading.Thread(target=house.broker.debts.pay)
+    paying.start()
+    assert begun.wait(20)
+    house.broker.debts.close()
+    before = len(asked)
+    paying.join(20)
+    assert not paying.is_alive()
+    # What was claimed already is paid.
+    assert len(asked) - before <= 2 * debts._WORKERS * debts._TOGETHER
+    assert house.broker.debts.pay() == 0
+    house.broker.debts.pay_now([expired.grant.id])
+
+
 def test_what_an_agent_sees_of_a_failure_says_nothing_of_the_set_up(house):
     issued = ask(house)
 
