@@ -100,11 +100,15 @@ class Reconciliation:
         """Raise Unavailable unless it was looked at since we can trust (INV-37); the caller's transaction asks."""
         if provider not in self._providers:
             raise Unavailable(f"this broker has no provider {provider!r}: ask its administrator")
+        # Before ours is read: one that another thread reads meanwhile may be newer, and is no sign of going back.
+        seen = self._numbers.get(provider, 0)
         look = leases.last_look(db, provider)
         number = 0 if look is None else look.number
-        if number < self._numbers.get(provider, 0):
+        if number < seen:
             self._since[provider] = now
-        self._numbers[provider] = number
+            self._numbers[provider] = number
+        elif number > self._numbers.get(provider, 0):
+            self._numbers[provider] = number
         since = self._since.setdefault(provider, now)
         if look is None or look.began_at is None or look.began_at < since:
             leases.want_look(db, provider, now=now)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -11,6 +12,7 @@ from broker.domain.identity import new_id
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import LiveSecret
 from broker.services.reconciliation import EVERY, OLD_ENOUGH
+from broker.store import leases
 from tests.fakes.outside import Target, house_on_outside
 from tests.leases import require_consistent, states
 from tests.services.test_secrets import ask, at
@@ -169,6 +171,28 @@ class TestNothingIsIssuedBeforeItWasCompared:
         # What is wanted is not waited a minute for.
         assert house.broker.reconciliation.run().looks == 1
         assert ask(house).grant.state is GrantState.ACTIVE
+
+    def test_a_newer_look_that_another_request_saw_first_is_no_database_that_went_back(self, house, monkeypatch):
+        house.clock.forward(seconds=1)
+        looking, original, reads = house.broker.reconciliation, leases.last_look, []
+
+        def last_look(db, provider):
+            found = original(db, provider)
+            reads.append(found)
+            if len(reads) == 1:
+                # Between this answer and what is made of it.
+                looking.require_reconciled(db, provider, house.clock())
+            elif len(reads) == 2:
+                return SimpleNamespace(number=found.number + 1, began_at=found.began_at)
+            return found
+
+        with house.broker.database.begin() as db:
+            looking.require_reconciled(db, "vault", house.clock())
+            monkeypatch.setattr(leases, "last_look", last_look)
+            looking.require_reconciled(db, "vault", house.clock())
+            # It is remembered all the same: now the number did go back.
+            with pytest.raises(Unavailable, match="not yet compared"):
+                looking.require_reconciled(db, "vault", house.clock())
 
     def test_a_provider_that_does_not_know_us_any_more_is_looked_at_first(self, house):
         house.clock.forward(seconds=1)
