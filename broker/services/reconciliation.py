@@ -32,6 +32,8 @@ from broker.store.transitions import change_of, record
 EVERY = timedelta(seconds=60)
 # Younger than this, an unknown secret may be one whose issuer is just committing it.
 OLD_ENOUGH = timedelta(seconds=150)
+# The clocks of two brokers may differ by so much. A look that began later than this is of a clock that was set back.
+_APART = timedelta(seconds=1)
 # What is found alive is owed by then at the latest, if nobody tells when it ends.
 _LONGEST = timedelta(days=1)
 
@@ -109,8 +111,8 @@ class Reconciliation:
             self._numbers[provider] = number
         elif number > self._numbers.get(provider, 0):
             self._numbers[provider] = number
-        since = self._since.setdefault(provider, now)
-        if look is None or look.began_at is None or look.began_at < since:
+        since = self._trusted_since(provider, now)
+        if look is None or look.began_at is None or not since <= look.began_at <= now + _APART:
             leases.want_look(db, provider, now=now)
             raise Unavailable(
                 f"the broker has not yet compared what {provider} says is alive with its own rows: try again shortly"
@@ -207,10 +209,18 @@ class Reconciliation:
         now = self._clock()
         with self._database.read() as db:
             look = leases.last_look(db, name)
-        if look is None or look.began_at is None or now - look.began_at >= EVERY:
+        if look is None or look.began_at is None or not -_APART <= now - look.began_at < EVERY:
             return True
-        since = self._since.get(name, now)
-        return look.began_at < since or (look.wanted_at is not None and look.began_at <= look.wanted_at)
+        if look.began_at < self._trusted_since(name, now):
+            return True
+        return look.wanted_at is not None and look.began_at <= look.wanted_at
+
+    def _trusted_since(self, provider: str, now: datetime) -> datetime:
+        since = self._since.setdefault(provider, now)
+        if since > now + _APART:
+            # The clock was set back. Waiting until it is there again would be waiting for hours.
+            since = self._since[provider] = now
+        return since
 
     def _owe_what_nobody_owns(self, name: str, strangers: Collection[LiveSecret], now: datetime) -> int:
         # A time that is not told is no reason to let it live.

@@ -194,6 +194,22 @@ class TestNothingIsIssuedBeforeItWasCompared:
             with pytest.raises(Unavailable, match="not yet compared"):
                 looking.require_reconciled(db, "vault", house.clock())
 
+    def test_a_clock_that_was_set_back_shuts_nothing_and_delays_no_look(self, house):
+        house.clock.at -= timedelta(hours=1)
+        assert house.broker.reconciliation.run().looks == 1
+        assert ask(house).grant.state is GrantState.ACTIVE
+        house.clock.at += EVERY
+        assert house.broker.reconciliation.run().looks == 1
+
+    def test_a_look_of_a_clock_that_was_ahead_is_not_one_since_the_broker_began(self, house, store_url, tmp_path):
+        with house_on_outside(store_url, tmp_path, looked=False) as restarted:
+            restarted.clock.at = house.clock.at - timedelta(hours=1)
+            restarted.broker.look_again()
+            with pytest.raises(Unavailable, match="not yet compared"):
+                ask(restarted)
+            assert restarted.broker.reconciliation.run().looks == 1
+            assert ask(restarted).grant.state is GrantState.ACTIVE
+
     def test_a_provider_that_does_not_know_us_any_more_is_looked_at_first(self, house):
         house.clock.forward(seconds=1)
         house.broker.reconciliation.distrust("vault")
