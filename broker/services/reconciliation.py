@@ -85,6 +85,7 @@ class Reconciliation:
         self._since: dict[str, datetime] = {}
         self._numbers: dict[str, int] = {}
         self._silent: dict[str, datetime] = {}  # when we last looked in vain
+        self._tried: dict[str, datetime] = {}  # by target, when we last looked
         self._told: dict[str, frozenset[str]] = {}  # by target, the logins that were told of and could not be ended
 
     def begin(self) -> None:
@@ -133,7 +134,11 @@ class Reconciliation:
                 failures.append(problem)
                 continue
             total = Reconciled(looks=total.looks + 1, found=total.found + found, gone=total.gone + gone)
-        for name in self._targets if total.looks else ():
+        for name in self._targets:
+            # One that does not answer may have died half-way through making a login: then above all it is looked for.
+            if not (total.looks or (failures and self._is_long_since(name))):
+                continue
+            self._tried[name] = self._clock()
             try:
                 total = replace(total, logins=total.logins + self.look_at_target(name))
             except BrokerError as problem:
@@ -214,6 +219,10 @@ class Reconciliation:
         if look.began_at < self._trusted_since(name, now):
             return True
         return look.wanted_at is not None and look.began_at <= look.wanted_at
+
+    def _is_long_since(self, target: str) -> bool:
+        tried = self._tried.get(target)
+        return tried is None or abs(self._clock() - tried) >= EVERY
 
     def _trusted_since(self, provider: str, now: datetime) -> datetime:
         since = self._since.setdefault(provider, now)

@@ -337,6 +337,22 @@ class TestAtTheDatabaseItself:
             house.broker.reconciliation.run()
         assert ask(house).grant.state is GrantState.ACTIVE
 
+    def test_while_the_provider_does_not_answer_its_logins_are_looked_at_once_a_minute(self, house, target):
+        """It may have died half-way through making one."""
+        listed, looks = target.list_logins, []
+        target.list_logins = lambda: looks.append(house.clock()) or listed()
+        house.outside.down = True
+        target.logins.add(new_id("grt", house.clock()))
+        for _ in range(3):
+            house.clock.at += EVERY
+            for _ in range(2):
+                with pytest.raises(ProviderUnavailable):
+                    house.broker.reconciliation.run()
+        assert target.logins == set()
+        assert sorted(set(looks)) == [house.clock() - 2 * EVERY, house.clock() - EVERY, house.clock()]
+        # Once more where there was something to end.
+        assert len(looks) == 4
+
     def test_what_nobody_heard_of_is_dead_when_the_database_shows_it_and_not_only_at_its_expiry(self, house, target):
         def made_and_lost():
             page = house.broker.verification.page_of_grants(house.caller("ada"), {}, before=None, limit=1)
