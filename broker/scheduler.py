@@ -83,7 +83,8 @@ def _reported(name: str, job: Callable[[], None]) -> Callable[[], None]:
         try:
             job()
         except BrokerError as problem:
-            _log.warning("job refused", extra={"fields": {"job": name, "detail": problem.detail}})
+            fields = {"job": name, "detail": problem.detail, "reason": getattr(problem, "reason", None)}
+            _log.warning("job refused", extra={"fields": fields})
         except Exception:
             # The next run tries again; what is owed is in rows.
             _log.exception("job failed", extra={"fields": {"job": name}})
