@@ -42,7 +42,7 @@ demo: $(STAMP) ## watch a task open, obtain, and die with everything under it
 demo-vault: $(STAMP) $(OPENBAO) ## the same with database logins, on a real OpenBao and PostgreSQL
 	$(BIN)/python -m demo.vault
 
-bench: $(STAMP) $(if $(findstring openbao,$(ARGS)),$(OPENBAO)) ## how fast, on this machine; ARGS="--peer openbao": beside OpenBao
+bench: $(STAMP) $(if $(findstring openbao,$(ARGS))$(findstring --secrets,$(ARGS)),$(OPENBAO)) ## how fast, on this machine; ARGS="--peer openbao": beside OpenBao; "--secrets": its secrets
 	$(BIN)/python -m benchmarks $(ARGS)
 
 chaos: $(STAMP) $(OPENBAO) ## random crash cycles beside a real OpenBao: N=500 SEED=1 STORE=postgresql, all optional

@@ -4,6 +4,7 @@ python -m benchmarks                    # all, on both stores
 python -m benchmarks --only sqlite      # one store
 python -m benchmarks --quick            # only the hot paths
 python -m benchmarks --peer openbao     # and OpenBao beside the broker on PostgreSQL, under the same load
+python -m benchmarks --secrets          # instead: secrets of a real OpenBao, through the broker and read directly
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import psycopg
+import sqlalchemy as sa
 
-from benchmarks import load, openbao, rows
+from benchmarks import load, openbao, rows, secrets
 from benchmarks.servers import (
     AGENTS,
     RESOURCE,
@@ -39,6 +42,11 @@ _LIFE_S = 20  # so that no agent holds more live grants than its limit, however 
 _GRANTS_IN_MEMORY = 100_000
 _ENDED_TOGETHER = 10_000
 _ENDED_TOGETHER_QUICKLY = 1_000
+_SECRETS_ONE_BY_ONE = 300
+_SECRETS_ENDED_TOGETHER = 200
+_CLOSINGS = 3
+_DEBTS = 10_000
+_URGENT = 5  # of each kind
 
 
 class Report:
@@ -183,17 +191,59 @@ def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> 
         measure_sweep(report, bench)
 
 
+def measure_secrets(report: Report, root: Path, options: argparse.Namespace) -> None:
+    """One PostgreSQL is where OpenBao makes logins, and the broker's store where that is not SQLite."""
+    stores = [name for name in ("SQLite", "PostgreSQL") if options.only in (None, name.lower())]
+    with postgres(root / "postgres") as url:
+        with psycopg.connect(secrets.dsn(url), autocommit=True) as db:
+            db.execute("CREATE DATABASE orders")
+        target = sa.make_url(url).set(database="orders").render_as_string(hide_password=False)
+        with secrets.outside(root / "openbao", target) as outside:
+            for name in stores:
+                report.title(f"Logins at PostgreSQL made by OpenBao {openbao.version()}, the broker's store on {name}")
+                store = url if name == "PostgreSQL" else f"sqlite:///{root}/sqlite/broker.db"
+                bench = secrets.with_secrets(bench_settings(root / name.lower(), store), outside)
+                prepare(bench)
+                with broker_on(bench), secrets.house(bench, outside) as house:
+                    measure_secrets_of(report, house, options)
+
+
+def measure_secrets_of(report: Report, house: secrets.House, options: argparse.Namespace) -> None:
+    count = _SECRETS_ONE_BY_ONE // 3 if options.quick else _SECRETS_ONE_BY_ONE
+    one = secrets.measure_one_client(house, count)
+    many = secrets.measure_many_clients(house, options.seconds)
+    for beside, clients in ((one, "1 client"), (many, f"{secrets.CLIENTS} clients")):
+        report.rate(f"read from OpenBao, {clients}", beside.direct)
+        report.rate(f"the same, a token for each, {clients}", beside.with_own_token)
+        report.rate(f"through the broker, {clients}", beside.ours)
+        report.value("  what it adds to a read", beside.added)
+        report.value("  its rate", beside.rate)
+    closed = secrets.median_of(
+        [secrets.measure_closing(house, _SECRETS_ENDED_TOGETHER) for _ in range(1 if options.quick else _CLOSINGS)]
+    )
+    report.value(f"closing a task of {closed.count} secrets", closed.ours)
+    report.value(f"OpenBao: revoke-prefix of {closed.count}", f"{closed.theirs:8.2f} s")
+    report.value("  all dead, beside it", f"{closed.ratio:.2f} × its time")
+    if not options.quick:
+        urgent = secrets.measure_backlog(house, _DEBTS, _URGENT)
+        report.value(f"urgent, before {urgent.owed} debts: one grant", urgent.told(urgent.one))
+        report.value("  along an axis", urgent.told(urgent.along_an_axis))
+
+
 def options_from(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description="Measure the broker beside a no-op.")
     parser.add_argument("--only", choices=["sqlite", "postgresql"], help="one store instead of both")
     parser.add_argument("--seconds", type=float, default=5, help="how long each rate is measured (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="only grants and introspection")
+    parser.add_argument("--quick", action="store_true", help="only the hot paths")
     parser.add_argument("--peer", choices=["openbao"], help="its nearest equal, under the same load on PostgreSQL")
+    parser.add_argument("--secrets", action="store_true", help="instead: secrets of a real OpenBao, also read directly")
     options = parser.parse_args(arguments)
+    if options.peer and options.secrets:
+        parser.error("--secrets is measured by itself: leave out --peer openbao")
     if options.peer and options.only == "sqlite":
         parser.error("--peer openbao is measured on PostgreSQL: leave out --only sqlite")
-    if options.peer and not openbao.is_installed():
-        parser.error(openbao.NOT_INSTALLED)
+    if (options.peer or options.secrets) and not openbao.is_installed():
+        parser.error(openbao.NOT_INSTALLED.format(arguments="--secrets" if options.secrets else "--peer openbao"))
     return options
 
 
@@ -210,6 +260,9 @@ def main() -> None:
             figures = load.run(port, [request], seconds=options.seconds)
             report.rate("no-op Flask POST on the same server", figures)
             report.no_op = figures.per_second
+        if options.secrets:
+            measure_secrets(report, root, options)
+            return
         if options.only != "postgresql":
             report.title("SQLite (synchronous=FULL)")
             measure_store(report, bench_settings(root / "sqlite", f"sqlite:///{root}/sqlite/broker.db"), options)

@@ -6,10 +6,11 @@ It runs on the same cores as what it measures, so what it costs is taken from th
 from __future__ import annotations
 
 import asyncio
+import http.client
 import itertools
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -32,6 +33,18 @@ class Ended:
     seconds: float
 
 
+def figures_of(seconds: Sequence[float], *, took: float, failed: int = 0) -> Figures:
+    """Of how long each request took, and all of them together."""
+    ordered = sorted(seconds)
+    return Figures(
+        requests=len(ordered),
+        failed=failed,
+        per_second=len(ordered) / took,
+        p50=ordered[len(ordered) // 2] * 1000,
+        p99=ordered[len(ordered) * 99 // 100] * 1000,
+    )
+
+
 def post(host: str, path: str, body: bytes, *, token: str | None = None, media_type: str = "application/json") -> bytes:
     """One request as it goes over the wire."""
     authorization = f"Authorization: Bearer {token}\r\n" if token else ""
@@ -42,10 +55,15 @@ def post(host: str, path: str, body: bytes, *, token: str | None = None, media_t
     return head.encode() + body
 
 
+def get(host: str, path: str, *, token: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
+
+
 class _Connection(asyncio.Protocol):
     def __init__(self, work: _Work) -> None:
         self.work = work
         self.buffer = b""
+        self.is_second = False
         self.done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -70,8 +88,13 @@ class _Connection(asyncio.Protocol):
         length = int(head[at + 15 :].partition(b"\r\n")[0]) if at >= 0 else 0
         if len(self.buffer) < head_end + 4 + length:
             return
-        self.work.answered(self.buffer[9:12], time.perf_counter() - self.sent_at, self.buffer)
-        self.buffer = b""
+        answer, self.buffer = self.buffer, b""
+        if self.work.then is not None and not self.is_second and answer[9:12] == b"200":
+            self.is_second = True
+            self.transport.write(self.work.then(answer[head_end + 4 :]))
+            return
+        self.is_second = False
+        self.work.answered(answer[9:12], time.perf_counter() - self.sent_at, answer)
         self.send()
 
     def connection_lost(self, problem: Exception | None) -> None:
@@ -82,11 +105,19 @@ class _Connection(asyncio.Protocol):
 class _Work:
     """Requests, over and over, until a moment or a number of them, whichever comes first."""
 
-    def __init__(self, requests: Sequence[bytes], seconds: float, count: int | None, expect: bytes) -> None:
+    def __init__(
+        self,
+        requests: Sequence[bytes],
+        seconds: float,
+        count: int | None,
+        expect: bytes,
+        then: Callable[[bytes], bytes] | None,
+    ) -> None:
         endless = itertools.cycle(requests)
         self.requests = endless if count is None else itertools.islice(endless, count)
         self.until = time.perf_counter() + seconds
         self.expect = expect
+        self.then = then
         self.latencies: list[float] = []
         self.failed = 0
         self.sample: bytes = b""
@@ -115,22 +146,42 @@ def run(
     count: int | None = None,
     connections: int = 32,
     expect: bytes = b"200",
+    then: Callable[[bytes], bytes] | None = None,
 ) -> Figures:
-    """Send the requests over and over; anything but `expect` counts as failed, and one such answer is shown."""
+    """Send the requests over and over; anything but `expect` counts as failed, and one such answer is shown.
+
+    `then` makes of the body of each answer the request that goes with it: both count as one.
+    """
     started = time.perf_counter()
-    work = _Work(requests, seconds, count, expect)
+    work = _Work(requests, seconds, count, expect, then)
     asyncio.run(_run(port, work, connections))
     took = time.perf_counter() - started
     if work.failed:
         print(f"    one of {work.failed} unexpected answers: {work.sample[:600].decode(errors='replace')}")
-    ordered = sorted(work.latencies)
-    return Figures(
-        requests=len(ordered),
-        failed=work.failed,
-        per_second=len(ordered) / took,
-        p50=ordered[len(ordered) // 2] * 1000,
-        p99=ordered[len(ordered) * 99 // 100] * 1000,
-    )
+    return figures_of(work.latencies, took=took, failed=work.failed)
+
+
+class Line:
+    """One connection that is kept, with a request on it at a time."""
+
+    def __init__(self, port: int, token: str) -> None:
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def ask(self, method: str, path: str, body: bytes | None = None, *, token: str | None = None) -> bytes:
+        """The body of the answer, which must be a good one."""
+        headers = self._headers if token is None else {**self._headers, "Authorization": f"Bearer {token}"}
+        self._connection.request(method, path, body, headers)
+        answer = self._connection.getresponse()
+        found = answer.read()
+        if answer.status >= 300:
+            raise SystemExit(
+                f"{method} {path} was answered with {answer.status}: {found[:600].decode(errors='replace')}"
+            )
+        return found
+
+    def close(self) -> None:
+        self._connection.close()
 
 
 def once(port: int, request: bytes) -> bytes:

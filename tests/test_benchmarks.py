@@ -1,14 +1,17 @@
-"""What `make bench` says of a peer is shown first, on a real one, and not said where it cannot be."""
+"""What `make bench` says of a real OpenBao is shown first, and not said where it cannot be."""
 
 import json
 import os
 import tempfile
 from pathlib import Path
 
+import psycopg
 import pytest
+import sqlalchemy as sa
 
-from benchmarks import load, openbao
+from benchmarks import load, openbao, secrets
 from benchmarks.__main__ import options_from
+from benchmarks.servers import bench_settings, broker_on, postgres, prepare
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def test_a_revocation_that_leaves_children_alive_is_no_figure(directory, monkeyp
 
 
 def test_a_peer_that_does_not_start_says_why(directory, monkeypatch):
-    monkeypatch.setattr(openbao, "CONFIGURATION", openbao.CONFIGURATION.replace('"postgresql"', '"parchment"'))
+    monkeypatch.setattr(openbao, "ON_POSTGRESQL", openbao.ON_POSTGRESQL.replace('"postgresql"', '"parchment"'))
     with pytest.raises(SystemExit, match=r"(?s)OpenBao did not start.*parchment"):
         openbao.measure_revocation(directory / "revocation", 50)
 
@@ -85,6 +88,65 @@ def test_ours_is_told_as_a_multiple_of_theirs():
     assert openbao.rates_beside(ours, theirs) == "1.25 × its rate, 0.80 × its p99"
     of_ours, of_theirs = load.Ended(count=5_000, seconds=1), load.Ended(count=10_000, seconds=36)
     assert openbao.ends_beside(of_ours, of_theirs) == "18.0 × as fast"
+
+
+@pytest.fixture
+def house(directory):
+    """A real broker, a real OpenBao, and a real PostgreSQL where it makes logins."""
+    with postgres(directory / "postgres") as url:
+        with psycopg.connect(secrets.dsn(url), autocommit=True) as db:
+            db.execute("CREATE DATABASE orders")
+        target = sa.make_url(url).set(database="orders").render_as_string(hide_password=False)
+        with secrets.outside(directory / "openbao", target) as outside:
+            bench = secrets.with_secrets(
+                bench_settings(directory / "sqlite", f"sqlite:///{directory}/broker.db"), outside
+            )
+            prepare(bench)
+            with broker_on(bench), secrets.house(bench, outside) as house:
+                yield house
+
+
+def test_secrets_are_measured_beside_the_same_read_directly_and_none_is_left(house, monkeypatch):
+    monkeypatch.setattr(secrets, "_WARM", 1)
+    monkeypatch.setattr(secrets, "_AGENTS_A_TASK", 5)
+    one = secrets.measure_one_client(house, 3)
+    assert [figures.requests for figures in (one.direct, one.with_own_token, one.ours)] == [3, 3, 3]
+    many = secrets.measure_many_clients(house, 0.3)
+    for figures in (many.direct, many.with_own_token, many.ours):
+        assert figures.requests > 0
+        assert figures.failed == 0
+    closed = secrets.measure_closing(house, 10)
+    assert 0 < closed.authority_ended <= closed.dead
+    assert closed.theirs > 0
+    urgent = secrets.measure_backlog(house, 3000, 1)
+    assert urgent.before >= urgent.left > 0
+    assert len(urgent.one) == len(urgent.along_an_axis) == 1
+    assert house.outside.logins() == 0
+
+
+def test_an_end_that_leaves_logins_behind_is_no_figure(house, monkeypatch):
+    monkeypatch.setattr(secrets.Outside, "revoke_all", lambda _self: None)
+    with pytest.raises(SystemExit, match="PostgreSQL has 3 logins that were made for somebody, instead of 0"):
+        secrets.measure_closing(house, 3)
+
+
+def test_a_backlog_that_was_paid_too_soon_is_no_figure(house):
+    with pytest.raises(SystemExit, match="0 debts were paid before the last revocation"):
+        secrets.measure_backlog(house, 0, 1)
+
+
+def test_what_the_broker_adds_is_told_beside_what_is_read_directly():
+    def figures(per_second, p50, p99):
+        return load.Figures(requests=10, failed=0, per_second=per_second, p50=p50, p99=p99)
+
+    beside = secrets.Beside(direct=figures(50, 20, 30), with_own_token=figures(40, 25, 35), ours=figures(44, 29, 42.5))
+    assert beside.added == "p50 +9.0 ms   p99 +12.5 ms"
+    assert beside.rate == "0.88 × its rate, 1.10 × that with a token for each"
+
+
+def test_of_several_closings_the_one_in_the_middle_is_told():
+    rounds = [secrets.Closed(count=2, authority_ended=0.1, answered=1, dead=dead, theirs=2) for dead in (2.2, 4.0, 1.8)]
+    assert secrets.median_of(rounds).ratio == pytest.approx(1.1)
 
 
 def test_a_peer_is_not_measured_beside_another_store(capsys):
@@ -99,3 +161,12 @@ def test_a_peer_that_is_not_installed_is_asked_for_with_the_command_that_install
         options_from(["--peer", "openbao"])
     assert 'make bench ARGS="--peer openbao"' in capsys.readouterr().err
     assert options_from([]).peer is None
+    with pytest.raises(SystemExit):
+        options_from(["--secrets"])
+    assert 'make bench ARGS="--secrets"' in capsys.readouterr().err
+
+
+def test_secrets_are_measured_by_themselves(capsys):
+    with pytest.raises(SystemExit):
+        options_from(["--peer", "openbao", "--secrets"])
+    assert "leave out --peer openbao" in capsys.readouterr().err
