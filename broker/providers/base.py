@@ -69,13 +69,15 @@ class Handle:
 class IssuedSecret:
     """A secret that exists. `reference` is its name outside, for revoking; None where it has none.
 
-    `expires_at` is when it stops opening anything, which may be before what was asked, never after. `facts` are not
-    secret and belong into the audit trail: the name of the database user, the serial number of the certificate.
+    `expires_at` is when it stops opening anything, which may be before what was asked, never after. `lasts_until` is
+    when it does so even if the outside forgets to end it, where that is later. `facts` are not secret and belong into
+    the audit trail: the name of the database user, the serial number of the certificate.
     """
 
     data: SecretData
     reference: str | None
     expires_at: datetime
+    lasts_until: datetime | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
 

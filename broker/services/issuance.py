@@ -244,6 +244,7 @@ class Issuance:
             lease=lease,
             caller=caller,
             catalogue_version=moment.standing.catalogue.version,
+            longest=timedelta(seconds=resource.max_ttl_s),
             parameters=request.parameters,
         )
         batch.answers[grant.id] = intent

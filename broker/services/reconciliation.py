@@ -251,17 +251,17 @@ class Reconciliation:
         """Held, and not in the list any more. That the provider forgot it is not its death: it is owed to its end."""
         gone = 0
         for lease in missing:
+            if lease.grant_id is None:
+                continue
             with self._database.begin() as db:
                 now = self._clock()
-                # What ended by itself just now is the sweep's.
-                if lease.grant_id is None or lease.expires_at <= now:
-                    continue
                 why = f"{lease.provider} does not know its secret any more"
                 event = change_of(now, ACTOR, "grant.revoked", reason=why)
                 values = {"revoked_at": now, "revoked_by": ACTOR, "reason": why}
-                of_it = grants.with_id(lease.grant_id)
+                # What ended by itself just now is the sweep's.
+                of_it = (grants.with_id(lease.grant_id), grants.unexpired(now))
                 if not end_grants(
-                    db, GrantState.REVOKED, of_it, now=now, urgency=Urgency.URGENT, event=event, **values
+                    db, GrantState.REVOKED, *of_it, now=now, urgency=Urgency.URGENT, event=event, **values
                 ):
                     continue
                 leases.note(db, lease.id, unknown=True, settles_at=now)

@@ -63,6 +63,7 @@ class Intent:
     lease: Lease
     caller: Caller
     catalogue_version: int
+    longest: timedelta  # that anything of this resource lives, whatever was asked for
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -109,9 +110,10 @@ class Secrets:
                 made.late = provider.settles_after
                 handle = made.handle = provider.prepare(request, self._left(intent))
                 self._commit_handle(intent, handle, made.late)
-                made.asked = made.unknown = True
+                made.asked_at, made.unknown = self._clock(), True
                 secret = provider.issue(handle, request, self._left(intent))
-                made.reference, made.expires_at, made.unknown = secret.reference, secret.expires_at, False
+                made.reference, made.unknown = secret.reference, False
+                made.expires_at = secret.lasts_until or secret.expires_at
             return self._confirm(intent, secret, str(handle.revocation))
         except BrokerError as problem:
             made.learn(problem)
@@ -157,8 +159,9 @@ class Secrets:
                 bound_s=None if handle.bound is None else int(handle.bound.total_seconds()),
                 # From here on it may be asked for, whether or not we live to hear of it.
                 unknown=True,
-                # As late as it may be made it lives on, whatever was asked for: its life begins there.
-                expires_at=max(handle.expires_at, intent.grant.expires_at) + late,
+                # Its life begins as late as it may be made, and may be the longest there is: what its provider forgot
+                # ends with nothing that was asked for, a user of a database by its own VALID UNTIL (INV-04).
+                expires_at=max(handle.expires_at, intent.grant.expires_at, self._clock() + intent.longest) + late,
             )
         if not mine:
             raise Conflict(f"grant {intent.grant.id} was ended while its credential was being made")
@@ -213,7 +216,7 @@ class Secrets:
                 reference=secret.reference,
                 facts=dict(secret.facts),
                 unknown=False,
-                expires_at=secret.expires_at,
+                expires_at=secret.lasts_until or secret.expires_at,
             )
             if not (held and active and task.is_open(now) and now < expires_at):
                 # Rolled back: neither moves without the other.
@@ -264,7 +267,7 @@ class _Made:
 
     handle: Handle | None = None
     late: timedelta = timedelta(0)  # how long after it was asked for a secret may be made that nobody heard of
-    asked: bool = False  # for the secret, and not refused: it exists, or may
+    asked_at: datetime | None = None  # for the secret, and not refused: it exists, or may
     reference: str | None = None
     expires_at: datetime | None = None
     unknown: bool = False
@@ -276,7 +279,7 @@ class _Made:
     def learn(self, problem: BrokerError) -> None:
         """What a failure says about it: a refusal that there is no secret, everything else nothing (INV-05)."""
         if isinstance(problem, ProviderRefused | Invalid):
-            self.asked = self.unknown = False
+            self.asked_at, self.unknown = None, False
         elif isinstance(problem, ProviderUnavailable):
             # How long it lives is known even where it has no name, and nothing calls it dead before.
             self.expires_at = problem.expires_at
@@ -286,12 +289,14 @@ class _Made:
     def known(self, intent: Intent) -> dict[str, Any]:
         found: dict[str, Any] = {"unknown": self.unknown}
         if self.handle is not None:
-            bound = self.handle.bound if self.asked else None
-            ends_at = max(filter(None, (self.handle.expires_at, self.expires_at, intent.grant.expires_at)))
+            asked = self.asked_at is not None
+            bound = self.handle.bound if asked else None
+            longest = None if self.asked_at is None or not self.unknown else self.asked_at + intent.longest
+            ends_at = max(filter(None, (self.handle.expires_at, self.expires_at, intent.grant.expires_at, longest)))
             found |= {
                 "handle": self.handle.value,
                 # Without a secret there is the handle alone, which is dead when it is confirmed.
-                "revocation_class": str(self.handle.revocation if self.asked else RevocationClass.HARD),
+                "revocation_class": str(self.handle.revocation if asked else RevocationClass.HARD),
                 "bound_s": None if bound is None else int(bound.total_seconds()),
                 "expires_at": ends_at + self.late if self.unknown else ends_at,
             }

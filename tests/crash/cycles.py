@@ -18,11 +18,10 @@ from tests.crash.clients import Client, Crowd, Log, Received
 from tests.crash.failpoints import CELLS, DELAY_S, Faults
 from tests.crash.launcher import NO_BUG, Launcher
 from tests.crash.oracle import Oracle
-from tests.crash.outside import ORDERS, Lane
+from tests.crash.outside import LIFE_S, ORDERS, Lane
 from tests.house import CRM
 from tests.processes import BrokerProcess, Deployment, until
 
-LIFE_S = 40  # of a credential that is to die by being revoked, so that its expiry hides nothing
 SHORT_S = 2
 # After the last fault: until an intent is taken for dead, what can arrive late has, it was looked for, and every
 # debt that failed was tried again.

@@ -35,6 +35,7 @@ from tests.openbao import SOURCES, OpenBao, connect, running
 from tests.processes import Deployment
 
 ORDERS = "urn:db:orders:readonly"
+LIFE_S = 40  # of a credential that is to die by being revoked, so that its expiry hides nothing
 # Vault writes our "_" as "-". What it names for somebody who is no child token of ours begins with "root".
 _LOGIN = re.compile(r"jit-grt-(?P<grant>[0-7][0-9a-hjkmnp-tv-z]{25})-\w+|root-\w+")
 
@@ -49,7 +50,7 @@ auth = {{ method = "approle", role_id_file = "{directory}/role-id", secret_id_fi
 identifier = "urn:db:orders:readonly"
 provider = "vault"
 scopes = ["select"]
-max_ttl_s = 600
+max_ttl_s = {longest_s}
 vault = {{ engine = "database", mount = "database", role = "{role}" }}
 """
 _POLICY = """
@@ -109,7 +110,13 @@ class World:
         layout = Layout(sources=SOURCES + sources, max_ttl=timedelta(minutes=10))
         self.bao.apply(*policies_and_token_roles(layout))
         for source in sources:
-            role = DatabaseRole(source=source, connection="orders", member_of="jit_orders_ro", heir="jit_orders_heir")
+            role = DatabaseRole(
+                source=source,
+                connection="orders",
+                member_of="jit_orders_ro",
+                heir="jit_orders_heir",
+                max_ttl=timedelta(seconds=LIFE_S),
+            )
             self.bao.apply(*role.requests())
 
     def logins(self) -> dict[str, str | None]:
@@ -161,6 +168,7 @@ class World:
             deployment.configure(policies=POLICIES | {"orders.cedar": _POLICY})
             with deployment.configuration.open("a") as file:
                 vault = {"address": self.bao.address, "directory": self.bao.directory, "role": lane.role}
+                vault["longest_s"] = LIFE_S
                 file.write(_VAULT.format(**vault))
             yield deployment, Faults(directory / "faults")
 

@@ -6,8 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.crash.bugs import BUGS
-from tests.crash.cycles import LIFE_S, a_cycle, judged
+from tests.crash.cycles import a_cycle, judged
 from tests.crash.launcher import NO_BUG
+from tests.crash.outside import LIFE_S
 from tests.processes import until
 
 

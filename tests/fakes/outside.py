@@ -32,6 +32,7 @@ AGENTS = "urn:mtls:agents"
 HOSTS = "urn:ssh:hosts"
 PASSWORD = "s3cret-of-the-database"
 SEALED = "503: Vault is sealed"
+LONGEST = timedelta(seconds=900)  # max_ttl_s of every resource here, and so the life of every role
 
 _RESOURCES = (
     Resource(
@@ -94,7 +95,11 @@ class Outside:
             "pki": {"certificate": "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n", "ca_chain": ["x"]},
             "ssh": {"signed_key": "ssh-ed25519-cert-v01@openssh.com AAAA"},
         }[str(request.settings["engine"])]
-        return IssuedSecret(data=SecretData(made), reference=reference, expires_at=handle.expires_at)
+        # As a database's users do: they have the life of their role, and end with their token if it is known.
+        lasts_until = max(handle.expires_at, self._clock() + LONGEST) if "username" in made else None
+        return IssuedSecret(
+            data=SecretData(made), reference=reference, expires_at=handle.expires_at, lasts_until=lasts_until
+        )
 
     def revoke(self, handle: Handle | None, reference: str | None) -> None:
         self._require_up()

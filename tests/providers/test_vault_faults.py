@@ -362,6 +362,14 @@ def test_what_nothing_can_end_is_not_handed_out_if_it_lives_longer_than_was_aske
     assert unavailable.value.expires_at > fake.now + ttl
 
 
+def test_a_login_says_how_long_it_lasts_if_vault_forgets_that_its_token_ends_it(fake, provider):
+    fake.lease_ttl = timedelta(hours=1)
+    request = request_of(DATABASE)
+    handle = provider.prepare(request, TTL)
+    secret = provider.issue(handle, request, TTL)
+    assert secret.expires_at == handle.expires_at < secret.lasts_until == fake.now + timedelta(hours=1)
+
+
 def test_an_ssh_certificate_for_everybody_is_not_handed_out(fake, provider):
     fake.ssh_principals = False
     request = request_of(SSH, public_key=ssh_key())

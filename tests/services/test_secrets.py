@@ -20,7 +20,7 @@ from broker.domain.errors import (
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.lifecycle import GrantState, LeaseState, TaskState
 from broker.services.secrets import ISSUE_WITHIN
-from tests.fakes.outside import AGENTS, ORDERS, PASSWORD, house_on_outside
+from tests.fakes.outside import AGENTS, LONGEST, ORDERS, PASSWORD, house_on_outside
 from tests.house import CRM
 from tests.leases import require_consistent, states
 
@@ -40,7 +40,7 @@ def ask(house, task=None, **more):
 def settle(house):
     """Let everything that is owed come to its end, however long that takes."""
     for _ in range(12):
-        house.clock.forward(seconds=61)
+        house.clock.forward(seconds=181)
         house.broker.debts.recover()
         house.broker.sweeper.sweep()
         house.broker.debts.pay()
@@ -221,6 +221,23 @@ class TestWhatIsOwedAfterAFailure:
         assert (lease.reference, lease.unknown) == (made["secret"].reference, False)
         house.broker.debts.pay()
         assert house.outside.alive == {} and self.lease(house).state is LeaseState.RELEASED
+
+    def test_one_nobody_heard_of_is_not_called_dead_while_the_longest_life_of_its_role_is_not_over(self, house):
+        """INV-04: a database user is let in until its own VALID UNTIL, if the outside forgot it, whatever was asked."""
+        began = house.clock()
+
+        def lost(*_arguments):
+            raise ProviderUnavailable("it did not answer", reason="the connection broke")
+
+        at(house, ("issue", "after"), lost)
+        with pytest.raises(ProviderUnavailable):
+            ask(house, ttl=timedelta(seconds=60))
+        while states(house.broker.database) != [("failed", "released")]:
+            house.clock.forward(seconds=30)
+            house.broker.debts.pay()
+            house.broker.reconciliation.run()
+            assert house.clock() < began + 2 * LONGEST
+        assert house.clock() >= began + LONGEST + house.outside.settles_after
 
     def test_what_arrives_after_its_lease_was_released_is_a_debt_of_its_own(self, house):
         def end_and_forget():

@@ -125,7 +125,8 @@ class VaultProvider:
                 raise Wrong("it does not say when it ends")
             # Where the token's death ends the secret, its lease may well be longer. Where nothing does, it may not, and
             # it is over when the last of what keeps it alive is: the certificate, whatever becomes of its lease.
-            ends_at = min(*ends, handle.expires_at) if source.revocation is RevocationClass.HARD else max(ends)
+            lasts_until = max(ends)
+            ends_at = min(*ends, handle.expires_at) if source.revocation is RevocationClass.HARD else lasts_until
             if source.revocation is not RevocationClass.HARD and ends_at > began_at + ttl + LEEWAY:
                 raise Wrong("it lives longer than was asked for, and nothing can end it")
         except Wrong as problem:
@@ -136,7 +137,11 @@ class VaultProvider:
                 expires_at=ends_at,
             ) from None
         return IssuedSecret(
-            data=SecretData(received.data), reference=reference, expires_at=ends_at, facts=received.facts
+            data=SecretData(received.data),
+            reference=reference,
+            expires_at=ends_at,
+            lasts_until=lasts_until,
+            facts=received.facts,
         )
 
     def revoke(self, handle: Handle | None, reference: str | None) -> None:
