@@ -32,6 +32,7 @@ check: $(STAMP) ## lint, format and types; warnings are errors
 
 test: $(STAMP) $(OPENBAO) ## the whole suite
 	$(BIN)/pytest -n auto
+	@$(MAKE) --no-print-directory crash
 
 run: $(STAMP) ## a whole broker on this laptop: SQLite, a development issuer, loopback
 	$(BIN)/broker dev
@@ -49,7 +50,7 @@ chaos: $(STAMP) $(OPENBAO) ## random crash cycles beside a real OpenBao: N=500 S
 	$(BIN)/python -m tests.crash $(if $(N),--cycles $(N)) $(if $(SEED),--seed $(SEED)) $(if $(STORE),--store $(STORE))
 
 crash: $(STAMP) $(OPENBAO) ## every failpoint once beside a real OpenBao, and the seeded bugs
-	$(BIN)/pytest -o addopts="-ra --strict-markers" tests/crash/test_cycles.py tests/crash/test_not_blind.py
+	$(BIN)/pytest -n 3 -o addopts="-ra --strict-markers --strict-config" tests/crash/test_cycles.py tests/crash/test_not_blind.py
 
 wheel: $(STAMP) ## the installable package, into dist/
 	@rm -rf build # what was deleted since the last build would be in the wheel
