@@ -1,6 +1,12 @@
-"""The invariants of leases and grants as queries: what must hold whatever happened before."""
+"""The invariants of leases and grants as queries: what must hold whatever happened before; and one debt."""
+
+from datetime import datetime
 
 import sqlalchemy as sa
+
+from broker.domain.identity import new_id
+from broker.domain.lease import Lease, RevocationClass, Urgency
+from broker.domain.lifecycle import LeaseState
 
 _NEVER = {
     "a grant of an outside provider is active without a lease that is held": """
@@ -39,3 +45,33 @@ def states(database):
     query = "SELECT grants.state, leases.state FROM leases LEFT JOIN grants ON grants.id = grant_id ORDER BY leases.id"
     with database.read() as db:
         return [tuple(row) for row in db.execute(sa.text(query))]
+
+
+def a_debt(now: datetime, *, handle: str) -> Lease:
+    """Of a secret that time ended, to the provider `vault`; due now."""
+    return Lease(
+        id=new_id("lea", now),
+        grant_id=None,
+        provider="vault",
+        settings={},
+        state=LeaseState.REVOKING,
+        revocation_class=str(RevocationClass.HARD),
+        bound_s=None,
+        handle=handle,
+        reference=None,
+        unknown=False,
+        facts={},
+        created_at=now,
+        issue_by=now,
+        expires_at=now,
+        settles_at=None,
+        urgency=int(Urgency.EXPIRED),
+        attempts=0,
+        next_attempt_at=now,
+        fence=0,
+        last_error=None,
+        dead_at=None,
+        abandoned_at=None,
+        abandoned_by=None,
+        abandoned_reason=None,
+    )

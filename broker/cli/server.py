@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,9 @@ def _built(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     server = settings.server
     if server.metrics_host is not None and server.metrics_port is not None:
         telemetry.serve_metrics(server.metrics_host, server.metrics_port, server.workers)
+    # The server tells a worker's code nothing of its end. This is run before the process waits for its threads, which
+    # would otherwise go on until no debt is due.
+    Finalize(None, house.debts.close, exitpriority=1)
     application: Callable[..., Any] = create_app(house).wsgi_app
     return application
 
