@@ -294,6 +294,15 @@ def test_a_secret_without_a_lease_is_not_handed_out(fake, provider):
         provider.issue(handle, request_of(), TTL)
 
 
+def test_a_certificate_without_a_lease_is_owed_until_it_ends_by_itself(fake, provider):
+    fake.lease_ttl = None
+    request = request_of(PKI, csr=csr())
+    handle = provider.prepare(request, TTL)
+    with pytest.raises(ProviderUnavailable, match="no lease") as unavailable:
+        provider.issue(handle, request, TTL)
+    assert unavailable.value.expires_at >= fake.now + TTL
+
+
 @pytest.mark.parametrize("lease_id", ["other/creds/jit/abcdefgh", "database/creds/jit-orders-ro/../../x", 7, None])
 def test_a_lease_that_is_not_under_the_prefix_of_its_role_is_not_handed_out(fake, provider, lease_id):
     handle = provider.prepare(request_of(), TTL)

@@ -115,17 +115,17 @@ class VaultProvider:
         if answer.status != 200 or answer.body is None:
             answer.fail("give the secret", source.path)
         reference = _reference(answer.body.get("lease_id"), source)
-        ends_at = _lease_end(answer.body, began_at)
+        ends_at = lasts_until = _lease_end(answer.body, began_at)
         try:
             received = source.shape(source, sent, answer.table("data"))
+            ends = [end for end in (ends_at, received.ends_at) if end is not None]
+            lasts_until = max(ends, default=None)
             if source.leases and reference is None:
                 raise Wrong("it has no lease under the prefix of its role, so that nothing could revoke it")
-            ends = [end for end in (ends_at, received.ends_at) if end is not None]
-            if not ends or (source.leases and ends_at is None):
+            if lasts_until is None or (source.leases and ends_at is None):
                 raise Wrong("it does not say when it ends")
             # Where the token's death ends the secret, its lease may well be longer. Where nothing does, it may not, and
             # it is over when the last of what keeps it alive is: the certificate, whatever becomes of its lease.
-            lasts_until = max(ends)
             ends_at = min(*ends, handle.expires_at) if source.revocation is RevocationClass.HARD else lasts_until
             if source.revocation is not RevocationClass.HARD and ends_at > began_at + ttl + LEEWAY:
                 raise Wrong("it lives longer than was asked for, and nothing can end it")
@@ -134,7 +134,7 @@ class VaultProvider:
                 f"Vault gave a secret that must not be used: {problem}",
                 reason=source.path,
                 reference=reference,
-                expires_at=ends_at,
+                expires_at=lasts_until,
             ) from None
         return IssuedSecret(
             data=SecretData(received.data),
