@@ -39,6 +39,8 @@ def installed(tmp_path, monkeypatch):
     group = re.fullmatch(r'\[project\.entry-points\."(.+)"\]', table)[1]
     (info / "entry_points.txt").write_text(f"[{group}]\n{line.replace(chr(34), '')}\n")
     monkeypatch.syspath_prepend(str(site))
+    # Another test may have imported one of this name.
+    sys.modules.pop("acme_secrets", None)
     yield
     sys.modules.pop("acme_secrets", None)
 
