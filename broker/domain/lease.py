@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -49,25 +49,25 @@ class Lease:
     provider: str
     settings: Mapping[str, Any]
     state: LeaseState
-    revocation_class: str | None
-    bound_s: int | None
-    handle: str | None
-    reference: str | None
-    unknown: bool
-    facts: Mapping[str, str]
+    revocation_class: str | None = None
+    bound_s: int | None = None
+    handle: str | None = None
+    reference: str | None = None
+    unknown: bool = False
+    facts: Mapping[str, str] = field(default_factory=dict)
     created_at: datetime
     issue_by: datetime
     expires_at: datetime
-    settles_at: datetime | None
+    settles_at: datetime | None = None
     urgency: int
-    attempts: int
-    next_attempt_at: datetime | None
-    fence: int
-    last_error: str | None
-    dead_at: datetime | None
-    abandoned_at: datetime | None
-    abandoned_by: str | None
-    abandoned_reason: str | None
+    attempts: int = 0
+    next_attempt_at: datetime | None = None
+    fence: int = 0
+    last_error: str | None = None
+    dead_at: datetime | None = None
+    abandoned_at: datetime | None = None
+    abandoned_by: str | None = None
+    abandoned_reason: str | None = None
 
     @property
     def confirmed_dead_at(self) -> datetime | None:

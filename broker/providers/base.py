@@ -138,7 +138,10 @@ class Foresees(Protocol):
     """A provider that can tell without asking the outside that a request will come to nothing."""
 
     def foresee(self, request: SecretRequest, ttl: timedelta) -> None:
-        """`Invalid` for parameters it would not pass on, or a life it cannot give; asks nothing of anybody."""
+        """`Invalid` for parameters it would not pass on, or a life it cannot give.
+
+        Called while others wait for the same transaction: it reads nothing, asks nobody, and takes no time.
+        """
 
 
 def require_foreseeable(provider: Provider, request: SecretRequest, ttl: timedelta) -> None:

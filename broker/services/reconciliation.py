@@ -291,23 +291,12 @@ def _debt(name: str, secret: LiveSecret, grant_id: str | None, now: datetime) ->
         state=LeaseState.REVOKING,
         revocation_class=None if secret.revocation is None else str(secret.revocation),
         bound_s=None if secret.bound is None else int(secret.bound.total_seconds()),
-        handle=None,
         reference=secret.reference,
-        unknown=False,
-        facts={},
         created_at=now,
         issue_by=now,
         expires_at=ends_at,
-        settles_at=None,
         urgency=int(Urgency.URGENT),
-        attempts=0,
         next_attempt_at=now,
-        fence=0,
-        last_error=None,
-        dead_at=None,
-        abandoned_at=None,
-        abandoned_by=None,
-        abandoned_reason=None,
     )
 
 
