@@ -7,12 +7,9 @@ import functools
 import getpass
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from granian.log import LogLevels
 
 from broker import scheduler as scheduling
 from broker import telemetry
-from broker.cli import output
+from broker.cli import output, stopping
 from broker.config import ServerSettings, Settings, load
 from broker.domain.errors import BrokerError
 from broker.domain.policy import PolicySet
@@ -216,6 +213,8 @@ def _application(settings: Settings, sweeping: bool) -> Callable[..., Any]:
 def _built(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     _stay_on_one_core()
     house = build(settings)
+    # Or the threads that pay go on until no debt is due, and the process waits for them.
+    stopping.in_worker(house.debts.stop)
     # Before anything is read of them: what Vault has opened once needs no trust in a row.
     house.keys.tend()
     # Fetched before the first request needs them; an issuer that is down now is tried again when its token comes.
@@ -224,9 +223,6 @@ def _built(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     server = settings.server
     if server.metrics_host is not None and server.metrics_port is not None:
         telemetry.serve_metrics(server.metrics_host, server.metrics_port, server.workers)
-    # The server tells a worker's code nothing of its end. This is run before the process waits for its threads, which
-    # would otherwise go on until no debt is due.
-    Finalize(None, house.debts.close, exitpriority=1)
     application: Callable[..., Any] = create_app(house).wsgi_app
     return application
 
@@ -254,16 +250,13 @@ def scheduler(config: Path) -> None:
     broker scheduler --config /etc/broker/broker.toml
     """
     settings = load(config)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with opened(settings) as house:
+    with stopping.waited_for() as told, opened(settings) as house:
         telemetry.log_to(sys.stderr)
         running = scheduling.start(house)
         _log.info("sweeping")
-        stop.wait()
+        told()
         # First, or the job that pays goes on until nothing more is due.
-        house.debts.close()
+        house.debts.stop()
         running.shutdown(wait=True)
 
 

@@ -64,14 +64,22 @@ class Debts:
         self._clock = clock
         self._turns = ThreadPoolExecutor(_WORKERS, thread_name_prefix="debts")
         self._closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix="closings")
+        self._stopped = threading.Event()
         self._closed = threading.Event()
 
-    def close(self) -> None:
-        """Start nothing more. What is under way ends by the deadlines of its calls, and what is owed is in rows."""
+    def stop(self) -> None:
+        """Claim nothing more in its turn; for somebody who waits, as long as requests are answered, until `close`.
+
+        What is under way ends by the deadlines of its calls, and what is owed is in rows.
+        """
         # Whoever pays until nothing is due goes on for as long as a backlog lasts, and a process waits for its threads.
+        self._stopped.set()
+
+    def close(self) -> None:
+        self.stop()
         self._closed.set()
-        self._turns.shutdown(wait=False, cancel_futures=True)
-        self._closings.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._turns, self._closings):
+            pool.shutdown(wait=False)
 
     # --- What becomes a debt without anybody ending it ----------------------------------------------------------------
 
@@ -95,7 +103,7 @@ class Debts:
 
     def pay(self) -> int:
         """Pay everything that is due, the most urgent first; answers how many were released."""
-        if self._closed.is_set():
+        if self._stopped.is_set():
             return 0
         with self._database.read() as db:
             if not leases.any_owed(db, now=self._clock()):
@@ -144,7 +152,7 @@ class Debts:
         together: int = _TOGETHER,
     ) -> int:
         paid = 0
-        while not self._closed.is_set() and (ends_at is None or time.monotonic() < ends_at):
+        while not self._stopped.is_set() if ends_at is None else time.monotonic() < ends_at:
             now = self._clock()
             with self._database.begin() as db:
                 claimed = leases.claim_owed(

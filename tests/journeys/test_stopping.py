@@ -2,6 +2,7 @@
 
 import contextlib
 import secrets
+import time
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from tests.processes import until
 from tests.vault_house import fake_vault
 
 OWED = 5_000
+KILLED_AFTER_S = 20  # by the server, its workers
 
 _VAULT = """
 [vault]
@@ -61,7 +63,9 @@ def test_told_to_stop_in_the_middle_of_a_backlog_it_ends_and_leaves_the_rest_to_
     with store_of(owing) as database, owing.broker() as broker:
         owe(database, OWED)
         until(lambda: counted(database)["revoking"] < OWED, what="the first debts to be paid")
+        told_at = time.monotonic()
         assert broker.stop() == 0
+        assert time.monotonic() - told_at < KILLED_AFTER_S, "it was killed, and did not end"
         left = counted(database)["revoking"]
         assert 0 < left < OWED, "with nothing left it would have ended anyway"
         broker.start()

@@ -147,9 +147,9 @@ class TestConfiguration:
 def test_a_scheduler_sweeps_for_brokers_that_do_not(postgres_deployment):
     """`serve --no-scheduler` answers rightly without any sweep; `broker scheduler` tidies up behind it."""
     with postgres_deployment.broker("--no-scheduler") as broker:
-        task_id = broker.open_task(deadline_s=1)
+        task_id = broker.open_task(deadline_s=5)
         grant = broker.grant(task_id)
-        until(lambda: not broker.is_active(grant.token), within_s=5, what="the end of the task")
+        until(lambda: not broker.is_active(grant.token), what="the end of the task")
 
         def state():
             return broker.get(f"/v1/tasks/{task_id}", "pipeline").json()["state"]
