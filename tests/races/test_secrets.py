@@ -155,6 +155,9 @@ def test_a_token_that_is_learned_of_while_its_debt_is_being_paid_is_not_released
 def test_two_payers_of_one_debt_release_it_once_and_only_by_the_last_to_claim_it(race):
     """INV-07."""
     race.monkeypatch.setattr(debts, "_CLAIMED_AGAIN_S", 60)
+    # One worker each, or another of the first one's claims it as soon as its claim is over.
+    race.monkeypatch.setattr(debts, "_WORKERS", 1)
+    race.monkeypatch.setattr(debts, "_URGENT_WORKERS", 0)
     issued = race.one.ask()
     race.monkeypatch.setattr(race.one.broker.debts, "pay_now", lambda _grants: None)
     race.one.broker.revocation.revoke_grant(race.one.caller("ada"), issued.grant.id)

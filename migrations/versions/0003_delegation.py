@@ -1,0 +1,25 @@
+"""Which agents handed a grant down, so that what is revoked of one of them covers it too
+
+Runs before the code that needs it; the code before it does not see what is new, and hands nothing down.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    handed_down = sa.text("chain <> ''")
+    op.add_column("grants", sa.Column("chain", sa.Text(), nullable=False, server_default=sa.text("''")))
+    op.create_index(
+        "grants_handed_down_idx", "grants", ["chain"], postgresql_where=handed_down, sqlite_where=handed_down
+    )
+
+
+def downgrade() -> None:
+    op.drop_index("grants_handed_down_idx", table_name="grants")
+    op.drop_column("grants", "chain")
