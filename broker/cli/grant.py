@@ -45,6 +45,7 @@ def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--task", "task_id", help="Whose task it is for; without it one of its own, where that is allowed.")
 @click.option("--resource", required=True, help="What it shall open: a registered identifier.")
 @click.option("--scope", "scopes", required=True, multiple=True, help="What it shall allow. May be repeated.")
+@click.option("--parent", "parent_grant_id", help="The grant that is handed down to you, or a part of it.")
 @click.option("--intent", help="What you are about to do, in a sentence.")
 @facts_option("--context", "context", "A fact you claim, for policies. May be repeated.")
 @facts_option(
@@ -71,6 +72,7 @@ def request(
     TOKEN=$(broker grant request --task "$TASK" --resource https://crm.example/api \\
         --scope contacts:read --ttl 5m --token-only)
     broker grant request --task "$TASK" --resource urn:mtls:agents --scope connect --param csr=@request.pem
+    broker grant request --task "$TASK" --parent grt_0198… --resource https://crm.example/api --scope contacts:read
     """
     sent = _values_of(parameters)
     _show_issued(*broker.request_grant(dpop=_dpop_key(dpop_key), parameters=sent, **asked), token_only=token_only)

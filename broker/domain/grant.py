@@ -31,7 +31,19 @@ class Authority:
     provider: str
     kids: tuple[str, ...]  # every key that signed a token of it
     policies: tuple[str, ...]  # every policy by which a token of it was allowed
+    chain: tuple[str, ...] = ()  # the agents that handed it down, the root first
     expires_at: datetime
+
+    @property
+    def subject_name(self) -> str:
+        """Whose authority it is: the user's on whose behalf, or that of the agent it was first issued to."""
+        return self.on_behalf_of or (self.chain[0] if self.chain else self.agent)
+
+    @property
+    def actors(self) -> tuple[str, ...]:
+        """Who acts for that subject: the agent that holds it first, then each that handed it down, the root last."""
+        acting = (self.agent, *reversed(self.chain))
+        return acting if self.on_behalf_of is not None else acting[:-1]
 
     def is_held_by(self, principal: Principal) -> bool:
         """Whether this very workload holds it, and not only one of the same name (INV-17)."""
@@ -44,7 +56,8 @@ class Authority:
             case "task":
                 return (self.task_id,)
             case "agent":
-                return (self.agent,)
+                # What is refused to an agent is refused to whoever has it from that agent.
+                return (self.agent, *self.chain)
             case "user":
                 return () if self.on_behalf_of is None else (self.on_behalf_of,)
             case "orchestrator":
@@ -92,7 +105,8 @@ class GrantRequest:
     """What one caller asks for. `task_id` absent asks for an implicit task.
 
     `parameters` are for the provider of the resource, which has a closed set of them. `takes_secrets` says that the
-    answer can carry something else than a token.
+    answer can carry something else than a token. `parent_grant_id` is the grant that is handed down, which somebody
+    may have named by presenting its token.
     """
 
     caller: Caller
@@ -105,6 +119,8 @@ class GrantRequest:
     jkt: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
     takes_secrets: bool = False
+    parent_grant_id: str | None = None
+    parent_by_token: bool = False
     idempotency: IdempotencyClaim | None = None
 
 

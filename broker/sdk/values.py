@@ -144,6 +144,7 @@ class Grant:
     provider: str | None = None
     revocation_class: str | None = None
     parent_grant_id: str | None = None
+    chain: tuple[str, ...] = ()
     on_behalf_of: str | None = None
     decision: Decision | None = None
     revoked_at: datetime | None = None
@@ -174,6 +175,7 @@ class Grant:
             provider=read.maybe_text("provider"),
             revocation_class=read.maybe_text("revocation_class"),
             parent_grant_id=read.maybe_text("parent_grant_id"),
+            chain=read.texts("chain") if "chain" in read.raw else (),
             on_behalf_of=read.maybe_text("on_behalf_of"),
             decision=Decision.of(decision) if decision else None,
             revoked_at=read.maybe_time("revoked_at"),

@@ -19,7 +19,7 @@ def signed(grant: Grant, standing: Standing, *, issuer: str, issued_at: datetime
     claims = access_token_claims(
         AccessToken(
             issuer=issuer,
-            subject=grant.on_behalf_of or grant.agent,
+            subject=grant.subject_name,
             audience=grant.resource,
             client_id=grant.agent,
             issued_at=issued_at,
@@ -32,6 +32,7 @@ def signed(grant: Grant, standing: Standing, *, issuer: str, issued_at: datetime
             status_uri=f"{issuer}/status-lists/{grant.status_list}",
             status_index=grant.status_index,
             trace_id=grant.trace_id,
+            actors=grant.actors,
         )
     )
     token = Secret(standing.keys.current(resource.signing_algorithm).sign(claims, typ=resource.token_typ))

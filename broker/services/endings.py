@@ -15,7 +15,7 @@ from broker.domain.audit import Event
 from broker.domain.identity import new_id
 from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import GrantState, LeaseState
-from broker.store import leases, models
+from broker.store import grants, leases, models
 from broker.store.transitions import GRANT_FACTS, move
 
 ACTOR = "broker"  # of what time alone, or our own work, brought about
@@ -51,6 +51,30 @@ def end_grants(
             next_attempt_at=now,
         )
     return moved
+
+
+def end_with_descendants(
+    db: Connection,
+    *where: ColumnElement[bool],
+    now: datetime,
+    urgency: Urgency,
+    event: Callable[[Row[Any]], Event],
+    **values: Any,
+) -> Sequence[Row[Any]]:
+    """Revoke grants and everything that was handed down from them (INV-11); answers all that were.
+
+    For whoever ends grants one by one. A task and an axis of revocation cover what is below by themselves.
+    """
+    ended: list[Row[Any]] = []
+    level = end_grants(db, GrantState.REVOKED, *where, now=now, urgency=urgency, event=event, **values)
+    while level:
+        ended += level
+        # Whoever was just handing one of them down held it, and has committed before it could be ended above; each
+        # level is a look of its own, so it is seen.
+        below = grants.children_of([row.id for row in level]) & grants.unexpired(now)
+        handed = {**values, "reason": f"what it was handed down from ended: {values['reason']}"[:1000]}
+        level = end_grants(db, GrantState.REVOKED, below, now=now, urgency=urgency, event=event, **handed)
+    return ended
 
 
 def lease_event(at: datetime, type_: str, *, actor: str = ACTOR, **more: Any) -> Callable[[Row[Any] | Lease], Event]:

@@ -44,6 +44,8 @@ def grant_event(grant: Grant, caller: Caller, now: datetime, type_: str, **facts
             "intent": grant.intent,
             "jti": grant.jti,
             "request_sha256": grant.request_sha256,
+            **({} if grant.parent_grant_id is None else {"parent_grant_id": grant.parent_grant_id}),
+            **({"chain": list(grant.chain)} if grant.chain else {}),
             **facts,
         },
     )

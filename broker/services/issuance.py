@@ -32,7 +32,7 @@ from broker.domain.errors import (
     TaskNotActive,
     Unavailable,
 )
-from broker.domain.grant import Grant, GrantRequest, Issued
+from broker.domain.grant import Authority, Grant, GrantRequest, Issued
 from broker.domain.identity import Caller, Principal, is_id, new_id
 from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import GrantState, TaskState
@@ -40,7 +40,7 @@ from broker.domain.policy import PolicySet
 from broker.domain.task import Task
 from broker.services.batching import Batching
 from broker.services.credentials import signed
-from broker.services.endings import OWES_NOTHING, end_grants
+from broker.services.endings import OWES_NOTHING, end_with_descendants
 from broker.services.grant_events import grant_event, sentence
 from broker.services.idempotency import claimed
 from broker.services.reconciliation import Reconciliation
@@ -50,10 +50,19 @@ from broker.services.status_indexes import StatusIndexes
 from broker.services.terms import Terms, require_may_ask, terms
 from broker.store import gate, locks
 from broker.store.database import Database
-from broker.store.grants import count_live, find_grant, insert_grants, renew_grant, tasks_of_grants, with_id
+from broker.store.grants import (
+    count_live,
+    find_grant,
+    hand_down,
+    hold_parents,
+    insert_grants,
+    renew_grant,
+    tasks_of_grants,
+    with_id,
+)
 from broker.store.leases import insert_leases
 from broker.store.standing import made_under, release_key, repoint_key
-from broker.store.tasks import Tasks, insert_tasks
+from broker.store.tasks import Tasks, find_task, insert_tasks
 from broker.store.transitions import change_of, record
 
 _WAITING = 50  # callers; of the server's threads, some are always left for what ends authority
@@ -67,6 +76,7 @@ class _Moment:
     db: Connection
     standing: Standing
     tasks: Mapping[str, Task]
+    parents: Mapping[str, Grant]
     live: dict[str, int]
 
 
@@ -123,6 +133,12 @@ class Issuance:
             raise outcome
         return outcome
 
+    def may_take(self, caller: Caller, grant: Authority) -> bool:
+        """Whether somebody's grant may be handed down to this agent at all: whoever opened the task named them both."""
+        with self._database.read() as db:
+            task = find_task(db, grant.task_id)
+        return task is not None and caller.name in task.agents
+
     # --- Issuing ------------------------------------------------------------------------------------------------------
 
     def _issue_all(self, requests: Sequence[GrantRequest]) -> Sequence[Issued | Intent | BrokerError]:
@@ -143,7 +159,9 @@ class Issuance:
             for request in requests
             if request.idempotency is not None
         }
-        again = tasks_of_grants(db, made_under(db, keys).values())
+        above = {request.parent_grant_id for request in requests if request.parent_grant_id is not None}
+        parents = {grant_id for grant_id in above if is_id(grant_id, "grt")}
+        again = tasks_of_grants(db, {*made_under(db, keys).values(), *parents})
         wanted = {request.task_id for request in requests if request.task_id is not None}
         task_ids = {task_id for task_id in wanted if is_id(task_id, "task")} | again
         agents = {request.caller.name for request in requests}
@@ -153,7 +171,8 @@ class Issuance:
         standing = self._standing.at(db, gate.era_of(db))
         tasks = self._tasks.hold_shared(db, task_ids)
         live = count_live(db, agents, now=now, at_most=self._limits.max_live_per_agent)
-        return _Moment(now=now, db=db, standing=standing, tasks=tasks, live=live)
+        held = hold_parents(db, parents)
+        return _Moment(now=now, db=db, standing=standing, tasks=tasks, parents=held, live=live)
 
     def _outcome(self, request: GrantRequest, moment: _Moment, batch: _Batch) -> Issued | Intent | BrokerError:
         """What one request comes to; a refusal is an answer, and recorded like one."""
@@ -181,6 +200,9 @@ class Issuance:
     def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued | Intent:
         now, standing = moment.now, moment.standing
         principal = _known(request.caller, moment)
+        parent = self._parent_for(request, principal, moment)
+        if parent is not None:
+            request = replace(request, task_id=parent.task_id)
         resource = standing.catalogue.resource(request.resource)
         require_may_ask(principal, resource, request.scopes, request.jkt)
         outside = resource.provider != OWES_NOTHING
@@ -201,13 +223,14 @@ class Issuance:
             principal=principal,
             resource=resource,
             task=task,
+            parent=parent,
             policies=standing.policies,
             limits=self._limits,
             now=now,
         )
         # Taken before it is sure to be used: a place in a status list may be lost, never shared.
         place = self._indexes.take(task.id, now) if found.allowed and not outside else (None, None)
-        grant = self._granted(request, grant_id, principal, task, found, standing, place, now)
+        grant = self._granted(request, grant_id, principal, task, parent, found, standing, place, now)
         refusal = standing.refusals.over(grant)
         if refusal is not None:
             raise LockedDown(
@@ -257,6 +280,7 @@ class Issuance:
         grant_id: str,
         principal: Principal,
         task: Task,
+        parent: Grant | None,
         found: Terms,
         standing: Standing,
         place: tuple[int | None, int | None],
@@ -267,6 +291,13 @@ class Issuance:
         resource = found.asked.resource
         signed_here = allowed and resource.provider == OWES_NOTHING
         allowed_as = GrantState.ACTIVE if signed_here else GrantState.APPROVED
+        kids: tuple[str, ...] = (standing.keys.current(resource.signing_algorithm).kid,) if signed_here else ()
+        policies = found.decision.policies
+        renewable_until = min(now + self._limits.max_ttl, task.deadline_at)
+        if parent is not None and allowed:
+            # What ends the parent along any axis covers this one too, without a look at the parent (INV-11).
+            kids, policies = _with(parent.kids, *kids), _with(parent.policies, *policies)
+            renewable_until = min(renewable_until, parent.renewable_until or parent.expires_at)
         return Grant(
             id=grant_id,
             task_id=task.id,
@@ -277,12 +308,12 @@ class Issuance:
             subject=principal.subject,
             orchestrator=task.orchestrator,
             on_behalf_of=task.on_behalf_of,
-            parent_grant_id=None,
+            parent_grant_id=None if parent is None else parent.id,
             resource=request.resource,
             scopes=tuple(sorted(request.scopes)),
             provider=resource.provider,
             jti=secrets.token_urlsafe(16) if signed_here else None,
-            kids=(standing.keys.current(resource.signing_algorithm).kid,) if signed_here else (),
+            kids=kids,
             jkt=request.jkt,
             credential_sha256=None,
             status_list=place[0],
@@ -290,14 +321,15 @@ class Issuance:
             created_at=now,
             issued_at=now if signed_here else None,
             expires_at=now + found.ttl,
-            renewable_until=min(now + self._limits.max_ttl, task.deadline_at) if signed_here else None,
+            renewable_until=renewable_until if signed_here else None,
             ttl_s=int(found.ttl.total_seconds()),
             ttl_decided_by=found.decided_by,
             intent=request.intent,
             claimed=request.claimed,
             request_sha256=found.asked.sha256(),
             decision=found.decision.as_json(),
-            policies=found.decision.policies,
+            policies=policies,
+            chain=() if parent is None else (*parent.chain, parent.agent),
             policy_version=found.decision.policy_version,
             trace_id=request.caller.trace_id,
         )
@@ -321,6 +353,51 @@ class Issuance:
         refusal = _denial(grant, found, policies, kept=True)
         batch.answers[grant.id] = refusal
         return refusal
+
+    def _parent_for(self, request: GrantRequest, principal: Principal, moment: _Moment) -> Grant | None:
+        """The grant that is handed down, or None; what is asked for is inside it in every dimension (INV-10)."""
+        if request.parent_grant_id is None:
+            return None
+        parent = moment.parents.get(request.parent_grant_id)
+        task = None if parent is None else moment.tasks.get(parent.task_id)
+        if parent is None or task is None or principal.name not in task.agents:
+            # One answer for a grant that is not there and one of a task that is not theirs (INV-28).
+            raise NotFound(
+                f"there is no grant {request.parent_grant_id[:64]!r} that could be handed down to {principal.name}",
+                member="parent_grant_id",
+            )
+        if request.task_id not in (None, parent.task_id):
+            raise Invalid(
+                f"grant {parent.id} is of another task: what is handed down stays in its task", member="task_id"
+            )
+        _require_live(parent, task, moment.standing, moment.now)
+        if request.resource != parent.resource:
+            raise InvalidTarget(
+                f"grant {parent.id} is for {parent.resource}, and only that is handed down", member="resource"
+            )
+        beyond = sorted(request.scopes - set(parent.scopes))
+        if beyond:
+            raise InvalidScope(
+                f"grant {parent.id} does not hold {', '.join(beyond)}; it holds {', '.join(parent.scopes)}",
+                member="scope",
+            )
+        depth = len(parent.chain) + 1
+        if depth > self._limits.max_delegation_depth:
+            raise Forbidden(
+                f"grant {parent.id} was handed down {depth - 1} times, which is as deep as this broker allows "
+                "(max_delegation_depth): ask for a grant of your own"
+            )
+        if parent.jkt is not None and request.parent_by_token:
+            # INV-21: whoever presents its token has not shown its key.
+            raise Invalid(
+                "subject_token is bound to a key, and only with that key of any use: name its grant as "
+                "parent_grant_id at POST /v1/grants",
+                member="subject_token",
+            )
+        if parent.jkt is not None and request.jkt is None:
+            # INV-21: what is bound to a key would become a bearer's by being handed down.
+            raise Invalid(f"grant {parent.id} is bound to a key: bind yours too, with a DPoP proof", member="DPoP")
+        return parent
 
     def _task_for(self, request: GrantRequest, principal: Principal, moment: _Moment) -> Task:
         now = moment.now
@@ -403,6 +480,8 @@ class Issuance:
         )
         issued = signed(another, moment.standing, issuer=self._issuer, issued_at=moment.now, expires_at=expires_at)
         renew_grant(moment.db, issued.grant)
+        if another.kids != grant.kids:
+            hand_down(moment.db, issued.grant)
         batch.events.append(grant_event(issued.grant, request.caller, moment.now, "grant.reissued"))
         return issued
 
@@ -422,16 +501,17 @@ class Issuance:
         why = "asked for again with its Idempotency-Key"
         event = change_of(now, request.caller.name, "grant.revoked", reason=why, trace_id=request.caller.trace_id)
         values = {"revoked_at": now, "revoked_by": request.caller.name, "reason": why}
-        ended = end_grants(
+        ended = end_with_descendants(
             moment.db,
-            GrantState.REVOKED,
             with_id(earlier.id),
             now=now,
             urgency=Urgency.ENDED,
             event=event,
             **values,
         )
-        moment.live[earlier.agent] -= len(ended)
+        for row in ended:
+            if row.agent in moment.live:
+                moment.live[row.agent] -= 1
         return self._issued(request, grant_id, moment, batch)
 
     # --- Renewing -----------------------------------------------------------------------------------------------------
@@ -445,24 +525,29 @@ class Issuance:
             now = self._clock()
             standing = self._standing.at(db, gate.era_of(db))
             tasks = self._tasks.hold_shared(db, tasks_of_it)
+            above = None if unlocked is None else unlocked.parent_grant_id
+            parent = None if above is None else hold_parents(db, [above])[above]
             grant = None if unlocked is None else find_grant(db, grant_id, lock=True)
             try:
                 principal = principal_of(caller, standing)
                 if grant is None or not grant.is_held_by(principal):
                     raise NotFound(f"there is no grant {grant_id[:64]!r} of yours")
-                issued = self._renewed(grant, tasks[grant.task_id], standing, principal, caller, ttl, jkt, now)
+                issued = self._renewed(grant, parent, tasks[grant.task_id], standing, principal, caller, ttl, jkt, now)
             except BrokerError as refusal:
                 # The refusal is recorded; the grant stays as it is until it expires or somebody revokes it.
                 if not isinstance(refusal, Unavailable):
                     record(db, [_renewal_refused(grant, caller, now, refusal)])
                 return refusal
             renew_grant(db, issued.grant)
+            if (issued.grant.kids, issued.grant.policies) != (grant.kids, grant.policies):
+                hand_down(db, issued.grant)
             record(db, [grant_event(issued.grant, caller, now, "grant.renewed")])
         return issued
 
     def _renewed(
         self,
         grant: Grant,
+        parent: Grant | None,
         task: Task,
         standing: Standing,
         principal: Principal,
@@ -472,6 +557,8 @@ class Issuance:
         now: datetime,
     ) -> Issued:
         _require_live(grant, task, standing, now)
+        if parent is not None:
+            _require_live(parent, task, standing, now)
         if grant.provider != OWES_NOTHING:
             raise Invalid(f"a secret of {grant.resource} is not renewed: ask for a new one, and hand this one back")
         if grant.jkt is not None and jkt != grant.jkt:
@@ -497,6 +584,7 @@ class Issuance:
             principal=principal,
             resource=resource,
             task=task,
+            parent=parent,
             policies=standing.policies,
             limits=self._limits,
             now=now,

@@ -24,13 +24,13 @@ from broker.domain.receipt import Receipt, receipt_line
 from broker.domain.refusal import Refusal, require_axis
 from broker.providers.wakeups import Wakeups
 from broker.services.debts import Debts
-from broker.services.endings import ACTOR, OWES_NOTHING, end_grants
+from broker.services.endings import ACTOR, OWES_NOTHING, end_grants, end_with_descendants
 from broker.services.idempotency import claimed
 from broker.services.keys import Keys
 from broker.services.receipts import SignedReceipt, signed_receipt
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader
-from broker.store import gate, grants, leases, standing
+from broker.store import gate, grants, leases, locks, standing
 from broker.store.database import Database
 from broker.store.transitions import change_of, record
 
@@ -94,39 +94,50 @@ class Revocation:
         self._wakeups = wakeups
         self._issuer = issuer
         self._clock = clock
+        self._being_counted: set[str] = set()
 
     def revoke_grant(self, caller: Caller, grant_id: str, *, reason: str | None = None) -> SignedReceipt:
-        """End one grant; the same answer again for one that has ended. For its holder, its orchestrator, an admin."""
+        """End one grant and what was handed down from it; the same answer again for one that has ended.
+
+        For its holder, whoever handed it down to that holder, its orchestrator, an admin.
+        """
         with (
             recorded(self._database, self._clock, caller, "grant.refused", "revoke"),
             self._database.begin() as db,
         ):
             # Locked first: the time it ends is read behind whoever held it (INV-04).
-            grant = grants.find_grant(db, grant_id, lock=True) if is_id(grant_id, "grt") else None
+            grant = _held(db, grant_id)
             now = self._clock()
-            if grant is None or not may_see(caller, grant):
+            above = None if grant is None else grant.parent_grant_id
+            parent = None if above is None else grants.find_grant(db, above)
+            handed_down = parent is not None and parent.is_held_by(caller.principal)
+            if grant is None or not (handed_down or may_see(caller, grant)):
                 raise NotFound(f"there is no grant {grant_id[:64]!r} that you may see")
             holds = grant.is_held_by(caller.principal)
-            if not (holds or caller.name == grant.orchestrator or caller.has(Role.ADMIN)):
+            if not (holds or handed_down or caller.name == grant.orchestrator or caller.has(Role.ADMIN)):
                 raise RoleMissing(f"grant {grant.id} may be revoked by {grant.agent}, {grant.orchestrator} or an admin")
             why = reason or ("handed back" if holds else "revoked")
             event = change_of(now, caller.name, "grant.revoked", reason=why, trace_id=caller.trace_id)
             values = {"revoked_at": now, "revoked_by": caller.name, "reason": why}
             where = (grants.with_id(grant.id), grants.unexpired(now))
             urgency = Urgency.ENDED if holds else Urgency.URGENT
-            end_grants(db, GrantState.REVOKED, *where, now=now, urgency=urgency, event=event, **values)
+            end_with_descendants(db, *where, now=now, urgency=urgency, event=event, **values)
             grant = grants.find_grant(db, grant_id) or grant
-        if grant.provider != OWES_NOTHING:
-            self._debts.pay_now([grant.id])
+            below = grants.descendants(db, grant.id)
+        self._debts.pay_now([one.id for one in (grant, *below) if one.provider != OWES_NOTHING])
         with self._database.read() as db:
-            lease = leases.leases_of(db, [grant.id] if grant.provider != OWES_NOTHING else []).get(grant.id)
+            owed = leases.leases_of(db, [one.id for one in (grant, *below) if one.provider != OWES_NOTHING])
         answered_at = self._clock()
         expired = grant.state is GrantState.ACTIVE and grant.expires_at <= answered_at
         receipt = Receipt(
             task_id=grant.task_id,
             ended_at=grant.revoked_at or grant.expires_at,
             outcome=str(GrantState.EXPIRED if expired else grant.state),
-            lines=[receipt_line(grant, ended_at=None, now=answered_at, lease=lease)],
+            lines=[
+                receipt_line(one, ended_at=None, now=answered_at, lease=owed.get(one.id))
+                for one in (grant, *below)
+                if one is grant or one.issued_at or one.id in owed
+            ],
         )
         return signed_receipt(receipt, self._standing, self._issuer, answered_at)
 
@@ -213,6 +224,7 @@ class Revocation:
             "revoked_by": caller.name,
             "rows_followed_at": None,
         }
+        self._being_counted.add(made_id)
         standing.insert_bulk_revocation(db, row)
         # One id for both: they were said in one breath, and a repeated request finds both by it.
         set_ = _set_lockdown(db, caller, made_id, axis, value, reason, now) if lockdown else None
@@ -221,12 +233,15 @@ class Revocation:
 
     def _carried_out(self, order: _Order) -> BulkOutcome:
         """Count what it ended, let rows follow, and say so."""
-        self._wakeups.wake()
         refusal = order.refusal
         covered = (grants.covered_by(refusal), grants.unexpired(order.ordered_at))
-        with self._database.read() as db:
-            by_agent = grants.count_by_agent(db, *covered)
-            samples = grants.page_of_grants(db, where=(grants.unended(), *covered), before=None, limit=_SAMPLES)
+        try:
+            with self._database.read() as db:
+                by_agent = grants.count_by_agent(db, *covered)
+                samples = grants.page_of_grants(db, where=(grants.unended(), *covered), before=None, limit=_SAMPLES)
+        finally:
+            self._being_counted.discard(refusal.id)
+        self._wakeups.wake()
         self.follow(refusal, at_most=_ROWS_INLINE)
         outside = [grant.id for grant in samples if grant.provider != OWES_NOTHING]
         with self._database.read() as db:
@@ -282,7 +297,8 @@ class Revocation:
     def follow_all(self, *, at_most: int) -> int:
         """Whatever any broker ordered and did not finish."""
         with self._database.read() as db:
-            waiting = standing.unfollowed(db)
+            # What is just being counted would be counted as ended before.
+            waiting = [refusal for refusal in standing.unfollowed(db) if refusal.id not in self._being_counted]
         moved = 0
         for refusal in waiting:
             moved += self.follow(refusal, at_most=at_most - moved)
@@ -323,6 +339,16 @@ class Revocation:
         with self._database.read() as db:
             found = standing.lockdowns(db, standing=standing_only, before=before, limit=limit)
             return [_lockdown_of(row) for row in found]
+
+
+def _held(db: Connection, grant_id: str) -> Grant | None:
+    if not is_id(grant_id, "grt"):
+        return None
+    unlocked = grants.find_grant(db, grant_id)
+    if unlocked is not None and grants.has_children(db, grant_id):
+        # Its task is ended from all sides at once, and this from above: one after the other, they wait for nobody.
+        locks.hold_tasks_alone(db, [unlocked.task_id])
+    return grants.find_grant(db, grant_id, lock=True)
 
 
 def require_admin(caller: Caller) -> None:

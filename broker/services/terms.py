@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 from broker.domain.catalogue import Limits, Resource
 from broker.domain.errors import Conflict, Invalid, RoleMissing, Unauthenticated
-from broker.domain.grant import GrantRequest
+from broker.domain.grant import Grant, GrantRequest
 from broker.domain.identity import Principal, Role
 from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.scope import effective_ttl, require_offered
@@ -53,6 +53,7 @@ def terms(
     policies: PolicySet,
     limits: Limits,
     now: datetime,
+    parent: Grant | None = None,
     renewable_until: datetime | None = None,
 ) -> Terms:
     """The minimum of all ceilings (INV-08), and what policy says to exactly that."""
@@ -64,6 +65,8 @@ def terms(
     }
     if request.ttl is None:
         ceilings["default"] = limits.default_ttl
+    if parent is not None:
+        ceilings["parent"] = parent.expires_at - now
     if renewable_until is not None:
         ceilings["grant"] = renewable_until - now
     ttl, decided_by = effective_ttl(request.ttl, ceilings)
@@ -90,6 +93,7 @@ def terms(
         claimed=request.claimed,
         now=now,
         user=task.on_behalf_of,
+        delegation_depth=0 if parent is None else len(parent.chain) + 1,
     )
     decision = policies.decide(asked)
     if decision.failure is not None:

@@ -12,16 +12,22 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Integer,
     Row,
     Select,
+    String,
     bindparam,
     func,
+    literal,
+    literal_column,
     or_,
     select,
     text,
     true,
     update,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from broker.domain.clock import epoch
 from broker.domain.grant import Grant
@@ -37,6 +43,7 @@ _NAMES = tuple(entry.name for entry in fields(Grant))
 _values_of = attrgetter(*_NAMES)
 _SELECT = select(*(_grants.c[name] for name in _NAMES))
 _OWES = _grants.c.provider != "jwt"
+LISTS_OF_NAMES = ("kids", "policies", "chain")  # each in one column of text
 _RECEIPT_FACTS = select(*(_grants.c[name] for name in RECEIPT_FACTS))
 
 UNENDED = [str(state) for state in (GrantState.PENDING, GrantState.APPROVED, GrantState.ACTIVE)]
@@ -51,17 +58,31 @@ def _row_of(grant: Grant) -> dict[str, Any]:
     row = dict(zip(_NAMES, _values_of(grant), strict=True))
     row["state"] = str(grant.state)
     row["scopes"] = list(grant.scopes)
-    row["kids"], row["policies"] = _padded(grant.kids), _padded(grant.policies)
+    row |= {name: _padded(getattr(grant, name)) for name in LISTS_OF_NAMES}
     return row
 
 
-def _padded(names: Iterable[str]) -> str:
+def _padded(names: Sequence[str]) -> str:
     # Blanks on both sides, so that looking for " crm-read " cannot find "crm-read-all".
-    return f" {' '.join(names)} "
+    return f" {' '.join(names)} " if names else ""
+
+
+class _PlaceOf(FunctionElement[int]):
+    """Where one text first occurs in another, from 1; 0 where it does not. `LIKE` has no case on SQLite, names do."""
+
+    name = "place_of"
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(_PlaceOf)
+def _instr(element: _PlaceOf, compiler: Any, **options: Any) -> str:
+    function = "strpos" if compiler.dialect.name == "postgresql" else "instr"
+    return f"{function}({compiler.process(element.clauses, **options)})"
 
 
 def _names(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
-    return column.contains(f" {value} ", autoescape=True)
+    return _PlaceOf(column, literal(f" {value} ", String())) > 0
 
 
 def grant_of(row: Any) -> Grant:
@@ -69,7 +90,7 @@ def grant_of(row: Any) -> Grant:
     values = dict(zip(_NAMES, _values_of(row), strict=True))
     values["state"] = GrantState(row.state)
     values["scopes"] = tuple(row.scopes)
-    values["kids"], values["policies"] = tuple(row.kids.split()), tuple(row.policies.split())
+    values |= {name: tuple(values[name].split()) for name in LISTS_OF_NAMES}
     return Grant(**values)
 
 
@@ -79,6 +100,49 @@ def find_grant(db: Connection, grant_id: str, *, lock: bool = False) -> Grant | 
         statement = statement.with_for_update()
     row = db.execute(statement).one_or_none()
     return None if row is None else grant_of(row)
+
+
+def hold_parents(db: Connection, ids: Collection[str]) -> dict[str, Grant]:
+    """Grants that are handed down, kept from ending until this transaction does (INV-11)."""
+    if not ids:
+        return {}
+    # Older ones first, as whoever ends a grant and then what is below it takes them.
+    statement = _SELECT.where(_grants.c.id.in_(sorted(ids))).order_by(_grants.c.id).with_for_update(read=True)
+    return {row.id: grant_of(row) for row in db.execute(statement)}
+
+
+def has_children(db: Connection, grant_id: str) -> bool:
+    return db.execute(select(_grants.c.id).where(children_of([grant_id])).limit(1)).first() is not None
+
+
+def children_of(grant_ids: Collection[str]) -> ColumnElement[bool]:
+    return _grants.c.parent_grant_id.in_(grant_ids)
+
+
+def descendants(db: Connection, grant_id: str) -> list[Grant]:
+    """Everything that was ever handed down from a grant, those nearer to it first."""
+    found: list[Grant] = []
+    level = [grant_id]
+    while level:
+        rows = db.execute(_SELECT.where(children_of(level)).order_by(_grants.c.id)).fetchall()
+        found += map(grant_of, rows)
+        level = [row.id for row in rows]
+    return found
+
+
+def hand_down(db: Connection, grant: Grant) -> None:
+    """Have what is below a renewed grant die with every key and policy that the grant now dies with (INV-11)."""
+    below = [grant.id]
+    while below:
+        rows = db.execute(_SELECT.where(children_of(below), unended()).order_by(_grants.c.id).with_for_update())
+        children = [grant_of(row) for row in rows]
+        for child in children:
+            more = {
+                "kids": _padded(tuple(dict.fromkeys((*child.kids, *grant.kids)))),
+                "policies": _padded(tuple(dict.fromkeys((*child.policies, *grant.policies)))),
+            }
+            db.execute(update(_grants).where(with_id(child.id)).values(**more))
+        below = [child.id for child in children]
 
 
 def _with_task(columns: Iterable[ColumnElement[Any]]) -> Select[Any]:
@@ -222,7 +286,10 @@ def covered_by(refusal: Refusal) -> ColumnElement[bool]:
             on_axis = _names(_grants.c.policies, refusal.value)
         case "key":
             on_axis = _names(_grants.c.kids, refusal.value)
-        case "agent" | "orchestrator" | "resource" | "provider":
+        case "agent":
+            handed_down = _grants.c.chain != literal_column("''")  # as the index spells it
+            on_axis = or_(_grants.c.agent == refusal.value, handed_down & _names(_grants.c.chain, refusal.value))
+        case "orchestrator" | "resource" | "provider":
             on_axis = _grants.c[refusal.axis] == refusal.value
         case _:
             raise ValueError(f"{refusal.axis!r} is not an axis of revocation")

@@ -20,6 +20,7 @@ from broker.domain.grant import Authority
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.store import models
 from broker.store.database import Database
+from broker.store.grants import LISTS_OF_NAMES
 
 _gate = models.table_of(models.Gate)
 _grants = models.table_of(models.Grant)
@@ -67,7 +68,7 @@ def _found(database: Database, row: tuple[Any, ...]) -> Found:
     # SQLite has no JSON of its own, and gives the text.
     scopes = values["scopes"]
     values["scopes"] = tuple(json.loads(scopes) if database.is_sqlite else scopes)
-    values["kids"], values["policies"] = tuple(values["kids"].split()), tuple(values["policies"].split())
+    values |= {name: tuple(values[name].split()) for name in LISTS_OF_NAMES}
     values["expires_at"] = moment(values["expires_at"], dialect)
     ends = [moment(at, dialect) for at in (deadline_at, heartbeat_due_at) if at is not None]
     return Authority(**values), TaskState(task_state), min(at for at in ends if at is not None)

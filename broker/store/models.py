@@ -166,6 +166,9 @@ class Grant(Base):
             sqlite_where=text("state IN ('pending', 'approved', 'active')"),
         ),
         Index("grants_status_idx", "status_list", "status_index", unique=True),
+        Index(
+            "grants_handed_down_idx", "chain", postgresql_where=text("chain <> ''"), sqlite_where=text("chain <> ''")
+        ),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -198,6 +201,7 @@ class Grant(Base):
     request_sha256: Mapped[str] = mapped_column(String(64))
     decision: Mapped[dict[str, Any]] = mapped_column(Json)
     policies: Mapped[str] = mapped_column(Text)
+    chain: Mapped[str] = mapped_column(Text, server_default=text("''"))
     policy_version: Mapped[int | None] = mapped_column(Integer)
     trace_id: Mapped[str | None] = mapped_column(String(32))
     revoked_at: Mapped[datetime | None] = mapped_column(Instant)

@@ -71,6 +71,9 @@ class RequestGrant(Request):
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=64)]
     ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
     intent: Sentence | None = None
+    parent_grant_id: Annotated[
+        Name | None, Field(description="A grant in the same task that is handed down to the caller, or a part of it.")
+    ] = None
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
     parameters: Annotated[dict[Name, Parameter], Field(max_length=8)] = Field(
         default_factory=dict, description="For the provider of the resource: `csr`, `public_key`. Each takes its own."
@@ -250,6 +253,7 @@ class GrantAnswer(Answer):
     provider: str
     revocation_class: str | None
     parent_grant_id: str | None
+    chain: Annotated[list[str], Field(description="The agents that handed it down, the root first.")]
     on_behalf_of: str | None
     decision: DecisionAnswer
     revoked_at: When | None
@@ -436,6 +440,7 @@ def of_grant(grant: Grant, live: bool, lease: Lease | None = None) -> dict[str, 
         "provider": grant.provider,
         "revocation_class": "bounded" if grant.provider == "jwt" else None if lease is None else lease.revocation_class,
         "parent_grant_id": grant.parent_grant_id,
+        "chain": list(grant.chain),
         "on_behalf_of": grant.on_behalf_of,
         "decision": grant.decision,
         "revoked_at": _time(grant.revoked_at),

@@ -1,5 +1,7 @@
 """Ending authority: single grants, tasks, every axis, lockdowns; at once for every verifier, and for good."""
 
+import threading
+
 import pytest
 
 from broker.domain.errors import Invalid, NotFound, RoleMissing
@@ -189,3 +191,22 @@ def test_the_refusal_in_memory_and_the_refusal_in_sql_cover_the_same_grants(hous
             with house.broker.database.read() as db:
                 in_sql = set(grant_rows.unended_ids(db, grant_rows.covered_by(refusal), limit=10))
             assert in_memory == (in_sql if axis != "all" or value == "all" else set())
+
+
+def test_rows_that_follow_at_once_are_counted_all_the_same(house, monkeypatch):
+    """A sweep that comes between the revocation and its count must not make it answer that nothing was ended."""
+    task = house.open_task()
+    issued = house.issue(task)
+    revocation = house.broker.revocation
+    count = grant_rows.count_by_agent
+
+    def after_a_sweep(*arguments):
+        sweep = threading.Thread(target=revocation.follow_all, kwargs={"at_most": 1000})
+        sweep.start()
+        sweep.join()
+        return count(*arguments)
+
+    monkeypatch.setattr(grant_rows, "count_by_agent", after_a_sweep)
+    done = revocation.revoke_along(house.caller("ada"), "task", task.id, reason="drill")
+    assert done.total == 1 and [grant.id for grant in done.samples] == [issued.grant.id]
+    assert not house.is_active(issued)

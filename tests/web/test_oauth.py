@@ -86,7 +86,7 @@ def test_a_live_token_is_exchanged_for_its_renewal(web, ask):
         ({"authorization_details": TASK % "task_0000000000000000000000000a"}, "invalid_grant"),
         ({"authorization_details": TASK % ask["task_id"], "task_id": "task_x"}, "invalid_authorization_details"),
         ({"authorization_details": "garbage"}, "invalid_authorization_details"),
-        (web.assertion("scribe"), "invalid_request"),
+        (web.assertion("scribe", scope="nonsense", resource="no such"), "invalid_request"),
     ]:
         assert web.form("/oauth2/token", **(exchange | wrong)).json["error"] == error
     again = web.form("/oauth2/token", **exchange, authorization_details=TASK % ask["task_id"])

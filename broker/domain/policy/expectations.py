@@ -24,6 +24,8 @@ _MEMBERS: Mapping[str, type] = {
     "intent": str,
     "sender_bound": bool,
     "claimed": dict,
+    "delegation_depth": int,
+    "user": str,
     "time": datetime,
     "expect": str,
     "policies": list,
@@ -115,6 +117,8 @@ def _read_test(name: str, entry: Mapping[str, Any], catalogue: Catalogue) -> Pol
         sender_bound=entry.get("sender_bound", False),
         claimed=entry.get("claimed", {}),
         now=entry.get("time", _NOON).astimezone(UTC),
+        delegation_depth=entry.get("delegation_depth", 0),
+        user=entry.get("user"),
     )
     policies = entry.get("policies")
     return PolicyTest(

@@ -38,6 +38,7 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
         claimed=body.context,
         parameters=body.parameters,
         takes_secrets=True,
+        parent_grant_id=body.parent_grant_id,
         idempotency=idempotency(),
         jkt=proven_key(),
     )

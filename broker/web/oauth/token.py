@@ -7,14 +7,14 @@ the same request, and ends in the same verb.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from flask import Blueprint, Response
 
 from broker.domain import strict_json
 from broker.domain.clock import epoch
-from broker.domain.errors import Invalid, InvalidTarget, InvalidTaskDetails, Unauthenticated
+from broker.domain.errors import Invalid, InvalidTarget, InvalidTaskDetails, NotFound, Unauthenticated
 from broker.domain.grant import Authority, GrantRequest, Issued
 from broker.domain.identity import Caller, Role
 from broker.domain.scope import parse_scope
@@ -32,7 +32,7 @@ TOKEN_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"  # noqa: S105
 _SPIFFE_ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"
 _ASSERTION_TYPES = ("urn:ietf:params:oauth:client-assertion-type:jwt-bearer", _SPIFFE_ASSERTION)
 # What is wrong where a workload token that came in this parameter is not accepted; any other is the client's own.
-_ERROR_OF = {"assertion": "invalid_grant", "subject_token": "invalid_request"}
+_ERROR_OF = {"assertion": "invalid_grant", "subject_token": "invalid_request", "actor_token": "invalid_request"}
 _JWT = "urn:ietf:params:oauth:token-type:jwt"
 _ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a token type
 _DETAILS_TYPE = "urn:broker:task"
@@ -71,8 +71,12 @@ def revoke() -> Response:
     live = broker().verification.live_token(_required(given, "token"))
     # RFC 7009 section 2.2: a token that opens nothing is already what the client wants it to be. One that is not the
     # caller's gets the same answer, or this were where to try whether a found token still lives.
-    if live is not None and (live.grant.is_held_by(caller.principal) or caller.name == live.grant.orchestrator):
-        broker().revocation.revoke_grant(caller, live.grant.id)
+    if live is not None and (
+        live.grant.is_held_by(caller.principal) or caller.name in (live.grant.orchestrator, *live.grant.chain[-1:])
+    ):
+        # Of a name that many workloads have, only the one that handed it down is told anything but this.
+        with suppress(NotFound):
+            broker().revocation.revoke_grant(caller, live.grant.id)
     return Response(status=200)
 
 
@@ -86,15 +90,28 @@ def _exchange(given: Mapping[str, str]) -> Answer:
         )
     if given.get("requested_token_type", _ACCESS_TOKEN) not in (_JWT, _ACCESS_TOKEN):
         raise Invalid(f"requested_token_type is not supported: ask for {_ACCESS_TOKEN}", member="requested_token_type")
-    if "actor_token" in given:
-        raise Invalid("actor_token: acting on behalf of a user is not configured here", member="actor_token")
-    client = _client(given) if "client_assertion" in given else None
+    client = _actor(given)
     if client is not None:
         live = broker().verification.live_token(subject)
         if live is not None and live.grant.is_held_by(client.principal):
             return _renew(client, live.grant, given)
-    # Somebody else's live credential is read as a workload token, like a dead one, and refused like it.
+        # Asked before anything else of the request is looked at: what is wrong with it would tell that the token lives.
+        if live is not None and broker().issuance.may_take(client, live.grant):
+            return _issue(client, given, exchanged=True, parent=live.grant)
+    # A live credential that is not for them is read as a workload token, like a dead one, and refused like it.
     return _issue(_bearer(given, "subject_token", client), given, sent_as="subject_token", exchanged=True)
+
+
+def _actor(given: Mapping[str, str]) -> Caller | None:
+    """Who acts (RFC 8693 section 2.1): the client, or where there is none the workload of `actor_token`."""
+    client = _client(given) if "client_assertion" in given else None
+    if "actor_token" not in given:
+        if "actor_token_type" in given:
+            raise Invalid("actor_token_type without an actor_token", member="actor_token_type")
+        return client
+    if given.get("actor_token_type") != _JWT:
+        raise Invalid(f"actor_token_type is not supported: send {_JWT}", member="actor_token_type")
+    return _bearer(given, "actor_token", client)
 
 
 def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Answer:
@@ -110,17 +127,24 @@ def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Answer
 
 
 def _issue(
-    caller: Caller, given: Mapping[str, str], *, sent_as: str = "client_assertion", exchanged: bool = False
+    caller: Caller,
+    given: Mapping[str, str],
+    *,
+    sent_as: str = "client_assertion",
+    exchanged: bool = False,
+    parent: Authority | None = None,
 ) -> Answer:
-    """`sent_as` is the parameter that held the caller's workload token."""
+    """`sent_as` is the parameter that held the caller's workload token; a `parent` is handed down by its own token."""
     details = _task_details(given.get("authorization_details"))
     grant_request = GrantRequest(
         caller=caller,
-        resource=_target(given),
+        resource=_target(given, default=None if parent is None else parent.resource),
         scopes=parse_scope(given.get("scope", "")),
         task_id=_task_of(given, details),
         intent=details.get("purpose"),
         jkt=proven_key(),
+        parent_grant_id=None if parent is None else parent.id,
+        parent_by_token=parent is not None,
     )
     # Looked at again in there, at the time of the commit: it may have ended meanwhile.
     with _judged(sent_as):
