@@ -160,7 +160,7 @@ def _wrap_commits(faults: Faults) -> None:
         (issuance, "insert_leases", "intent"),
         (debts, "end_grants", "recover"),
         (tasks, "end_tasks", "end"),
-        (revocation, "end_grants", "revoke"),
+        (revocation, "end_with_descendants", "revoke"),
         (sweeper, "end_grants", "expire"),
         (Debts, "_released", "release"),
         (debts.leases, "claim_owed", "claim"),

@@ -32,7 +32,7 @@ def test_a_grant_revoked_while_it_is_renewed_stays_revoked(race):
 def test_a_grant_that_is_being_revoked_is_not_renewed(race):
     """INV-23: no credential leaves for a grant that has ended."""
     issued = race.one.issue(race.one.open_task())
-    pause = race.stop(revocation, "end_grants", after=True)
+    pause = race.stop(revocation, "end_with_descendants", after=True)
     _, renewed = race.run_into(lambda: revoke(race.one, issued), pause, lambda: renew(race.other, issued))
     assert renewed.waited
     assert isinstance(renewed.refusal, Conflict)

@@ -166,7 +166,7 @@ def test_an_orchestrator_and_a_sweeper_that_end_a_task_at_once_end_it_once(race)
 
 def test_ending_a_grant_twice_at_once_is_one_change(race):
     issued = race.one.issue(race.one.open_task())
-    pause = race.stop(revocation, "end_grants", after=True)
+    pause = race.stop(revocation, "end_with_descendants", after=True)
     first, second = race.run_into(
         lambda: race.one.broker.revocation.revoke_grant(race.one.caller("summarizer"), issued.grant.id),
         pause,
