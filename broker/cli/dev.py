@@ -53,19 +53,26 @@ def dev(context: click.Context, directory: Path, port: int | None) -> None:
 
 @dev.command()
 @click.argument("name")
+@click.option("--user", "of_user", is_flag=True, help="NAME is a person on whose behalf an agent shall act.")
 @click.option(
     "--lifetime", "lifetime_s", type=Duration(1, 3600), default="1h", show_default=True, help="How long it is good for."
 )
 @output.json_option
 @click.pass_obj
-def token(at: tuple[Path, int | None], name: str, lifetime_s: int) -> None:
-    """A workload token of the development issuer for principal NAME.
+def token(at: tuple[Path, int | None], name: str, of_user: bool, lifetime_s: int) -> None:
+    """A workload token of the development issuer for principal NAME, or the token of a user.
 
     \b
     export BROKER_URL=http://127.0.0.1:8080
     export BROKER_TOKEN=$(broker dev token summarizer)
+    broker dev token --user alice > alice.jwt
     """
     settings = load_dev(*at)
+    if of_user:
+        lifetime = timedelta(seconds=lifetime_s)
+        signed = dev_issuer(at[0]).of_people().token(name, settings.issuer, system_clock(), lifetime)
+        output.show({"token": signed}, lambda console: click.echo(signed))
+        return
     subjects = {rule.name: rule.subject for rule in settings.catalogue.principals if rule.subject is not None}
     subject = subjects.get(name)
     if subject is None:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from broker.cli import output
 from broker.cli.client import client_options, idempotency_option, page_of, page_options
-from broker.cli.parameters import Duration, facts_option
+from broker.cli.parameters import Duration, facts_option, user_token_option
 from broker.domain.clock import rfc3339
 from broker.domain.lifecycle import GrantState
 from broker.sdk import Client, Credential, DpopKey, Grant, calls
@@ -46,6 +46,7 @@ def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--resource", required=True, help="What it shall open: a registered identifier.")
 @click.option("--scope", "scopes", required=True, multiple=True, help="What it shall allow. May be repeated.")
 @click.option("--parent", "parent_grant_id", help="The grant that is handed down to you, or a part of it.")
+@user_token_option
 @click.option("--intent", help="What you are about to do, in a sentence.")
 @facts_option("--context", "context", "A fact you claim, for policies. May be repeated.")
 @facts_option(

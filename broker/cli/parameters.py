@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import click
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _DURATION = re.compile(r"([0-9]{1,10})([smhd]?)", re.ASCII)
 _LONGEST_S = 31_536_000
+_LONGEST_TOKEN = 8192
 _FACT = re.compile(r"([^=]+)=(.*)", re.DOTALL)
 
 
@@ -75,3 +76,24 @@ def facts_option(name: str, variable: str, help: str) -> Callable[[Callable[...,
         return found or None
 
     return click.option(name, variable, type=Fact(), multiple=True, callback=merged, help=help)
+
+
+def user_token_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--on-behalf-of FILE`: in a file, because everybody on the machine can read the arguments of a command."""
+
+    def read(context: click.Context, parameter: click.Parameter, file: IO[str] | None) -> str | None:
+        if file is None:
+            return None
+        try:
+            return file.read(_LONGEST_TOKEN + 1).strip()
+        except UnicodeDecodeError:
+            wrong = "it is not text"
+        # Outside of the handler: its error holds what the file does.
+        raise click.BadParameter(wrong, context, parameter)
+
+    return click.option(
+        "--on-behalf-of",
+        type=click.File(encoding="utf-8"),
+        callback=read,
+        help="A file with the token of the user for whom it is; - is standard input.",
+    )(command)

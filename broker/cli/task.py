@@ -9,7 +9,7 @@ import click
 
 from broker.cli import output
 from broker.cli.client import client_options, idempotency_option, page_of, page_options
-from broker.cli.parameters import Duration, facts_option
+from broker.cli.parameters import Duration, facts_option, user_token_option
 from broker.domain.lifecycle import TaskState
 from broker.sdk import Client, Receipt, Task, calls
 
@@ -35,6 +35,7 @@ def task() -> None:
     help='Nothing but this, e.g. --only https://crm.example/api "contacts:read contacts:write". May be repeated.',
 )
 @facts_option("--label", "labels", "A label, for policies and reports. May be repeated.")
+@user_token_option
 @click.option("--id-only", is_flag=True, help="Print the id of the task and nothing else.")
 @idempotency_option
 @client_options

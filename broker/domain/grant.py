@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from broker.domain.identity import Caller, Principal
+from broker.domain.identity import Caller, Principal, User
 from broker.domain.lease import Lease
 from broker.domain.lifecycle import GrantState
 from broker.domain.secret import Secret, SecretData
@@ -121,6 +121,7 @@ class GrantRequest:
     takes_secrets: bool = False
     parent_grant_id: str | None = None
     parent_by_token: bool = False
+    user: User | None = None
     idempotency: IdempotencyClaim | None = None
 
 

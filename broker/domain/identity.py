@@ -99,6 +99,19 @@ class Principal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class User:
+    """A person on whose behalf something is asked for: `<issuer's configured name>:<subject>`, until their token ends.
+
+    `resources` and `scopes` are all that they asked it for; None is no such limit.
+    """
+
+    name: str
+    expires_at: datetime
+    resources: frozenset[str] | None = None
+    scopes: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Caller:
     """An authenticated principal in one request. `proof_expires_at` is when its workload token ends (INV-08)."""
 

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from broker.providers import jose
 from broker.providers.key_sets import is_loopback
 
 ISSUER = "http://dev.localhost"
+PEOPLE = "http://people.localhost"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,10 @@ class DevIssuer:
     def trusted(self, name: str = "dev") -> TrustedIssuer:
         """How the configuration would declare it."""
         return TrustedIssuer(name=name, issuer=self.issuer, key_source="jwks_file", location=str(self.jwks_file))
+
+    def of_people(self) -> DevIssuer:
+        """The same key as the issuer of users' tokens."""
+        return replace(self, issuer=PEOPLE)
 
     def token(self, subject: str, audience: str, now: datetime, lifetime: timedelta = timedelta(hours=1)) -> str:
         """A workload token of `subject` for the broker `audience`, which must be on loopback."""

@@ -38,7 +38,7 @@ MAX_SUBJECT = 1000
 # a status list of an issuer we trust is signed by the same keys and must not open this door (RFC 8725 3.11).
 WORKLOAD_TYPES: frozenset[str | None] = frozenset({None, "jwt", "jose", "client-authentication+jwt"})
 SVID_TYPES: frozenset[str | None] = frozenset({None, "jwt", "jose"})
-USER_TYPES: frozenset[str | None] = frozenset({None, "jwt", "jose", "at+jwt"})
+USER_TYPES: frozenset[str | None] = frozenset({None, "jwt", "jose", "at+jwt", "oauth-id-jag+jwt"})
 
 _BY_CURVE = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 _OF_EC = {curve: frozenset({name}) for curve, name in _BY_CURVE.items()}

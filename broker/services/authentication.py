@@ -10,7 +10,7 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -118,10 +118,23 @@ class Authenticator:
                 )
         return caller if trace_id is None else replace(caller, trace_id=trace_id)
 
-    def identify_user(self, token: str, catalogue: Catalogue, *, now: datetime) -> WorkloadIdentity:
-        """The person a token of an issuer with `users = true` was made for. Such a token never makes a caller."""
+    def identify_user(
+        self,
+        token: str,
+        catalogue: Catalogue,
+        *,
+        now: datetime,
+        once: bool = False,
+        admit: Callable[[WorkloadIdentity], None] = lambda _identity: None,
+    ) -> WorkloadIdentity:
+        """The person a token of an issuer with `users = true` was made for. Such a token never makes a caller.
+
+        `once` is for a kind of token that is for one use, whatever its issuer's others are. `admit` refuses what is not
+        for whoever presents it, before it is used up: who finds a token must not be able to spend it.
+        """
         identity, issuer, _, _ = self._verified(token, catalogue, now, users=True)
-        if issuer.single_use:
+        admit(identity)
+        if issuer.single_use or once:
             self._use_up(identity, issuer, now)
         return identity
 

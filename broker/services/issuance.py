@@ -47,7 +47,7 @@ from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
-from broker.services.terms import Terms, require_may_ask, terms
+from broker.services.terms import Terms, require_may_ask, terms, user_of
 from broker.store import gate, locks
 from broker.store.database import Database
 from broker.store.grants import (
@@ -205,6 +205,7 @@ class Issuance:
             request = replace(request, task_id=parent.task_id)
         resource = standing.catalogue.resource(request.resource)
         require_may_ask(principal, resource, request.scopes, request.jkt)
+        _require_consent(request)
         outside = resource.provider != OWES_NOTHING
         if outside:
             _require_fits(request, resource)
@@ -223,6 +224,7 @@ class Issuance:
             principal=principal,
             resource=resource,
             task=task,
+            user=user_of(request, task, parent),
             parent=parent,
             policies=standing.policies,
             limits=self._limits,
@@ -298,6 +300,8 @@ class Issuance:
             # What ends the parent along any axis covers this one too, without a look at the parent (INV-11).
             kids, policies = _with(parent.kids, *kids), _with(parent.policies, *policies)
             renewable_until = min(renewable_until, parent.renewable_until or parent.expires_at)
+        if request.user is not None:
+            renewable_until = min(renewable_until, request.user.expires_at)
         return Grant(
             id=grant_id,
             task_id=task.id,
@@ -307,7 +311,7 @@ class Issuance:
             issuer=principal.issuer,
             subject=principal.subject,
             orchestrator=task.orchestrator,
-            on_behalf_of=task.on_behalf_of,
+            on_behalf_of=found.asked.user,
             parent_grant_id=None if parent is None else parent.id,
             resource=request.resource,
             scopes=tuple(sorted(request.scopes)),
@@ -584,6 +588,7 @@ class Issuance:
             principal=principal,
             resource=resource,
             task=task,
+            user=grant.on_behalf_of,
             parent=parent,
             policies=standing.policies,
             limits=self._limits,
@@ -617,6 +622,18 @@ def _require_fits(request: GrantRequest, resource: Resource) -> None:
         )
     if request.jkt is not None:
         raise Invalid(f"a secret of {resource.identifier} cannot be bound to a key: leave the proof out", member="DPoP")
+
+
+def _require_consent(request: GrantRequest) -> None:
+    """What a user's assertion was made for is all that it is good for."""
+    user = request.user
+    if user is None:
+        return
+    if user.resources is not None and request.resource not in user.resources:
+        raise InvalidTarget(f"the user's assertion is not for {request.resource}", member="resource")
+    beyond = sorted(request.scopes - user.scopes) if user.scopes is not None else []
+    if beyond:
+        raise InvalidScope(f"the user's assertion does not hold {', '.join(beyond)}", member="scope")
 
 
 def _just_being_answered() -> Unavailable:

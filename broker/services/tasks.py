@@ -14,7 +14,7 @@ from broker.domain.catalogue import Limits
 from broker.domain.clock import Clock
 from broker.domain.errors import Invalid, NotFound, RoleMissing, TaskNotActive
 from broker.domain.grant import IdempotencyClaim
-from broker.domain.identity import Caller, Role, is_id, new_id
+from broker.domain.identity import Caller, Role, User, is_id, new_id
 from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.receipt import Receipt, receipt_line
@@ -41,6 +41,7 @@ class TaskRequest:
     ceiling: Mapping[str, Sequence[str]] | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     idempotency: IdempotencyClaim | None = None
+    user: User | None = None
 
 
 class TaskService:
@@ -92,6 +93,7 @@ class TaskService:
                 labels=dict(request.labels),
                 heartbeat_s=None if request.heartbeat is None else int(request.heartbeat.total_seconds()),
                 heartbeat_due_at=None if request.heartbeat is None else now + request.heartbeat,
+                on_behalf_of=None if request.user is None else request.user.name,
             )
             earlier = self._claimed(db, request, task, now)
             if earlier is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from broker.domain.catalogue import Limits, Resource
-from broker.domain.errors import Conflict, Invalid, RoleMissing, Unauthenticated
+from broker.domain.errors import Conflict, Forbidden, Invalid, RoleMissing, Unauthenticated
 from broker.domain.grant import Grant, GrantRequest
 from broker.domain.identity import Principal, Role
 from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
@@ -35,6 +35,17 @@ class Terms:
         return self.decision.outcome == "allow"
 
 
+def user_of(request: GrantRequest, task: Task, parent: Grant | None) -> str | None:
+    """On whose behalf: the parent's user, the task's, or the one whose token came with the request; never two."""
+    bound = {name for name in (task.on_behalf_of, None if parent is None else parent.on_behalf_of) if name is not None}
+    given = set() if request.user is None else {request.user.name}
+    if parent is not None and parent.on_behalf_of is None and given:
+        raise Forbidden(f"grant {parent.id} is on nobody's behalf: it is not handed down on that of a user")
+    if len(bound | given) > 1:
+        raise Forbidden("the task or the grant that is handed down is on behalf of another user")
+    return next(iter(bound | given), None)
+
+
 def require_may_ask(principal: Principal, resource: Resource, scopes: frozenset[str], jkt: str | None) -> None:
     """What is asked of everybody before policy is: the role, scopes that are offered, a bound key where it must be."""
     if Role.AGENT not in principal.roles:
@@ -53,6 +64,7 @@ def terms(
     policies: PolicySet,
     limits: Limits,
     now: datetime,
+    user: str | None = None,
     parent: Grant | None = None,
     renewable_until: datetime | None = None,
 ) -> Terms:
@@ -67,6 +79,8 @@ def terms(
         ceilings["default"] = limits.default_ttl
     if parent is not None:
         ceilings["parent"] = parent.expires_at - now
+    if request.user is not None:
+        ceilings["user"] = request.user.expires_at - now
     if renewable_until is not None:
         ceilings["grant"] = renewable_until - now
     ttl, decided_by = effective_ttl(request.ttl, ceilings)
@@ -74,6 +88,8 @@ def terms(
         # Within the leeway a workload token that just expired still names its bearer, and opens nothing.
         if decided_by == "proof":
             raise Unauthenticated("the workload token ends now")
+        if decided_by == "user":
+            raise Invalid("the user's token ends now: come back with a fresh one", member="on_behalf_of")
         raise Conflict(f"nothing is left to grant: the ceiling {decided_by!r} has been reached")
     asked = AccessRequest(
         agent=principal,
@@ -92,7 +108,7 @@ def terms(
         sender_bound=request.jkt is not None,
         claimed=request.claimed,
         now=now,
-        user=task.on_behalf_of,
+        user=user,
         delegation_depth=0 if parent is None else len(parent.chain) + 1,
     )
     decision = policies.decide(asked)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from broker.domain.errors import Unauthenticated
-from broker.domain.identity import Caller
+from broker.domain.errors import Invalid, Unauthenticated
+from broker.domain.identity import Caller, User
 from broker.services.standing import current_caller
+from broker.services.users import acting_for
 from broker.web.context import broker, current
 
 _SCHEME = "Bearer "
@@ -37,6 +38,25 @@ def authenticate(token: str) -> Caller:
 def known_now(caller: Caller) -> Caller:
     """The same under the newest configuration: who was taken out of it may do nothing more, at any broker."""
     return current_caller(caller, broker().standing.now())
+
+
+def user_behind(token: str | None, actor: Caller) -> User | None:
+    """On whose behalf `actor` asks, by that person's token; None without one. A token for one use is used up by it."""
+    if token is None:
+        return None
+    house = broker()
+    return acting_for(house.authenticator, token, actor.principal, house.standing.now().catalogue, now=house.clock())
+
+
+def user_in_body(token: str | None, actor: Caller) -> User | None:
+    """The same for the member `on_behalf_of`; why it was not accepted is for our log, and not for who tries tokens."""
+    try:
+        return user_behind(token, actor)
+    except Unauthenticated as refusal:
+        raise Invalid(
+            "on_behalf_of is not accepted: send a live token of a user, made for this broker, by which you may act",
+            member="on_behalf_of",
+        ) from refusal
 
 
 def proven_key() -> str | None:

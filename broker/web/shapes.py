@@ -33,6 +33,16 @@ Parameter = Annotated[str, Field(min_length=1, max_length=16_384)]
 When = Annotated[str, Field(description="RFC 3339, UTC, whole seconds.", examples=["2026-03-01T12:00:00Z"])]
 
 
+UserToken = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=8192,
+        description="A token of the person on whose behalf it is, from an issuer with `users = true`.",
+    ),
+]
+
+
 class Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -54,6 +64,7 @@ class OpenTask(Request):
     deadline_s: Seconds
     heartbeat_s: Annotated[int, Field(ge=5, le=86_400)] | None = None
     resources: Annotated[list[CeilingBody], Field(max_length=100)] | None = None
+    on_behalf_of: Annotated[UserToken | None, Field(repr=False)] = None
     labels: Annotated[dict[Name, Label], Field(max_length=32)] = Field(default_factory=dict)
 
 
@@ -71,6 +82,7 @@ class RequestGrant(Request):
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=64)]
     ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
     intent: Sentence | None = None
+    on_behalf_of: Annotated[UserToken | None, Field(repr=False)] = None
     parent_grant_id: Annotated[
         Name | None, Field(description="A grant in the same task that is handed down to the caller, or a part of it.")
     ] = None

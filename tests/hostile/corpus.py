@@ -60,6 +60,7 @@ BODIES = {
         "heartbeat_s": 60,
         "resources": [{"resource": CRM, "scopes": ["contacts:read"]}],
         "labels": {"team": "crm"},
+        "on_behalf_of": None,
     },
     shapes.WithReason: {"reason": "done"},
     shapes.RequestGrant: {
@@ -70,6 +71,8 @@ BODIES = {
         "intent": "read the leads",
         "context": {"batch": "seven"},
         "parameters": {},
+        "on_behalf_of": None,
+        "parent_grant_id": None,
     },
     shapes.RenewGrant: {"ttl_s": 60},
     shapes.Abandon: {"reason": "drill"},

@@ -9,7 +9,7 @@ from broker.domain.grant import GrantRequest
 from broker.domain.identity import Caller
 from broker.domain.scope import scope_set
 from broker.web import shapes
-from broker.web.auth import proven_key
+from broker.web.auth import proven_key, user_in_body
 from broker.web.context import broker
 from broker.web.operations import Operations, before, page
 from broker.web.reading import idempotency
@@ -39,6 +39,7 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
         parameters=body.parameters,
         takes_secrets=True,
         parent_grant_id=body.parent_grant_id,
+        user=user_in_body(body.on_behalf_of, caller),
         idempotency=idempotency(),
         jkt=proven_key(),
     )

@@ -11,6 +11,7 @@ from broker.domain.identity import Caller
 from broker.domain.lifecycle import TaskState
 from broker.services.tasks import TaskRequest
 from broker.web import shapes
+from broker.web.auth import user_in_body
 from broker.web.context import broker
 from broker.web.operations import Operations, before, page
 from broker.web.reading import idempotency
@@ -29,6 +30,7 @@ def open_task(caller: Caller, body: shapes.OpenTask) -> tuple[int, Any]:
         ceiling=_ceiling(body),
         labels=body.labels,
         idempotency=idempotency(),
+        user=user_in_body(body.on_behalf_of, caller),
     )
     return 201, shapes.of_task(broker().tasks.open(request))
 

@@ -16,10 +16,11 @@ from broker.domain import strict_json
 from broker.domain.clock import epoch
 from broker.domain.errors import Invalid, InvalidTarget, InvalidTaskDetails, NotFound, Unauthenticated
 from broker.domain.grant import Authority, GrantRequest, Issued
-from broker.domain.identity import Caller, Role
+from broker.domain.identity import Caller, Role, User
 from broker.domain.scope import parse_scope
+from broker.services.users import is_of_a_user
 from broker.web.answers import Answer, json_response
-from broker.web.auth import authenticate, known_now, proven_key
+from broker.web.auth import authenticate, known_now, proven_key, user_behind
 from broker.web.context import broker, current
 from broker.web.problems import OAuthError
 from broker.web.reading import form, raw_body
@@ -34,6 +35,7 @@ _ASSERTION_TYPES = ("urn:ietf:params:oauth:client-assertion-type:jwt-bearer", _S
 # What is wrong where a workload token that came in this parameter is not accepted; any other is the client's own.
 _ERROR_OF = {"assertion": "invalid_grant", "subject_token": "invalid_request", "actor_token": "invalid_request"}
 _JWT = "urn:ietf:params:oauth:token-type:jwt"
+_ID_JAG = "urn:ietf:params:oauth:token-type:id-jag"
 _ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a token type
 _DETAILS_TYPE = "urn:broker:task"
 _MAX_IDENTIFIER = 1000
@@ -50,6 +52,8 @@ def issue_token() -> Answer:
         return _issue(_client(given), given)
     if grant_type == JWT_BEARER:
         client = _client(given) if "client_assertion" in given else None
+        if client is not None and _is_of_a_user(given, "assertion"):
+            return _issue_for_user(client, given, "assertion")
         return _issue(_bearer(given, "assertion", client), given, sent_as="assertion")
     if grant_type == TOKEN_EXCHANGE:
         return _exchange(given)
@@ -84,13 +88,16 @@ def _exchange(given: Mapping[str, str]) -> Answer:
     """RFC 8693: a workload's own token for a credential, or a live credential for its renewal."""
     subject = _required(given, "subject_token")
     subject_type = _required(given, "subject_token_type")
-    if subject_type not in (_JWT, _ACCESS_TOKEN):
+    if subject_type not in (_JWT, _ACCESS_TOKEN, _ID_JAG):
         raise Invalid(
-            f"subject_token_type is not supported: send {_JWT} or {_ACCESS_TOKEN}", member="subject_token_type"
+            f"subject_token_type is not supported: send {_JWT}, {_ACCESS_TOKEN} or {_ID_JAG}",
+            member="subject_token_type",
         )
     if given.get("requested_token_type", _ACCESS_TOKEN) not in (_JWT, _ACCESS_TOKEN):
         raise Invalid(f"requested_token_type is not supported: ask for {_ACCESS_TOKEN}", member="requested_token_type")
     client = _actor(given)
+    if client is not None and _is_of_a_user(given, "subject_token"):
+        return _issue_for_user(client, given, "subject_token", exchanged=True)
     if client is not None:
         live = broker().verification.live_token(subject)
         if live is not None and live.grant.is_held_by(client.principal):
@@ -100,6 +107,17 @@ def _exchange(given: Mapping[str, str]) -> Answer:
             return _issue(client, given, exchanged=True, parent=live.grant)
     # A live credential that is not for them is read as a workload token, like a dead one, and refused like it.
     return _issue(_bearer(given, "subject_token", client), given, sent_as="subject_token", exchanged=True)
+
+
+def _is_of_a_user(given: Mapping[str, str], member: str) -> bool:
+    return is_of_a_user(_required(given, member), broker().standing.last_known().catalogue)
+
+
+def _issue_for_user(actor: Caller, given: Mapping[str, str], member: str, *, exchanged: bool = False) -> Answer:
+    """RFC 8693 delegation: the user stays the subject, and the agent is who acts. Never a token without an actor."""
+    with _judged(member):
+        user = user_behind(given[member], actor)
+    return _issue(actor, given, exchanged=exchanged, user=user)
 
 
 def _actor(given: Mapping[str, str]) -> Caller | None:
@@ -133,6 +151,7 @@ def _issue(
     sent_as: str = "client_assertion",
     exchanged: bool = False,
     parent: Authority | None = None,
+    user: User | None = None,
 ) -> Answer:
     """`sent_as` is the parameter that held the caller's workload token; a `parent` is handed down by its own token."""
     details = _task_details(given.get("authorization_details"))
@@ -145,6 +164,7 @@ def _issue(
         jkt=proven_key(),
         parent_grant_id=None if parent is None else parent.id,
         parent_by_token=parent is not None,
+        user=user,
     )
     # Looked at again in there, at the time of the commit: it may have ended meanwhile.
     with _judged(sent_as):
@@ -230,7 +250,8 @@ def _bearer(given: Mapping[str, str], member: str, client: Caller | None) -> Cal
     workload_token = _required(given, member)
     if _sends_a_secret(given):
         raise Unauthenticated("a client secret was sent")
-    if client is not None and workload_token == given["client_assertion"]:
+    proven = {given.get(other) for other in ("client_assertion", "actor_token") if other != member}
+    if client is not None and workload_token in proven:
         # It is proven, and where its issuer's tokens are for one use, used.
         return client
     with _judged(member):
