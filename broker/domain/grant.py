@@ -92,7 +92,7 @@ class GrantRequest:
     """What one caller asks for. `task_id` absent asks for an implicit task.
 
     `parameters` are for the provider of the resource, which has a closed set of them. `takes_secrets` says that the
-    answer can carry something else than a token.
+    answer can carry something else than a token, `may_wait` that it can say that people are asked first.
     """
 
     caller: Caller
@@ -105,6 +105,7 @@ class GrantRequest:
     jkt: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
     takes_secrets: bool = False
+    may_wait: bool = False
     idempotency: IdempotencyClaim | None = None
 
 
