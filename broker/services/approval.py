@@ -77,15 +77,15 @@ class Opening:
     def open(self, request: GrantRequest, grant: Grant, task: Task, found: Terms) -> tuple[Case, bool]:
         """The approval this request waits for, and whether it is a new one; `grant` is what is pending with it.
 
-        The same request again joins the one that is open, and one that differs only in what it says of itself is
-        refused with its id: nobody is asked twice about one thing.
+        The same request again joins the one that is open, or that is approved and not collected; one that differs only
+        in what it says of itself is refused with its id: nobody is asked twice about one thing.
         """
         if not self._alone:
             locks.hold_approvals(self._db)
             self._alone = True
         mine = self._of_agent.get(grant.agent)
         if mine is None:
-            mine = self._of_agent[grant.agent] = approvals.open_of_agent(self._db, grant.agent, now=self._now)
+            mine = self._of_agent[grant.agent] = approvals.awaited_by(self._db, grant.agent, now=self._now)
         parameters_sha256 = parameters_hash(request.parameters)
         for alike in mine:
             # Each request of an implicit task has a task of its own, so there the task tells nothing apart.
@@ -96,10 +96,11 @@ class Opening:
             if _is_same(alike, case.grant, grant, parameters_sha256):
                 return case, False
             raise Conflict(
-                f"{alike.id} is open for {grant.agent} already, for the same scopes on {grant.resource}: wait for it, "
-                f"collect {alike.grant_id} when it is approved, or withdraw it first"
+                f"{alike.id} is {alike.state} for {grant.agent} already, for the same scopes on {grant.resource}: wait "
+                f"for it, collect {alike.grant_id} when it is approved, or revoke that grant first"
             )
-        self._require_room(grant, len(mine), [need.group for need in needs_of(found.decision)])
+        undecided = sum(alike.state is ApprovalState.OPEN for alike in mine)
+        self._require_room(grant, undecided, [need.group for need in needs_of(found.decision)])
         case = self._opened_case(grant, task, found, parameters_sha256)
         mine.append(case.approval)
         self._opened[case.approval.id] = case

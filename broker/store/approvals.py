@@ -10,20 +10,23 @@ from dataclasses import asdict, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, or_, select, text, update
 
 from broker.domain.approval import Approval, Need, Verdict, Vote
-from broker.domain.lifecycle import ApprovalState
+from broker.domain.lifecycle import ApprovalState, GrantState
 from broker.store import models
 from broker.store.rows import among, insert_rows
 
 _approvals = models.table_of(models.Approval)
 _votes = models.table_of(models.Vote)
+_grants = models.table_of(models.Grant)
 _tasks = models.table_of(models.Task)
 _NAMES = tuple(entry.name for entry in fields(Approval))
 _VOTE = tuple(entry.name for entry in fields(Vote))
 _SELECT = select(*(_approvals.c[name] for name in _NAMES))
-_OPEN = _approvals.c.state == str(ApprovalState.OPEN)
+# As text: SQLite takes a partial index only where the query spells its condition the way the index does.
+_OPEN = text("approvals.state = 'open'")
+_UNCOLLECTED = text("approvals.state = 'approved' AND approvals.collected_at IS NULL")
 # What is told of an approval that moved.
 APPROVAL_FACTS = ("id", "grant_id", "task_id", "agent", "resource", "policy_version")
 
@@ -64,10 +67,14 @@ def approval_of_grant(db: Connection, grant_id: str) -> Approval | None:
     return None if row is None else approval_of(row)
 
 
-def open_of_agent(db: Connection, agent: str, *, now: datetime) -> list[Approval]:
-    """Everything of this agent that people have yet to decide; there are few."""
-    statement = _SELECT.where(_OPEN, _approvals.c.agent == agent, _approvals.c.expires_at > now)
-    return [approval_of(row) for row in db.execute(statement.order_by(_approvals.c.id))]
+def awaited_by(db: Connection, agent: str, *, now: datetime) -> list[Approval]:
+    """Everything of this agent that people have yet to decide, or that it has yet to collect; there are few."""
+    undecided = _SELECT.where(_OPEN, _approvals.c.agent == agent, _approvals.c.expires_at > now)
+    still = (_grants.c.state == str(GrantState.APPROVED), _grants.c.expires_at > now)
+    uncollected = _SELECT.join(_grants, _grants.c.id == _approvals.c.grant_id)
+    uncollected = uncollected.where(_UNCOLLECTED, _approvals.c.agent == agent, *still)
+    rows = [*db.execute(undecided), *db.execute(uncollected)]
+    return sorted(map(approval_of, rows), key=lambda approval: approval.id)
 
 
 def count_open(db: Connection, group: str, *, now: datetime) -> int:

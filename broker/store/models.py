@@ -224,6 +224,12 @@ class Approval(Base):
             postgresql_where=text("state = 'open'"),
             sqlite_where=text("state = 'open'"),
         ),
+        Index(
+            "approvals_uncollected_idx",
+            "agent",
+            postgresql_where=text("state = 'approved' AND collected_at IS NULL"),
+            sqlite_where=text("state = 'approved' AND collected_at IS NULL"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)

@@ -16,6 +16,7 @@ INSTANT = sa.DateTime(timezone=True).with_variant(sa.Integer(), "sqlite")
 JSON = sa.JSON().with_variant(JSONB(), "postgresql")
 
 OPEN = sa.text("state = 'open'")
+UNCOLLECTED = sa.text("state = 'approved' AND collected_at IS NULL")
 
 
 def upgrade() -> None:
@@ -54,6 +55,13 @@ def upgrade() -> None:
     op.create_index("approvals_grant_idx", "approvals", ["grant_id"], unique=True)
     op.create_index("approvals_agent_idx", "approvals", ["agent", "id"])
     op.create_index("approvals_open_idx", "approvals", ["agent"], postgresql_where=OPEN, sqlite_where=OPEN)
+    op.create_index(
+        "approvals_uncollected_idx",
+        "approvals",
+        ["agent"],
+        postgresql_where=UNCOLLECTED,
+        sqlite_where=UNCOLLECTED,
+    )
     op.create_table(
         "votes",
         sa.Column("approval_id", sa.String(length=32), nullable=False),
