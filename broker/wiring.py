@@ -21,8 +21,10 @@ from broker.providers.vault.transit import TransitKey
 from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
 from broker.services.alerting import Alerting
+from broker.services.approval import Approvals
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
+from broker.services.collection import Collection
 from broker.services.debts import Debts
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
@@ -36,6 +38,7 @@ from broker.services.status_indexes import StatusIndexes
 from broker.services.sweeper import Sweeper
 from broker.services.tasks import TaskService
 from broker.services.verification import Verification
+from broker.services.waiting import Waiting
 from broker.store.clock import DatabaseClock
 from broker.store.database import Database
 from broker.store.migration import is_current, migrate
@@ -54,6 +57,9 @@ class Broker:
     authenticator: Authenticator
     proofs: Proofs
     issuance: Issuance
+    approvals: Approvals
+    collection: Collection
+    waiting: Waiting
     tasks: TaskService
     revocation: Revocation
     leases: Leases
@@ -84,7 +90,13 @@ class Broker:
         self.standing.now()
         self.reconciliation.begin()
 
+    def stop(self) -> None:
+        """Begin nothing more that takes long, and let nobody wait on; what is under way is ended."""
+        self.waiting.stop()
+        self.debts.stop()
+
     def close(self) -> None:
+        self.waiting.stop()
         self.debts.close()
         self.keys.close()
         self.database.close()
@@ -148,6 +160,18 @@ def build(
             issuer=issuer,
             clock=clock,
         ),
+        approvals=Approvals(database=database, standing=standing, limits=limits, clock=clock),
+        collection=Collection(
+            database=database,
+            standing=standing,
+            indexes=indexes,
+            reconciliation=reconciliation,
+            secrets=secrets,
+            limits=limits,
+            issuer=issuer,
+            clock=clock,
+        ),
+        waiting=Waiting(),
         tasks=TaskService(database=database, standing=standing, debts=debts, limits=limits, issuer=issuer, clock=clock),
         revocation=revocation,
         leases=Leases(database=database, clock=clock),

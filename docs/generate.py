@@ -35,6 +35,13 @@ WHO = {
     "GET /v1/grants/{id}": "its agent, the orchestrator of its task, admin, auditor",
     "POST /v1/grants/{id}/renew": "its agent",
     "POST /v1/grants/{id}/revoke": "its agent, the orchestrator of its task, admin",
+    "POST /v1/grants/{id}/credential": "its agent",
+    "GET /v1/approvals": "approvers, what their groups are asked; all others, each their own; admin and auditor all",
+    "GET /v1/approvals/{id}": "approvers of the groups that are asked, its agent, the orchestrator of its task, admin, "
+    "auditor",
+    "POST /v1/approvals/{id}/approve": "approvers of the groups that are asked, but for whoever asks and who owns it",
+    "POST /v1/approvals/{id}/deny": "approvers of the groups that are asked",
+    "POST /v1/approvals/{id}/withdraw": "its agent, the orchestrator of its task",
     "GET /v1/leases": "admin, auditor",
     "GET /v1/leases/{id}": "admin, auditor",
     "POST /v1/leases/{id}/abandon": "admin",

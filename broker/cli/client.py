@@ -111,7 +111,7 @@ def refused(problem: BrokerError) -> click.exceptions.Exit:
     elif isinstance(problem, Refused) and problem.decision is not None:
         lines = _why(problem, problem.decision)  # the detail is the reasons once more, in one line
     elif isinstance(problem, ApprovalPending):
-        lines.append(f"grant {problem.grant_id or '?'} waits for people")
+        lines += _how_to_wait(problem)
     elif isinstance(problem, Limited) and problem.retry_after_s is not None:
         lines.append(f"ask again in {problem.retry_after_s} s")
     elif isinstance(problem, Unreachable) and not _outside_failed(problem):
@@ -123,6 +123,20 @@ def refused(problem: BrokerError) -> click.exceptions.Exit:
     if isinstance(problem, Invalid) and problem.status is None:
         code = output.USAGE  # our own client would not send it
     return output.fail("\n".join(lines), code=code, problem=dict(problem.problem))
+
+
+def _how_to_wait(problem: ApprovalPending) -> list[str]:
+    """Who is asked, until when, and what to do then."""
+    approval = problem.approval
+    needs = approval.get("needs")
+    asked = [f"{need.get('quorum')} of {need.get('group')}" for need in needs] if isinstance(needs, list) else []
+    grant_id = problem.grant_id or "GRANT"
+    if approval.get("state") == "approved":
+        return [f"collect it until {approval.get('collect_by')}: broker grant collect {grant_id}"]
+    lines = [f"grant {grant_id} waits for people" + (f": {', '.join(asked)}" if asked else "")]
+    if approval.get("id"):
+        lines.append(f"they decide until {approval.get('expires_at')}: broker approval show {approval['id']}")
+    return [*lines, f"wait for them and collect it: broker grant collect {grant_id} --wait 15m"]
 
 
 def _outside_failed(problem: BrokerError) -> bool:

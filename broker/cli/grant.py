@@ -20,6 +20,7 @@ from broker.domain.lifecycle import GrantState
 from broker.sdk import Client, Credential, DpopKey, Grant, calls
 
 _LONGEST_TTL_S = 86_400
+_LONGEST_WAIT_S = 86_400
 _LONGEST_PARAMETER = 16_384
 
 
@@ -30,6 +31,10 @@ def grant() -> None:
 
 def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
     ttl = click.option("--ttl", "ttl_s", type=Duration(1, _LONGEST_TTL_S), help="How long it is needed, like 5m.")
+    return ttl(_handing_out(command))
+
+
+def _handing_out(command: Callable[..., Any]) -> Callable[..., Any]:
     dpop = click.option(
         "--dpop-key",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -38,7 +43,7 @@ def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
     only = click.option(
         "--token-only", is_flag=True, help="Print the token and nothing else; of another secret its data, as JSON."
     )
-    return ttl(dpop(only(command)))
+    return dpop(only(command))
 
 
 @grant.command()
@@ -66,7 +71,8 @@ def request(
 ) -> None:
     """Ask for a credential: a token, or a secret that another system makes.
 
-    A parameter that begins with @ is the name of a file with its value.
+    A parameter that begins with @ is the name of a file with its value. Where policy asks people first there is no
+    credential yet: it says whom, and `broker grant collect` gets it when they have said yes.
 
     \b
     broker grant request --task task_0198… --resource https://crm.example/api --scope contacts:read
@@ -77,6 +83,40 @@ def request(
     """
     sent = _values_of(parameters)
     _show_issued(*broker.request_grant(dpop=_dpop_key(dpop_key), parameters=sent, **asked), token_only=token_only)
+
+
+@grant.command()
+@click.argument("grant_id")
+@click.option(
+    "--wait", "wait_s", type=Duration(1, _LONGEST_WAIT_S), help="Wait so long for people to decide, like 15m."
+)
+@facts_option("--param", "parameters", "Those of the request once more, where it had some.")
+@_handing_out
+@client_options
+def collect(
+    broker: Client,
+    /,
+    *,
+    grant_id: str,
+    wait_s: int | None,
+    dpop_key: Path | None,
+    token_only: bool,
+    parameters: Mapping[str, str] | None,
+) -> None:
+    """The credential of a grant that people have approved. It is handed out once.
+
+    A grant that is bound to a key is collected with the same --dpop-key.
+
+    \b
+    broker grant collect grt_0198…
+    TOKEN=$(broker grant collect grt_0198… --wait 15m --token-only)
+    """
+    key, sent = _dpop_key(dpop_key), _values_of(parameters)
+    if wait_s is None:
+        collected = broker.collect_grant(grant_id, key, parameters=sent)
+    else:
+        collected = broker.await_grant(grant_id, wait_s, key, parameters=sent)
+    _show_issued(*collected, token_only=token_only)
 
 
 @grant.command()

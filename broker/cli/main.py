@@ -18,6 +18,7 @@ from broker.domain.errors import BrokerError, ConfigurationError
 # script may run it often.
 _COMMANDS: Mapping[str, str] = {
     "apply": "broker.cli.server",
+    "approval": "broker.cli.approval",
     "audit": "broker.cli.audit",
     "check": "broker.cli.server",
     "dev": "broker.cli.dev",

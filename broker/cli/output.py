@@ -123,6 +123,16 @@ def both(*drawings: Drawing) -> Drawing:
     return draw
 
 
+def titled(title: str, drawing: Drawing) -> Drawing:
+    """A line above it that says what it is."""
+
+    def draw(console: Console) -> None:
+        console.print(_cell(title))
+        drawing(console)
+
+    return draw
+
+
 def page(
     value: Mapping[str, Any], columns: Sequence[str], row: Callable[[Mapping[str, Any]], Sequence[Any]], *, empty: str
 ) -> None:

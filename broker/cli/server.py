@@ -214,7 +214,7 @@ def _built(settings: Settings, sweeping: bool) -> Callable[..., Any]:
     _stay_on_one_core()
     house = build(settings)
     # Or the threads that pay go on until no debt is due, and the process waits for them.
-    stopping.in_worker(house.debts.stop)
+    stopping.in_worker(house.stop)
     # Before anything is read of them: what Vault has opened once needs no trust in a row.
     house.keys.tend()
     # Fetched before the first request needs them; an issuer that is down now is tried again when its token comes.

@@ -258,6 +258,37 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             default=Limits.max_delegation_depth,
         ),
     ),
+    "approvals": (
+        _integer(
+            "within_s",
+            "How long a request may wait for people, at most until its task ends. `@approve_within` of a policy "
+            "shortens it.",
+            60,
+            604_800,
+            default=_seconds(Limits.approve_within),
+        ),
+        _integer(
+            "collect_within_s",
+            "How long after the last yes its agent may collect the credential.",
+            60,
+            86_400,
+            default=_seconds(Limits.collect_within),
+        ),
+        _integer(
+            "max_open_per_agent",
+            "Requests of one agent that may wait at once.",
+            1,
+            1_000,
+            default=Limits.max_open_approvals_per_agent,
+        ),
+        _integer(
+            "max_open_per_group",
+            "Requests that may wait for one group at once.",
+            1,
+            10_000,
+            default=Limits.max_open_approvals_per_group,
+        ),
+    ),
     "policies": (
         _string(
             "directory", f"Directory of the `*.cedar` files and, if there is one, `{SCHEMA_FILE}`.", default="policies"

@@ -77,7 +77,7 @@ def load(
     if reader.problems:
         raise ConfigurationError(reader.problems)
 
-    grants, keys = section["grants"], section["keys"]
+    grants, keys, approvals = section["grants"], section["keys"], section["approvals"]
     return Settings(
         issuer=top["issuer"],
         server=_server(reader, section["server"]),
@@ -92,6 +92,10 @@ def load(
             max_ttl=timedelta(seconds=grants["max_ttl_s"]),
             max_live_per_agent=grants["max_live_per_agent"],
             max_delegation_depth=grants["max_delegation_depth"],
+            approve_within=timedelta(seconds=approvals["within_s"]),
+            collect_within=timedelta(seconds=approvals["collect_within_s"]),
+            max_open_approvals_per_agent=approvals["max_open_per_agent"],
+            max_open_approvals_per_group=approvals["max_open_per_group"],
         ),
         catalogue=Catalogue(
             issuers=tuple(_issuer(reader, values) for _, _, values in rows["issuers"]),

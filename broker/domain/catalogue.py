@@ -135,6 +135,10 @@ class Limits:
     max_ttl: timedelta = timedelta(seconds=3600)
     max_live_per_agent: int = 100
     max_delegation_depth: int = 3
+    approve_within: timedelta = timedelta(seconds=3600)
+    collect_within: timedelta = timedelta(seconds=900)
+    max_open_approvals_per_agent: int = 10
+    max_open_approvals_per_group: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,14 @@ class Catalogue:
     @cached_property
     def principal_names(self) -> frozenset[str]:
         return frozenset(rule.name for rule in self.principals)
+
+    @cached_property
+    def _rules(self) -> Mapping[str, PrincipalRule]:
+        return {rule.name: rule for rule in self.principals}
+
+    def rule(self, name: str) -> PrincipalRule | None:
+        """The principal of this name, as it is configured."""
+        return self._rules.get(name)
 
     def resource(self, identifier: str) -> Resource:
         """The registered resource, compared as it is written: no normalising, no prefix."""

@@ -105,8 +105,8 @@ class GrantRequest:
     """What one caller asks for. `task_id` absent asks for an implicit task.
 
     `parameters` are for the provider of the resource, which has a closed set of them. `takes_secrets` says that the
-    answer can carry something else than a token. `parent_grant_id` is the grant that is handed down, which somebody
-    may have named by presenting its token.
+    answer can carry something else than a token, `may_wait` that it can say that people are asked first.
+    `parent_grant_id` is the grant that is handed down, which somebody may have named by presenting its token.
     """
 
     caller: Caller
@@ -122,6 +122,7 @@ class GrantRequest:
     parent_grant_id: str | None = None
     parent_by_token: bool = False
     user: User | None = None
+    may_wait: bool = False
     idempotency: IdempotencyClaim | None = None
 
 

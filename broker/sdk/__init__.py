@@ -27,6 +27,7 @@ from broker.sdk.errors import (
 from broker.sdk.run import RunningTask
 from broker.sdk.secret import Secret
 from broker.sdk.values import (
+    Approval,
     Credential,
     Decision,
     Event,
@@ -44,6 +45,7 @@ from broker.sdk.values import (
 )
 
 __all__ = [
+    "Approval",
     "ApprovalPending",
     "AsyncClient",
     "AsyncCredentialSource",

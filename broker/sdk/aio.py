@@ -25,11 +25,14 @@ from broker.sdk.exchange import (
     Lost,
     Outcome,
     Send,
+    Wait,
     exchange,
     origin_of,
     require_traceparent,
 )
 from broker.sdk.run import RunningTask, async_running
+from broker.sdk.values import Credential, Grant
+from broker.sdk.waiting import awaiting
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -113,6 +116,12 @@ class AsyncClient:
     renew_grant = _verb(calls.renew_grant)
     revoke_grant = _verb(calls.revoke_grant)
 
+    approval = _verb(calls.approval)
+    approvals = _pages(calls.approvals)
+    approve = _verb(calls.approve)
+    deny = _verb(calls.deny)
+    withdraw = _verb(calls.withdraw)
+
     lease = _verb(calls.lease)
     leases = _pages(calls.leases)
     abandon_lease = _verb(calls.abandon_lease)
@@ -127,6 +136,32 @@ class AsyncClient:
 
     introspect = _verb(calls.introspect)
     token = _verb(calls.token)
+
+    async def await_grant(
+        self,
+        grant_id: str,
+        timeout_s: float,
+        dpop: DpopKey | None = None,
+        *,
+        parameters: Mapping[str, str] | None = None,
+    ) -> tuple[Grant, Credential]:
+        """Wait until people have decided about a grant, and collect its credential. For its agent.
+
+        Raises Refused where they said no, and ApprovalPending when the time is over before they have said anything.
+        """
+        steps = awaiting(grant_id, timeout_s, dpop, parameters, self.timing)
+        outcome: Any = None
+        try:
+            while True:
+                step = steps.send(outcome)
+                if isinstance(step, Wait):
+                    await self.timing.async_sleep(step.seconds)
+                    outcome = None
+                else:
+                    outcome = await self.send(step)
+        except StopIteration as done:
+            collected: tuple[Grant, Credential] = done.value
+        return collected
 
     def credential(
         self,

@@ -16,6 +16,7 @@ from broker.sdk.errors import invalid, not_the_broker
 from broker.sdk.exchange import Answer, Call, require_id, require_idempotency_key
 from broker.sdk.secret import Secret
 from broker.sdk.values import (
+    Approval,
     Credential,
     Decision,
     Event,
@@ -159,14 +160,58 @@ def request_grant(
     )
 
 
-def collect_grant(grant_id: str, dpop: DpopKey | None = None) -> Call[tuple[Grant, Credential]]:
-    """The credential of a grant that people have approved. Handed out once, so a lost answer is not asked again."""
-    return Call(method="POST", path=f"{_grant(grant_id)}/credential", dpop=dpop, read=_issued(dpop))
+def collect_grant(
+    grant_id: str, dpop: DpopKey | None = None, *, parameters: Mapping[str, str] | None = None
+) -> Call[tuple[Grant, Credential]]:
+    """The credential of a grant that people have approved. Handed out once, so a lost answer is not asked again.
+
+    `parameters` are those of the request, where it had some: the broker kept their hash alone.
+    """
+    body = None if parameters is None else {"parameters": dict(parameters)}
+    return Call(method="POST", path=f"{_grant(grant_id)}/credential", body=body, dpop=dpop, read=_issued(dpop))
 
 
-def grant(grant_id: str) -> Call[Grant]:
-    """One grant as it is now, never its credential."""
-    return Call(method="GET", path=_grant(grant_id), read=_reads(Grant.of), repeatable=True)
+def grant(grant_id: str, wait_s: int | None = None) -> Call[Grant]:
+    """One grant as it is now, never its credential. With `wait_s`, of one that waits for people, when they decided.
+
+    The broker waits 20 s at most, and not at all where too many wait already.
+    """
+    return Call(method="GET", path=_grant(grant_id), wait_s=wait_s, read=_reads(Grant.of), repeatable=True)
+
+
+def approval(approval_id: str) -> Call[Approval]:
+    """One approval as it is now: for its approvers, and for whoever asked."""
+    return Call(method="GET", path=_approval(approval_id), read=_reads(Approval.of), repeatable=True)
+
+
+def approvals(
+    *,
+    state: str | None = None,
+    task: str | None = None,
+    agent: str | None = None,
+    resource: str | None = None,
+    page_size: int | None = None,
+) -> Listing[Approval]:
+    """Approvals that the caller may see, newest first."""
+    return _listing("/v1/approvals", Approval.of, page_size, state=state, task=task, agent=agent, resource=resource)
+
+
+def approve(
+    approval_id: str, scopes: Iterable[str] | None = None, ttl_s: int | None = None, reason: str | None = None
+) -> Call[Approval]:
+    """Say yes, to all of it or to less: `scopes` and `ttl_s` are what is left, and never more than was asked for."""
+    left = None if scopes is None else _listed(scopes, "scopes")
+    return _said(approval_id, "approve", _given(scopes=left, ttl_s=ttl_s, reason=reason))
+
+
+def deny(approval_id: str, reason: str | None = None) -> Call[Approval]:
+    """Say no, which ends it."""
+    return _said(approval_id, "deny", _given(reason=reason))
+
+
+def withdraw(approval_id: str, reason: str | None = None) -> Call[Approval]:
+    """Take one's own request back."""
+    return _said(approval_id, "withdraw", _given(reason=reason))
 
 
 def grants(
@@ -343,6 +388,16 @@ def token(
 def _end(path: str, verb: str, reason: str | None) -> Call[Receipt]:
     body = _given(reason=reason)
     return Call(method="POST", path=f"{path}/{verb}", body=body, read=_reads(Receipt.of), repeatable=True)
+
+
+def _said(approval_id: str, verb: str, body: dict[str, Any]) -> Call[Approval]:
+    # Said again, the same is the same vote.
+    path = f"{_approval(approval_id)}/{verb}"
+    return Call(method="POST", path=path, body=body, read=_reads(Approval.of), repeatable=True)
+
+
+def _approval(approval_id: str) -> str:
+    return f"/v1/approvals/{require_id(approval_id, 'approval_id')}"
 
 
 def _task(task_id: str) -> str:

@@ -26,6 +26,7 @@ from broker.sdk import calls
 from broker.sdk.clock import Timing
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import (
+    ApprovalPending,
     BrokerError,
     Conflict,
     Invalid,
@@ -142,6 +143,12 @@ class Lifetime:
             parameters=self._parameters,
             idempotency_key=idempotency_key,
         )
+
+    def collecting(self, error: ApprovalPending) -> Call[tuple[Grant, Credential]] | None:
+        """The call that collects what people said yes to; None while they have not."""
+        if error.grant_id is None or error.approval.get("state") != "approved":
+            return None
+        return calls.collect_grant(error.grant_id, self.dpop, parameters=self._parameters)
 
     def got(self, grant: Grant, credential: Credential) -> None:
         if self._asked_at is None:
@@ -263,13 +270,22 @@ class CredentialSource:
                 if need is Need.NOW:
                     self._lifetime.share_failure(failures)
                 try:
-                    self._lifetime.got(*self._client.send(self._lifetime.call()))
+                    self._lifetime.got(*self._ask())
                 except BrokerError as error:
                     if not self._lifetime.failed(error):
                         raise
             return self._lifetime.live()
         finally:
             self._lock.release()
+
+    def _ask(self) -> tuple[Grant, Credential]:
+        try:
+            return self._client.send(self._lifetime.call())
+        except ApprovalPending as pending:
+            collecting = self._lifetime.collecting(pending)
+            if collecting is None:
+                raise
+        return self._client.send(collecting)
 
     def _tidy(self) -> None:
         for old in self._lifetime.due():
@@ -367,11 +383,20 @@ class AsyncCredentialSource:
                 if need is Need.NOW:
                     self._lifetime.share_failure(failures)
                 try:
-                    self._lifetime.got(*await self._client.send(self._lifetime.call()))
+                    self._lifetime.got(*await self._ask())
                 except BrokerError as error:
                     if not self._lifetime.failed(error):
                         raise
             return self._lifetime.live()
+
+    async def _ask(self) -> tuple[Grant, Credential]:
+        try:
+            return await self._client.send(self._lifetime.call())
+        except ApprovalPending as pending:
+            collecting = self._lifetime.collecting(pending)
+            if collecting is None:
+                raise
+        return await self._client.send(collecting)
 
     async def _tidy(self) -> None:
         for old in self._lifetime.due():

@@ -106,7 +106,7 @@ class Limited(_Waiting):
 
 
 class ApprovalPending(_Waiting):
-    """Collect the credential with `collect_grant(error.grant_id)` once people have said yes."""
+    """Collect the credential with `collect_grant(error.grant_id)` once people have said yes, or with `await_grant`."""
 
     @property
     def grant_id(self) -> str | None:

@@ -118,6 +118,7 @@ class Call(Generic[T]):
     secrets: tuple[Secret, ...] = ()
     idempotency_key: str | None = None
     dpop: DpopKey | None = None
+    wait_s: int | None = None  # that the broker may take to answer (RFC 7240)
     repeatable: bool = False
 
 
@@ -145,7 +146,7 @@ def exchange(call: Call[T], endpoint: Endpoint) -> Generator[Step, Outcome, T]:
         left_s = endpoint.retry_deadline_s - (timing.monotonic() - started)
         # The first try gets the caller's whole time-out: the deadline is there to bound repetition.
         patience_s = endpoint.timeout_s if tried == 1 else max(0.1, min(endpoint.timeout_s, left_s))
-        outcome = yield Send(_request(call, endpoint, token, nonce, patience_s))
+        outcome = yield Send(_request(call, endpoint, token, nonce, patience_s + (call.wait_s or 0)))
         if isinstance(outcome, Answer) and outcome.status in (200, 201, 204):
             return _result(call, outcome)
         if not isinstance(outcome, Answer | Lost):
@@ -290,6 +291,8 @@ def _request(call: Call[Any], endpoint: Endpoint, token: Secret, nonce: str | No
             content = _encoded(call.body)
     if call.idempotency_key is not None:
         headers["Idempotency-Key"] = call.idempotency_key
+    if call.wait_s is not None:
+        headers["Prefer"] = f"wait={call.wait_s}"
     if call.dpop is not None:
         headers["DPoP"] = call.dpop.proof(call.method, url, nonce=nonce)
     if endpoint.traceparent is not None:
@@ -350,6 +353,8 @@ def _error_of(outcome: Answer | Lost, endpoint: Endpoint, sent: tuple[Secret, ..
     detail = _member(problem, "detail") or _member(problem, "error_description") or ""
     if status == 202:
         detail = "people are asked first: collect the grant's credential once they have said yes"
+        if isinstance(approval := problem.get("approval"), dict) and approval.get("state") == "approved":
+            detail = "people have said yes: collect the grant's credential"
         return ApprovalPending(
             "approval_pending", "Approval is needed", detail, status, problem, retry_after_s(outcome)
         )

@@ -186,6 +186,57 @@ class Grant:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Approval:
+    """What waits for people. `opens` is the broker's word; `unverified` is what the requester says, and nobody checked.
+
+    `scopes` and `ttl_s` are what the votes so far leave of it.
+    """
+
+    id: str
+    state: str
+    grant_id: str
+    requested_by: str
+    opens: Mapping[str, Any]
+    unverified: Mapping[str, Any]
+    scopes: tuple[str, ...]
+    ttl_s: int
+    quorum: int
+    expires_at: datetime
+    request_hash: str
+    decided_at: datetime | None = None
+    decided_by: str | None = None
+    reason: str | None = None
+    collect_by: datetime | None = None
+    collected_at: datetime | None = None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Approval:
+        read = Members("approval", value)
+        left = Members("rest of an approval", read.raw.get("left"))
+        return cls(
+            id=read.text("id"),
+            state=read.text("state"),
+            grant_id=read.text("grant_id"),
+            requested_by=read.text("requested_by"),
+            # A person decides by these, so they are not guessed.
+            opens=read.needed_mapping("opens"),
+            unverified=read.mapping("unverified"),
+            scopes=left.texts("scopes"),
+            ttl_s=left.integer("ttl_s"),
+            quorum=read.integer("quorum"),
+            expires_at=read.time("expires_at"),
+            request_hash=read.text("request_hash"),
+            decided_at=read.maybe_time("decided_at"),
+            decided_by=read.maybe_text("decided_by"),
+            reason=read.maybe_text("reason"),
+            collect_by=read.maybe_time("collect_by"),
+            collected_at=read.maybe_time("collected_at"),
+            raw=read.raw,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Credential:
     """The secret itself: a `token`, or for a provider's secret `data`. Shown by `reveal` and `reveal_data` only.
@@ -480,6 +531,9 @@ class Members:
     def mapping(self, name: str) -> Mapping[str, Any]:
         """Empty where it is absent."""
         return {} if self.raw.get(name) is None else self._typed(name, dict)
+
+    def needed_mapping(self, name: str) -> Mapping[str, Any]:
+        return self._typed(name, dict)
 
     def items(self, name: str) -> list[Any]:
         return self._typed(name, list)

@@ -1,6 +1,7 @@
-"""How a grant ends, whoever ends it: its state and what is owed for it change in one transaction.
+"""How a grant ends, whoever ends it: its state, what is owed for it and who is asked about it, in one transaction.
 
-No way out of `active` leads past here, so that no secret outside is left without a debt (INV-03).
+No way out of `active` leads past here, so that no secret outside is left without a debt (INV-03), and nobody is asked
+about a request that came to its end.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from sqlalchemy import ColumnElement, Connection, Row
 from broker.domain.audit import Event
 from broker.domain.identity import new_id
 from broker.domain.lease import Lease, Urgency
-from broker.domain.lifecycle import GrantState, LeaseState
-from broker.store import grants, leases, models
+from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState
+from broker.store import approvals, grants, leases, models
 from broker.store.transitions import GRANT_FACTS, move
 
 ACTOR = "broker"  # of what time alone, or our own work, brought about
 OWES_NOTHING = "jwt"  # the provider whose credentials exist nowhere but in their bearer's hand
+
+# What an open approval becomes with its grant; whatever else ends the grant takes the question back.
+_WITH_ITS_GRANT = {GrantState.DENIED: ApprovalState.DENIED, GrantState.EXPIRED: ApprovalState.EXPIRED}
 
 
 def end_grants(
@@ -33,10 +37,15 @@ def end_grants(
 ) -> Sequence[Row[Any]]:
     """Move grants into a state that ends them; each lease of theirs becomes a debt of this urgency, due now.
 
-    A grant is locked before its lease, here and wherever both move: in two orders, an end and an issue that meet would
-    wait for each other, and the database would fail one of them (INV-27).
+    A grant is locked before its approval and its lease, here and wherever both move: in two orders, an end and an issue
+    that meet would wait for each other, and the database would fail one of them (INV-27).
     """
     moved = move(db, models.Grant, to, *where, event=event, returning=GRANT_FACTS, **values)
+    waited = [row.id for row in moved if row.issued_at is None]
+    if waited:
+        actor, reason = str(values.get("revoked_by", ACTOR)), values.get("reason")
+        ended = _WITH_ITS_GRANT.get(to, ApprovalState.WITHDRAWN)
+        end_approvals(db, ended, approvals.of_grants(db, waited), now=now, actor=actor, reason=reason)
     owing = [row.id for row in moved if row.provider != OWES_NOTHING]
     if owing:
         move(
@@ -75,6 +84,39 @@ def end_with_descendants(
         handed = {**values, "reason": f"what it was handed down from ended: {values['reason']}"[:1000]}
         level = end_grants(db, GrantState.REVOKED, below, now=now, urgency=urgency, event=event, **handed)
     return ended
+
+
+def end_approvals(
+    db: Connection,
+    to: ApprovalState,
+    *where: ColumnElement[bool],
+    now: datetime,
+    actor: str,
+    reason: str | None,
+    trace_id: str | None = None,
+) -> Sequence[Row[Any]]:
+    """Move open approvals into a state that ends them; the caller holds their grants."""
+
+    def told(row: Row[Any]) -> Event:
+        return Event(
+            id=new_id("evt", now),
+            at=now,
+            type=f"approval.{to}",
+            actor=actor,
+            task_id=row.task_id,
+            grant_id=row.grant_id,
+            agent=row.agent,
+            resource=row.resource,
+            reason=reason,
+            policy_version=row.policy_version,
+            trace_id=trace_id,
+            data={"approval_id": row.id},
+        )
+
+    facts = approvals.APPROVAL_FACTS
+    return move(
+        db, models.Approval, to, *where, event=told, returning=facts, ended_at=now, ended_by=actor, reason=reason
+    )
 
 
 def lease_event(at: datetime, type_: str, *, actor: str = ACTOR, **more: Any) -> Callable[[Row[Any] | Lease], Event]:

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
+from broker.domain.approval import Approval, Case
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits, Resource
 from broker.domain.clock import Clock
@@ -36,8 +37,9 @@ from broker.domain.grant import Authority, Grant, GrantRequest, Issued
 from broker.domain.identity import Caller, Principal, is_id, new_id
 from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import GrantState, TaskState
-from broker.domain.policy import PolicySet
+from broker.domain.policy import NEEDS_APPROVAL, PolicySet
 from broker.domain.task import Task
+from broker.services.approval import Opening, cases, opened_event
 from broker.services.batching import Batching
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING, end_with_descendants
@@ -49,6 +51,7 @@ from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
 from broker.services.terms import Terms, require_may_ask, terms, user_of
 from broker.store import gate, locks
+from broker.store.approvals import approval_of_grant, insert_approvals
 from broker.store.database import Database
 from broker.store.grants import (
     count_live,
@@ -78,6 +81,7 @@ class _Moment:
     tasks: Mapping[str, Task]
     parents: Mapping[str, Grant]
     live: dict[str, int]
+    opening: Opening
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class _Batch:
     grants: list[Grant] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    answers: dict[str, Issued | Intent | PolicyDenied] = field(default_factory=dict)
+    approvals: list[Approval] = field(default_factory=list)
+    answers: dict[str, Issued | Intent | Case | PolicyDenied] = field(default_factory=dict)
 
 
 class Issuance:
@@ -113,16 +118,23 @@ class Issuance:
         self._issuer = issuer
         self._clock = clock
         self._tasks = Tasks()
-        self._batches: Batching[GrantRequest, Issued | Intent] = Batching(self._issue_all, waiting=_WAITING)
+        self._batches: Batching[GrantRequest, Issued | Intent | Case] = Batching(self._issue_all, waiting=_WAITING)
 
     def issue(self, request: GrantRequest) -> Issued:
-        """Decide, record and sign. Raises PolicyDenied with the decision, which is recorded too."""
+        """Decide, record and sign, for who does not wait for people. Raises PolicyDenied with the decision."""
+        made = self.request(replace(request, may_wait=False))
+        if isinstance(made, Case):
+            raise TypeError(f"{made.grant.id} waits for people, and whoever asked for it does not")
+        return made
+
+    def request(self, request: GrantRequest) -> Issued | Case:
+        """The credential, or the approval that it waits for. Raises PolicyDenied with the decision, recorded too."""
         try:
             made = self._batches.submit(request)
         except PolicyDenied as refusal:
             # After the commit: while it is searched for what would be allowed, nobody waits (INV-27).
             raise refusal.explained() from None
-        return made if isinstance(made, Issued) else self._secrets.obtain(made)
+        return self._secrets.obtain(made) if isinstance(made, Intent) else made
 
     def renew(self, caller: Caller, grant_id: str, *, ttl: timedelta | None, jkt: str | None = None) -> Issued:
         """A new token for the same grant, decided again, never past the grant's maximum."""
@@ -141,7 +153,7 @@ class Issuance:
 
     # --- Issuing ------------------------------------------------------------------------------------------------------
 
-    def _issue_all(self, requests: Sequence[GrantRequest]) -> Sequence[Issued | Intent | BrokerError]:
+    def _issue_all(self, requests: Sequence[GrantRequest]) -> Sequence[Issued | Intent | Case | BrokerError]:
         self._indexes.reserve(len(requests), self._clock())
         with self._database.begin_issuing() as db:
             moment = self._moment(db, requests)
@@ -150,6 +162,7 @@ class Issuance:
             insert_tasks(db, batch.tasks)
             insert_grants(db, batch.grants)
             insert_leases(db, batch.leases)
+            insert_approvals(db, batch.approvals)
             record(db, batch.events)
         return outcomes
 
@@ -171,10 +184,17 @@ class Issuance:
         standing = self._standing.at(db, gate.era_of(db))
         tasks = self._tasks.hold_shared(db, task_ids)
         live = count_live(db, agents, now=now, at_most=self._limits.max_live_per_agent)
-        held = hold_parents(db, parents)
-        return _Moment(now=now, db=db, standing=standing, tasks=tasks, parents=held, live=live)
+        return _Moment(
+            now=now,
+            db=db,
+            standing=standing,
+            tasks=tasks,
+            parents=hold_parents(db, parents),
+            live=live,
+            opening=Opening(db, standing, self._limits, now),
+        )
 
-    def _outcome(self, request: GrantRequest, moment: _Moment, batch: _Batch) -> Issued | Intent | BrokerError:
+    def _outcome(self, request: GrantRequest, moment: _Moment, batch: _Batch) -> Issued | Intent | Case | BrokerError:
         """What one request comes to; a refusal is an answer, and recorded like one."""
         grant_id = new_id("grt", moment.now)
         try:
@@ -197,7 +217,7 @@ class Issuance:
                 batch.events.append(_refused(request, moment, refusal))
             return refusal
 
-    def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued | Intent:
+    def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued | Intent | Case:
         now, standing = moment.now, moment.standing
         principal = _known(request.caller, moment)
         parent = self._parent_for(request, principal, moment)
@@ -238,10 +258,13 @@ class Issuance:
             raise LockedDown(
                 f"a lockdown stands over {refusal.axis} {refusal.value!r} ({refusal.id}): {refusal.reason}"
             )
-        if not found.allowed:
+        asks_people = found.decision.outcome == NEEDS_APPROVAL
+        if not found.allowed and not asks_people:
             raise self._denied(request, grant, found, standing.policies, now, batch)
         if outside:
             self._secrets.require_foreseeable(grant, resource.settings, request.parameters)
+        if asks_people:
+            return self._waiting(request, grant, task, found, moment, batch)
         if request.task_id is None:
             task = replace(task, deadline_at=grant.expires_at)
             batch.tasks.append(task)
@@ -254,6 +277,44 @@ class Issuance:
         batch.answers[grant_id] = issued
         moment.live[principal.name] += 1
         return issued
+
+    def _waiting(
+        self, request: GrantRequest, grant: Grant, task: Task, found: Terms, moment: _Moment, batch: _Batch
+    ) -> Case:
+        """People are asked. What they say yes to is decided again when it is collected."""
+        if not request.may_wait:
+            raise InvalidScope(
+                f"approval is required: {sentence(found.decision.as_json())}. Ask with completion_mode=deferred, or at "
+                "POST /v1/grants, and come back when people have said yes",
+                member="scope",
+            )
+        if request.task_id is None:
+            # As long as the wait and the token together: what it is for ends with it.
+            lasts = self._limits.approve_within + self._limits.collect_within + found.ttl
+            task = replace(task, deadline_at=min(task.deadline_at, moment.now + lasts))
+        case, new = moment.opening.open(request, grant, task, found)
+        if not new:
+            if request.idempotency is not None:
+                repoint_key(
+                    moment.db,
+                    principal=request.caller.name,
+                    key_sha256=request.idempotency.key_sha256,
+                    made_id=grant.id,
+                    instead=case.grant.id,
+                )
+            return case
+        if request.task_id is None:
+            batch.tasks.append(task)
+            batch.events.append(_task_opened(task, request.caller, moment.now))
+        batch.grants.append(case.grant)
+        batch.approvals.append(case.approval)
+        approval_id = case.approval.id
+        batch.events.append(
+            grant_event(case.grant, request.caller, moment.now, "grant.pending", approval_id=approval_id)
+        )
+        batch.events.append(opened_event(case, request.caller, moment.now))
+        batch.answers[grant.id] = case
+        return case
 
     def _intended(
         self, request: GrantRequest, grant: Grant, resource: Resource, moment: _Moment, batch: _Batch
@@ -295,10 +356,13 @@ class Issuance:
         allowed_as = GrantState.ACTIVE if signed_here else GrantState.APPROVED
         kids: tuple[str, ...] = (standing.keys.current(resource.signing_algorithm).kid,) if signed_here else ()
         policies = found.decision.policies
-        renewable_until = min(now + self._limits.max_ttl, task.deadline_at)
+        waits, bound = found.decision.outcome == NEEDS_APPROVAL, parent is not None or request.user is not None
+        # What waits for people is given its life when it is collected; what binds it to others is known now.
+        renewable_until = task.deadline_at if waits else min(now + self._limits.max_ttl, task.deadline_at)
         if parent is not None and allowed:
             # What ends the parent along any axis covers this one too, without a look at the parent (INV-11).
             kids, policies = _with(parent.kids, *kids), _with(parent.policies, *policies)
+        if parent is not None:
             renewable_until = min(renewable_until, parent.renewable_until or parent.expires_at)
         if request.user is not None:
             renewable_until = min(renewable_until, request.user.expires_at)
@@ -325,7 +389,7 @@ class Issuance:
             created_at=now,
             issued_at=now if signed_here else None,
             expires_at=now + found.ttl,
-            renewable_until=renewable_until if signed_here else None,
+            renewable_until=renewable_until if signed_here or (waits and bound) else None,
             ttl_s=int(found.ttl.total_seconds()),
             ttl_decided_by=found.decided_by,
             intent=request.intent,
@@ -438,7 +502,7 @@ class Issuance:
 
     def _again(
         self, request: GrantRequest, grant_id: str, made_id: str, moment: _Moment, batch: _Batch
-    ) -> Issued | Intent:
+    ) -> Issued | Intent | Case:
         """What a request comes to whose idempotency key already stands for a grant: that grant, or why not (INV-06)."""
         principal = _known(request.caller, moment)
         answer = batch.answers.get(made_id)
@@ -455,6 +519,15 @@ class Issuance:
             )
         if answer is not None:
             return answer
+        approval = approval_of_grant(moment.db, grant.id)
+        if approval is not None:
+            case = cases(moment.db, [approval], moment.standing.catalogue)[0]
+            if request.may_wait and grant.expires_at > moment.now and case.is_to_be_waited_for:
+                return case
+            raise Conflict(
+                f"grant {grant.id}, about which people were asked, is {grant.state}; it was made with this "
+                "Idempotency-Key: collect it if it is approved, or use a new key for a new request"
+            )
         if grant.state is GrantState.DENIED:
             raise PolicyDenied(sentence(grant.decision), decision=grant.decision, grant_id=grant.id)
         task = moment.tasks.get(grant.task_id)
@@ -491,7 +564,7 @@ class Issuance:
 
     def _anew(
         self, request: GrantRequest, grant_id: str, earlier: Grant, moment: _Moment, batch: _Batch
-    ) -> Issued | Intent:
+    ) -> Issued | Intent | Case:
         """Another secret instead of one that nobody may have received: the first dies, so that one is live (INV-06)."""
         now, claim = moment.now, request.idempotency
         if claim is None or not repoint_key(

@@ -80,7 +80,7 @@ class StandingReader:
             catalogue, policies = known.catalogue, known.policies
         else:
             catalogue = Catalogue.from_document(row.version, row.document)
-            policies = PolicySet.compile(catalogue)
+            policies = PolicySet.compile(catalogue, applied=True)
         refusals = Refusals(standing_refusals(db))
         return Standing(era=era, catalogue=catalogue, policies=policies, keys=self._keys.load(db), refusals=refusals)
 

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Select,
     String,
     bindparam,
+    exists,
     func,
     literal,
     literal_column,
@@ -39,6 +40,7 @@ from broker.store.rows import insert_rows
 
 _grants = models.table_of(models.Grant)
 _tasks = models.table_of(models.Task)
+_leases = models.table_of(models.Lease)
 _NAMES = tuple(entry.name for entry in fields(Grant))
 _values_of = attrgetter(*_NAMES)
 _SELECT = select(*(_grants.c[name] for name in _NAMES))
@@ -145,6 +147,10 @@ def hand_down(db: Connection, grant: Grant) -> None:
         below = [child.id for child in children]
 
 
+def grants_with_ids(db: Connection, ids: Collection[str]) -> list[Grant]:
+    return [grant_of(row) for row in db.execute(_SELECT.where(_grants.c.id.in_(list(ids))))]
+
+
 def _with_task(columns: Iterable[ColumnElement[Any]]) -> Select[Any]:
     ends_at = (_tasks.c.deadline_at, _tasks.c.heartbeat_due_at)
     return select(*columns, _tasks.c.state.label("task_state"), *ends_at).join(_tasks, _tasks.c.id == _grants.c.task_id)
@@ -208,6 +214,22 @@ def renew_grant(db: Connection, grant: Grant) -> None:
     db.execute(update(_grants).where(_grants.c.id == grant.id).values(**values))
 
 
+def collected(grant: Grant) -> dict[str, Any]:
+    """What collecting an approved grant changes of its row; its state moves through its own door."""
+    changed = (
+        "jti", "credential_sha256", "status_list", "status_index", "issued_at", "expires_at", "renewable_until",
+        "ttl_s", "ttl_decided_by", "decision", "policy_version",
+    )  # fmt: skip
+    values = {name: getattr(grant, name) for name in changed}
+    named = {"kids": _padded(grant.kids), "policies": _padded(grant.policies)}
+    return values | named | {"scopes": list(grant.scopes)}
+
+
+def write_collected(db: Connection, grant: Grant) -> None:
+    """The same where its secret is yet to be made outside; the caller holds the row."""
+    db.execute(update(_grants).where(_grants.c.id == grant.id).values(**collected(grant)))
+
+
 def page_of_grants(
     db: Connection, *, where: Iterable[ColumnElement[bool]], before: str | None, limit: int
 ) -> list[Grant]:
@@ -220,7 +242,9 @@ def page_of_grants(
 
 def issued_under(db: Connection, task_id: str) -> Sequence[Row[Any]]:
     """What a receipt says of each grant under a task that got a credential, or may have got one, oldest first."""
-    may_exist = or_(_grants.c.issued_at.is_not(None), _OWES & (_grants.c.state != str(GrantState.DENIED)))
+    # A secret of a grant may exist only if it was begun, and that is a lease: what people never allowed has none.
+    begun = exists(select(_leases.c.id).where(_leases.c.grant_id == _grants.c.id))
+    may_exist = or_(_grants.c.issued_at.is_not(None), _OWES & begun)
     statement = _RECEIPT_FACTS.where(_grants.c.task_id == task_id, may_exist)
     return db.execute(statement.order_by(_grants.c.id)).fetchall()
 

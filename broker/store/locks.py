@@ -1,9 +1,9 @@
 """Locks that queue fairly (PostgreSQL advisory locks), and the one order in which they are taken.
 
-First the gate, then agents, then tasks, then rows: whoever takes some of them takes them in this order, so that no two
-wait for each other. Row locks would do for safety and not for liveness: shared ones let latecomers overtake, and a
-stream of issuers would keep a task from ending for as long as it flows (INV-27). SQLite has one writer, who waits for
-nobody, and needs none of this.
+First the gate, then agents, then tasks, then who opens approvals, then rows: whoever takes some of them takes them in
+this order, so that no two wait for each other. Row locks would do for safety and not for liveness: shared ones let
+latecomers overtake, and a stream of issuers would keep a task from ending for as long as it flows (INV-27). SQLite has
+one writer, who waits for nobody, and needs none of this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 
 # Any constants will do that differ from each other and from what else takes advisory locks in the same database.
 _GATE = 0x6A69_7462_726F_6B72
-_AGENT, _TASK, _STATUS_LISTS, _MIGRATION, _RECONCILING = 7, 11, 13, 17, 19
+_AGENT, _TASK, _STATUS_LISTS, _MIGRATION, _RECONCILING, _APPROVALS = 7, 11, 13, 17, 19, 23
 
 # Ordered inside and locked outside: the locks are taken row by row, in that order.
 _FOR_ISSUING = text(
@@ -62,6 +62,11 @@ def hold_gate_alone(db: Connection) -> None:
 def hold_status_lists(db: Connection) -> None:
     """Be the only one who hands out places in status lists."""
     _hold(db, "pg_advisory_xact_lock(hashtextextended('', :key))", key=_STATUS_LISTS)
+
+
+def hold_approvals(db: Connection) -> None:
+    """Be the only one who opens approvals: how many wait for a group is counted over all agents (INV-34)."""
+    _hold(db, "pg_advisory_xact_lock(hashtextextended('', :key))", key=_APPROVALS)
 
 
 def hold_reconciling(db: Connection, provider: str) -> None:

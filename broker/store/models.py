@@ -32,7 +32,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
 from broker.domain.clock import epoch, from_epoch
-from broker.domain.lifecycle import GrantState, KeyState, LeaseState, TaskState
+from broker.domain.lifecycle import ApprovalState, GrantState, KeyState, LeaseState, TaskState
 
 
 class Instant(TypeDecorator[datetime]):
@@ -81,7 +81,10 @@ def table_of(model: type[Base]) -> Table:
     return cast(Table, model.__table__)
 
 
-def _one_of(column: str, states: type[TaskState] | type[GrantState] | type[LeaseState] | type[KeyState]) -> str:
+_States = type[TaskState] | type[GrantState] | type[LeaseState] | type[ApprovalState] | type[KeyState]
+
+
+def _one_of(column: str, states: _States) -> str:
     return f"{column} IN ({', '.join(repr(str(state)) for state in states)})"
 
 
@@ -207,6 +210,69 @@ class Grant(Base):
     revoked_at: Mapped[datetime | None] = mapped_column(Instant)
     revoked_by: Mapped[str | None] = mapped_column(Name)
     reason: Mapped[str | None] = mapped_column(String(1000))
+
+
+class Approval(Base):
+    """`broker.domain.approval.Approval`, as a row; `polled_at` is when its agent last asked whether it is decided."""
+
+    __tablename__ = "approvals"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", ApprovalState), name="state_is_known"),
+        CheckConstraint("(state = 'open') = (ended_at IS NULL)", name="ended_has_a_time"),
+        CheckConstraint("collected_at IS NULL OR state = 'approved'", name="collected_was_approved"),
+        Index("approvals_grant_idx", "grant_id", unique=True),
+        Index("approvals_agent_idx", "agent", "id"),
+        Index(
+            "approvals_open_idx",
+            "agent",
+            postgresql_where=text("state = 'open'"),
+            sqlite_where=text("state = 'open'"),
+        ),
+        Index(
+            "approvals_uncollected_idx",
+            "agent",
+            postgresql_where=text("state = 'approved' AND collected_at IS NULL"),
+            sqlite_where=text("state = 'approved' AND collected_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    grant_id: Mapped[str] = mapped_column(Id, ForeignKey("grants.id"))
+    task_id: Mapped[str] = mapped_column(Id, ForeignKey("tasks.id"))
+    agent: Mapped[str] = mapped_column(Name)
+    orchestrator: Mapped[str] = mapped_column(Name)
+    resource: Mapped[str] = mapped_column(String(1000))
+    scopes: Mapped[list[str]] = mapped_column(Json)
+    ttl_s: Mapped[int] = mapped_column(Integer)
+    groups: Mapped[str] = mapped_column(Text)
+    needs: Mapped[list[dict[str, Any]]] = mapped_column(Json)
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    parameters_sha256: Mapped[str] = mapped_column(String(64))
+    policy_version: Mapped[int] = mapped_column(Integer)
+    created_at: Mapped[datetime] = mapped_column(Instant)
+    expires_at: Mapped[datetime] = mapped_column(Instant)
+    ended_at: Mapped[datetime | None] = mapped_column(Instant)
+    ended_by: Mapped[str | None] = mapped_column(Name)
+    reason: Mapped[str | None] = mapped_column(String(1000))
+    collected_at: Mapped[datetime | None] = mapped_column(Instant)
+    polled_at: Mapped[datetime | None] = mapped_column(Instant)
+
+
+class Vote(Base):
+    """What one person said to one approval; the primary key is what makes a second vote fail (INV-15)."""
+
+    __tablename__ = "votes"
+
+    approval_id: Mapped[str] = mapped_column(Id, ForeignKey("approvals.id"), primary_key=True)
+    voter: Mapped[str] = mapped_column(Name, primary_key=True)
+    issuer: Mapped[str] = mapped_column(Name)
+    subject: Mapped[str] = mapped_column(String(2048))
+    verdict: Mapped[str] = mapped_column(String(16))
+    scopes: Mapped[list[str] | None] = mapped_column(Json)
+    ttl_s: Mapped[int | None] = mapped_column(Integer)
+    reason: Mapped[str | None] = mapped_column(String(1000))
+    voted_at: Mapped[datetime] = mapped_column(Instant)
 
 
 class Lease(Base):

@@ -38,8 +38,8 @@ class Answer:
         return [self.body]
 
 
-def json_response(answer: Any, status: int = 200) -> Answer:
-    return Answer(_compact(answer), status)
+def json_response(answer: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Answer:
+    return Answer(_compact(answer), status, headers=headers)
 
 
 def kept_response(document: bytes, *, kept_for_s: int, media_type: str = "application/json") -> Response:

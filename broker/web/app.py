@@ -13,6 +13,7 @@ from broker.domain.errors import NotFound, RoleMissing
 from broker.domain.identity import Role
 from broker.web import auth, envelope, problems
 from broker.web.answers import Answer, json_response, kept_response
+from broker.web.api.approvals import approvals
 from broker.web.api.audit import audit
 from broker.web.api.grants import grants
 from broker.web.api.leases import leases
@@ -30,7 +31,7 @@ from broker.web.operations import openapi
 from broker.web.reading import MAX_BODY_BYTES
 from broker.wiring import Broker
 
-API = (tasks, grants, leases, revocations, policies, audit)
+API = (tasks, grants, approvals, leases, revocations, policies, audit)
 # What agents and verifiers ask all day long, and what nobody else waits for.
 _BUSY = ("grants.request_grant", "token.issue_token", "token.introspect")
 

@@ -24,7 +24,7 @@ from broker.web.context import current
 from broker.web.reading import json_body, query, raw_body
 from broker.web.shapes import NoQuery, ProblemAnswer
 
-Handler = Callable[..., tuple[int, Any]]
+Handler = Callable[..., tuple[int, Any] | tuple[int, Any, Mapping[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,7 @@ class Operation:
     proof: bool
     looks_again: bool
     ends: bool
+    waits: bool
 
 
 class Operations:
@@ -62,11 +63,14 @@ class Operations:
         proof: bool = False,
         looks_again: bool = False,
         ends: bool = False,
+        waits: bool = False,
     ) -> Callable[[Handler], Handler]:
         """Declare `handler(caller, *ids, body?, query?)`; `creates` takes an Idempotency-Key, `proof` a DPoP header.
 
         `looks_again`: the verb asks anew, in its own transaction, who the caller is. `ends`: it takes authority away,
-        and so must not wait for those who ask for some (INV-27).
+        and so must not wait for those who ask for some (INV-27). `waits`: with `Prefer: wait=20` it may answer later.
+
+        The handler answers a status, an object, and headers where there are some.
         """
 
         def declare(handler: Handler) -> Handler:
@@ -82,6 +86,7 @@ class Operations:
                 proof=proof,
                 looks_again=looks_again,
                 ends=ends,
+                waits=waits,
             )
             self.declared.append(operation)
             rule = path.replace("{", "<").replace("}", ">")
@@ -111,10 +116,10 @@ def _route(operation: Operation, handler: Handler) -> Callable[..., Answer | Res
                 given["body"] = json_body(operation.body, raw, optional=optional_body)
             elif raw.strip() not in (b"", b"{}"):
                 raise Invalid("this request takes no body: leave it empty")
-        status, answer = handler(caller, *ids.values(), **given)
+        status, answer, *headers = handler(caller, *ids.values(), **given)
         if status == 204:
             return Response(status=204)
-        return json_response(answer, status)
+        return json_response(answer, status, *headers)
 
     return route
 
@@ -156,7 +161,8 @@ def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[
     paths: dict[str, Any] = {}
     for operation in operations:
         responses: dict[str, Any] = {
-            str(status): _content(references[(model, "validation")], "The answer.") | {"headers": _NOT_KEPT}
+            str(status): _content(references[(model, "validation")], "The answer.")
+            | {"headers": _NOT_KEPT | (_WAIT if status == 202 else {})}
             for status, model in operation.answers.items()
         }
         responses |= {str(status): {"$ref": f"#/components/responses/{status}"} for status in _refusals(operation)}
@@ -257,6 +263,9 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     if operation.creates:
         key = {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"}
         found.append({"name": "Idempotency-Key", "in": "header", "required": False, "schema": key})
+    if operation.waits:
+        wait = {"type": "string", "description": "RFC 7240: wait=20 answers when it is decided, 20 s later at most."}
+        found.append({"name": "Prefer", "in": "header", "required": False, "schema": wait})
     if operation.proof:
         proof = {"type": "string", "description": "A DPoP proof (RFC 9449): the credential is bound to its key."}
         found.append({"name": "DPoP", "in": "header", "required": False, "schema": proof})
@@ -264,7 +273,9 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
 
 
 def _id_of(operation: Operation) -> str:
-    prefix = {"tasks": "task", "grants": "grt", "leases": "lea", "lockdowns": "lck"}[operation.path.split("/")[2]]
+    prefix = {"tasks": "task", "grants": "grt", "leases": "lea", "lockdowns": "lck", "approvals": "apr"}[
+        operation.path.split("/")[2]
+    ]
     return f"^{prefix}_[0-7][0-9a-hjkmnp-tv-z]{{25}}$"
 
 

@@ -23,12 +23,14 @@ from broker.web.context import bodies, current
 from broker.web.plain import NOT_PLAIN
 
 MAX_BODY_BYTES = 65_536
+LONGEST_WAIT_S = 20
 _MAX_PARAMETERS = 64
 _IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # Version 00 has four fields and no more; of a later version we read the four it has in common with that.
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}((?<!^00.{53})-.*)?"
 )
+_WAIT = re.compile(r"wait[ \t]*=[ \t]*([0-9]{1,9})(?:[ \t]*;.*)?", re.ASCII | re.IGNORECASE)
 _NOT_PLAIN = re.compile(f"[{NOT_PLAIN}]")
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -153,6 +155,18 @@ def idempotency() -> IdempotencyClaim | None:
     return IdempotencyClaim(
         key_sha256=hashlib.sha256(key.encode()).hexdigest(), request_sha256=hashlib.sha256(whole).hexdigest()
     )
+
+
+def preferred_wait_s() -> int:
+    """How long the caller would rather wait than hear nothing new (RFC 7240), at most `LONGEST_WAIT_S`; 0 for not.
+
+    What is no preference of this kind is ignored, as the standard asks.
+    """
+    for preference in (current().header("Prefer") or "").split(","):
+        found = _WAIT.fullmatch(preference.strip(" \t"))
+        if found is not None:
+            return min(int(found[1]), LONGEST_WAIT_S)
+    return 0
 
 
 def trace_id_of(traceparent: str) -> str | None:

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from broker.domain.approval import Case, in_quotes, narrowed
 from broker.domain.audit import Event
 from broker.domain.clock import rfc3339
 from broker.domain.grant import Credential, Grant, Issued
 from broker.domain.lease import Lease
-from broker.domain.lifecycle import GrantState, LeaseState, TaskState
+from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, TaskState
+from broker.domain.policy import claimed_text
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
 from broker.services.receipts import SignedReceipt
@@ -90,6 +92,22 @@ class RequestGrant(Request):
     parameters: Annotated[dict[Name, Parameter], Field(max_length=8)] = Field(
         default_factory=dict, description="For the provider of the resource: `csr`, `public_key`. Each takes its own."
     )
+
+
+class CollectGrant(Request):
+    parameters: Annotated[dict[Name, Parameter], Field(max_length=8)] = Field(
+        default_factory=dict, description="Those of the request once more, where it had some."
+    )
+
+
+class Approve(Request):
+    """A yes to all of it, or to less."""
+
+    scopes: Annotated[
+        list[Scope] | None, Field(min_length=1, max_length=64, description="Those that are left of the request's.")
+    ] = None
+    ttl_s: Annotated[int | None, Field(ge=1, le=86_400, description="At most what was asked for.")] = None
+    reason: Sentence | None = None
 
 
 class RenewGrant(Request):
@@ -173,6 +191,13 @@ class GrantQuery(Page):
     task: Name | None = None
     agent: Name | None = None
     user: Name | None = None
+    resource: Identifier | None = None
+
+
+class ApprovalQuery(Page):
+    state: ApprovalState | None = None
+    task: Name | None = None
+    agent: Name | None = None
     resource: Identifier | None = None
 
 
@@ -290,6 +315,91 @@ class SecretAnswer(Answer):
 class IssuedAnswer(Answer):
     grant: GrantAnswer
     credential: JwtAnswer | SecretAnswer
+
+
+class OpensAnswer(Answer):
+    """What it would open, in the broker's own words: this is what is dangerous about it."""
+
+    resource: str
+    sensitivity: Annotated[str | None, Field(description="Null where the resource is registered no longer.")]
+    environment: str | None
+    scopes: list[str]
+    ttl_s: int
+    user: Annotated[str | None, Field(description="On whose behalf, if on anybody's.")]
+    sender_bound: bool
+    provider: str
+
+
+class RequesterAnswer(Answer):
+    agent: str
+    issuer: str
+    subject: str
+    owner: str | None
+    orchestrator: str
+    task_id: str
+
+
+class NeedAnswer(Answer):
+    group: str
+    quorum: int
+    approved: int
+    owner_may_approve: bool
+
+
+class VoteAnswer(Answer):
+    voter: str
+    verdict: Literal["approve", "deny"]
+    scopes: list[str] | None
+    ttl_s: int | None
+    reason: str | None
+    voted_at: When
+
+
+class LeftAnswer(Answer):
+    scopes: list[str]
+    ttl_s: int
+
+
+class UnverifiedAnswer(Answer):
+    """What the requester says, which nobody has checked: cut, and escaped so that nothing in it acts."""
+
+    intent: Annotated[str | None, Field(description="The agent's words.")]
+    claims: Annotated[dict[str, str], Field(description="The agent's words.")]
+    purpose: Annotated[str | None, Field(description="The orchestrator's words.")]
+
+
+class ApprovalAnswer(Answer):
+    id: str
+    state: ApprovalState
+    opens: OpensAnswer
+    requester: RequesterAnswer
+    requested_by: str
+    grant_id: str
+    needs: list[NeedAnswer]
+    quorum: Annotated[int, Field(description="How many yes it takes, where nobody counts twice.")]
+    votes: list[VoteAnswer]
+    left: Annotated[LeftAnswer, Field(description="What the votes so far leave of the request.")]
+    policies: list[str]
+    policy_version: int
+    request_hash: str
+    created_at: When
+    expires_at: Annotated[When, Field(description="Until when it can be decided.")]
+    collect_by: Annotated[When | None, Field(description="While approved and not collected: until when it can be.")]
+    decided_at: When | None
+    decided_by: str | None
+    reason: str | None
+    collected_at: When | None
+    unverified: UnverifiedAnswer
+
+
+class PendingAnswer(Answer):
+    grant: GrantAnswer
+    approval: ApprovalAnswer
+
+
+class ApprovalPage(Answer):
+    items: list[ApprovalAnswer]
+    next_cursor: str | None
 
 
 class ReceiptLineAnswer(Answer):
@@ -475,6 +585,82 @@ def of_issued(issued: Issued) -> dict[str, Any]:
         revealed = {"data": credential.data.reveal()}
     shown = {"type": credential.type, **revealed, "expires_at": rfc3339(credential.expires_at)}
     return {"grant": of_grant(issued.grant, True, issued.lease), "credential": shown}
+
+
+_LONGEST_WORDS, _LONGEST_CLAIM = 300, 100
+
+
+def of_pending(case: Case) -> dict[str, Any]:
+    return {"grant": of_grant(case.grant, False), "approval": of_approval(case)}
+
+
+def of_approval(case: Case) -> dict[str, Any]:
+    """What is dangerous comes first and is ours; what the requester wrote comes last, and says that it is theirs."""
+    approval, grant, left = case.approval, case.grant, narrowed(case.approval, case.votes)
+    return {
+        "id": approval.id,
+        "state": str(approval.state),
+        "opens": {
+            "resource": approval.resource,
+            "sensitivity": case.sensitivity,
+            "environment": case.environment,
+            "scopes": list(approval.scopes),
+            "ttl_s": approval.ttl_s if grant.issued_at else min(approval.ttl_s, grant.ttl_s),
+            "user": grant.on_behalf_of,
+            "sender_bound": grant.jkt is not None,
+            "provider": grant.provider,
+        },
+        "requester": {
+            "agent": grant.agent,
+            "issuer": grant.issuer,
+            "subject": grant.subject,
+            "owner": case.owner,
+            "orchestrator": grant.orchestrator,
+            "task_id": grant.task_id,
+        },
+        "requested_by": approval.agent,
+        "grant_id": approval.grant_id,
+        "needs": [
+            {
+                "group": need.group,
+                "quorum": need.quorum,
+                "approved": case.met.get(need.group, 0),
+                "owner_may_approve": need.owner_may,
+            }
+            for need in approval.needs
+        ],
+        "quorum": sum(need.quorum for need in approval.needs),
+        "votes": [
+            {
+                "voter": vote.voter,
+                "verdict": str(vote.verdict),
+                "scopes": None if vote.scopes is None else list(vote.scopes),
+                "ttl_s": vote.ttl_s,
+                "reason": vote.reason,
+                "voted_at": rfc3339(vote.voted_at),
+            }
+            for vote in case.votes
+        ],
+        "left": {"scopes": sorted(left.scopes), "ttl_s": left.ttl_s},
+        "policies": list(grant.policies),
+        "policy_version": approval.policy_version,
+        "request_hash": approval.request_sha256,
+        "created_at": rfc3339(approval.created_at),
+        "expires_at": rfc3339(approval.expires_at),
+        "collect_by": rfc3339(grant.expires_at) if case.may_be_collected else None,
+        "decided_at": _time(approval.ended_at),
+        "decided_by": approval.ended_by,
+        "reason": approval.reason,
+        "collected_at": _time(approval.collected_at),
+        "unverified": {
+            "intent": None if grant.intent is None else in_quotes(grant.intent, _LONGEST_WORDS),
+            "claims": {
+                in_quotes(name, _LONGEST_CLAIM): in_quotes(text, _LONGEST_CLAIM)
+                for name, text in claimed_text(grant.claimed).items()
+            },
+            "purpose": in_quotes(case.purpose, _LONGEST_WORDS) or None,
+        },
+    }
 
 
 def of_lease(lease: Lease, owed_since: datetime | None = None) -> dict[str, Any]:

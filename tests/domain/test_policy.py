@@ -26,6 +26,17 @@ SCOPES = tuple(f"contacts:{number}" for number in range(64))
 RULES = (
     PrincipalRule(name="summarizer", kind="agent", issuer="https://issuer.example", subject="s", owner="sales"),
     PrincipalRule(name="scribe", kind="agent", issuer="https://issuer.example", subject="t"),
+    *(
+        PrincipalRule(
+            name=name,
+            kind="person",
+            issuer="https://issuer.example",
+            subject=name,
+            roles=("approver",),
+            groups=("security",),
+        )
+        for name in ("sam", "sue")
+    ),
 )
 
 

@@ -75,6 +75,8 @@ BODIES = {
         "parent_grant_id": None,
     },
     shapes.RenewGrant: {"ttl_s": 60},
+    shapes.CollectGrant: {"parameters": {}},
+    shapes.Approve: {"scopes": ["contacts:read"], "ttl_s": 60, "reason": "looks right"},
     shapes.Abandon: {"reason": "drill"},
     shapes.Revoke: {"agent": "nobody", "reason": "drill", "dry_run": False, "lockdown": False},
     shapes.SetLockdown: {"agent": "nobody", "reason": "drill"},

@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from broker.web.app import API
+from tests.approvals import apply, approve, ask, asking
 from tests.hostile.conftest import Hostile, refused, stuck_lease
 from tests.hostile.corpus import (
     AXES,
@@ -28,8 +29,10 @@ from tests.hostile.corpus import (
 from tests.house import CRM
 
 OPERATIONS = {operation.name: operation for room in API for operation in room.declared if operation.body is not None}
-CALLERS = {"request_grant": "summarizer", "renew_grant": "summarizer", "revoke_grant": "summarizer"} | dict.fromkeys(
-    ("revoke_along", "set_lockdown", "evaluate", "abandon_lease"), "ada"
+CALLERS = (
+    dict.fromkeys(("request_grant", "renew_grant", "revoke_grant", "collect_grant", "withdraw"), "summarizer")
+    | dict.fromkeys(("revoke_along", "set_lockdown", "evaluate", "abandon_lease"), "ada")
+    | dict.fromkeys(("approve", "deny"), "sam")
 )
 
 
@@ -39,7 +42,12 @@ class Scene:
     def __init__(self, web, name):
         self.web, self.operation, self.by = web, OPERATIONS[name], CALLERS.get(name, "pipeline")
         # Many scenes share one house, and none of them is about limits.
-        web.house.broker.issuance._limits = replace(web.house.broker.settings.limits, max_live_per_agent=100_000)
+        web.house.broker.issuance._limits = replace(
+            web.house.broker.settings.limits,
+            max_live_per_agent=100_000,
+            max_open_approvals_per_agent=100_000,
+            max_open_approvals_per_group=100_000,
+        )
         task = web.open_task()
         grant = web.grant(task).json["grant"]
         self.path = self.operation.path.replace("{id}", self._id(task["id"], grant["id"]))
@@ -50,7 +58,19 @@ class Scene:
     def _id(self, task_id, grant_id):
         if "/leases/" in self.operation.path:
             return stuck_lease(self.web.house.broker, grant_id)
+        if "/approvals/" in self.operation.path or self.operation.name == "collect_grant":
+            return self._waiting()
         return task_id if "/tasks/" in self.operation.path else grant_id
+
+    def _waiting(self):
+        """The id of what waits for people, or of its grant when they have said yes."""
+        house = self.web.house
+        apply(house, asking(house))
+        case = ask(house, house.open_task())
+        if self.operation.name != "collect_grant":
+            return case.approval.id
+        approve(house, case)
+        return case.grant.id
 
     def send(self, body, **more):
         raw = body if isinstance(body, str | bytes) else json.dumps(body)
@@ -191,7 +211,7 @@ NO_OBJECT = (
 
 def test_what_is_no_json_object_is_refused(scene):
     for raw in NO_OBJECT:
-        if not raw and scene.operation.body.__name__ in ("WithReason", "RenewGrant"):
+        if not raw and scene.operation.body.__name__ in ("WithReason", "RenewGrant", "Approve", "CollectGrant"):
             continue  # an absent body says nothing, and nothing is what these may say
         refused(scene.send(raw), status=(400, 413))
 

@@ -7,7 +7,7 @@ that is missing, a policy that cannot be evaluated. What a caller sent is data t
 
 from __future__ import annotations
 
-from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, TaskFacts
+from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, TaskFacts, claimed_text
 from broker.domain.policy.engine import PolicySet
 from broker.domain.policy.expectations import PolicyTest, PolicyTestResult, read_tests, run_tests
 from broker.domain.policy.schema import BASE_SCHEMA, agent_facts, complete_schema, resource_facts
@@ -24,6 +24,7 @@ __all__ = [
     "PolicyTestResult",
     "TaskFacts",
     "agent_facts",
+    "claimed_text",
     "complete_schema",
     "read_tests",
     "resource_facts",

@@ -16,6 +16,14 @@ from broker.domain.identity import Principal
 ALLOW, DENY, NEEDS_APPROVAL = "allow", "deny", "needs_approval"
 
 
+def claimed_text(claimed: Mapping[str, Any]) -> dict[str, str]:
+    """Claims as text: a string as it is, anything else as its JSON."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, sort_keys=True, separators=(",", ":"))
+        for name, value in claimed.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskFacts:
     """What the broker knows of the task. `purpose` is its orchestrator's word: "" where the agent opened it itself."""
@@ -61,19 +69,16 @@ class AccessRequest:
         return hashlib.sha256(canonical_json(asked)).hexdigest()
 
     def claimed_text(self) -> dict[str, str]:
-        """Claims as text: a string as it is, anything else as its JSON."""
-        return {
-            name: value if isinstance(value, str) else json.dumps(value, sort_keys=True, separators=(",", ":"))
-            for name, value in self.claimed.items()
-        }
+        return claimed_text(self.claimed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
     """`policies` decided; `reasons` are sentences for the agent; `approvals` are (group, how many) still needed.
 
-    `refused_scopes` are those that had no allow, and `failure` what the engine could not do: for the log, since an
-    agent can do nothing about it and is shown neither.
+    `owners_in` are the groups of `approvals` in which somebody of the requester's own owner counts too, and
+    `approve_within_s` is how long policy lets it wait. `refused_scopes` are those that had no allow, and `failure` what
+    the engine could not do: for the log, since an agent can do nothing about it and is shown neither.
     """
 
     outcome: str
@@ -82,6 +87,8 @@ class Decision:
     reasons: tuple[str, ...] = ()
     max_ttl_s: int | None = None
     approvals: tuple[tuple[str, int], ...] = ()
+    owners_in: frozenset[str] = frozenset()
+    approve_within_s: int | None = None
     refused_scopes: tuple[str, ...] = ()
     failure: str | None = None
 

@@ -16,7 +16,7 @@ import cedarpy
 from broker.domain.catalogue import Catalogue
 from broker.domain.errors import ConfigurationError
 from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision
-from broker.domain.policy.reading import Path, Policy, read_policies, set_json
+from broker.domain.policy.reading import Path, Policy, read_policies, set_json, unsatisfiable
 from broker.domain.policy.schema import agent_facts, one_line, resource_facts
 
 _SLICES_KEPT = 4096
@@ -76,10 +76,16 @@ class PolicySet:
         return tuple(self._by_id)
 
     @classmethod
-    def compile(cls, catalogue: Catalogue) -> PolicySet:
-        """Parse and check every policy; ConfigurationError names each problem with file, policy and remedy."""
+    def compile(cls, catalogue: Catalogue, *, applied: bool = False) -> PolicySet:
+        """Parse and check every policy; ConfigurationError names each problem with file, policy and remedy.
+
+        `applied`: it is in force already. An approval nobody can give is refused where it would come into force, and
+        where it did, it is one that nobody gives: no reason to answer nothing at all.
+        """
         problems: list[str] = []
         policies = read_policies(catalogue, problems)
+        if not applied:
+            problems += unsatisfiable(policies, catalogue)
         if problems:
             raise ConfigurationError(problems)
         return cls(catalogue.version, policies)
@@ -121,6 +127,7 @@ class PolicySet:
         failures: dict[str, None] = {}
         ceilings: list[int] = []
         approvals: dict[tuple[str, int], None] = {}
+        asking_people: list[Policy] = []
         refused: list[str] = []
         for scope in sorted(request.scopes):
             found = self._slice(request, scope)
@@ -138,6 +145,7 @@ class PolicySet:
                 # Any one of the permits is enough, so the one that asks the fewest people is the one to wait for.
                 fewest = min(policies, key=lambda policy: (policy.quorum, policy.id))
                 approvals[(fewest.approval or "", fewest.quorum)] = None
+                asking_people.append(fewest)
         if refused:
             return Decision(
                 outcome=DENY,
@@ -154,6 +162,8 @@ class PolicySet:
             reasons=_first(reasons),
             max_ttl_s=min(ceilings, default=None),
             approvals=tuple(approvals),
+            owners_in=_owners_in(asking_people),
+            approve_within_s=min((p.approve_within_s for p in asking_people if p.approve_within_s), default=None),
             failure=one_line("; ".join(failures)) if failures else None,
         )
 
@@ -298,6 +308,12 @@ def _why_not(
         yield f"no policy allows {scope} on {resource} to {request.agent.name}: ask for another scope"
     for policy in near:
         yield f"policy {policy.id!r} allows {scope} on {resource} only {policy.condition}".rstrip()
+
+
+def _owners_in(asking: Sequence[Policy]) -> frozenset[str]:
+    """The groups in which the owner counts for every policy that asks them: one that says nothing says no."""
+    strict = {policy.approval for policy in asking if not policy.owner_may_approve}
+    return frozenset(policy.approval for policy in asking if policy.approval and policy.approval not in strict)
 
 
 def _first(reasons: Iterable[str]) -> tuple[str, ...]:

@@ -12,11 +12,14 @@ from typing import Any
 import cedarpy
 
 from broker.domain.catalogue import Catalogue
+from broker.domain.identity import Role
 from broker.domain.policy.schema import complete_schema, one_line, quoted
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_ANNOTATIONS = ("id", "approval", "quorum", "max_ttl", "description")
+_ANNOTATIONS = ("id", "approval", "quorum", "approve_within", "owner_may_approve", "max_ttl", "description")
+_OF_APPROVAL = ("quorum", "approve_within", "owner_may_approve")
 _MAX_TTL = 86_400
+_LONGEST_WAIT = 604_800
 _LONGEST_CONDITION = 500
 _STRING = re.compile(r'("(?:[^"\\]|\\.)*")')
 _NEEDLESS = re.compile(r"(?<!\w)\(([\w.]+)\)")
@@ -37,6 +40,8 @@ class Policy:
     body: Mapping[str, Any]
     approval: str | None
     quorum: int
+    approve_within_s: int | None
+    owner_may_approve: bool  # an identity of the same owner as the requester counts
     max_ttl_s: int | None
     condition: str
     reads: frozenset[Path]
@@ -64,6 +69,28 @@ def read_policies(catalogue: Catalogue, problems: list[str]) -> list[Policy]:
             )
         seen[policy.id] = policy.file
     return policies
+
+
+def unsatisfiable(policies: Iterable[Policy], catalogue: Catalogue) -> Iterator[str]:
+    """Approvals that nobody could ever give: a group no approver is in, or fewer of them than the quorum."""
+    members: dict[str, int] = {}
+    for rule in catalogue.principals:
+        if Role.APPROVER in rule.roles:
+            for group in rule.groups:
+                members[group] = members.get(group, 0) + 1
+    for policy in policies:
+        if policy.approval is None or members.get(policy.approval, 0) >= policy.quorum:
+            continue
+        where, found = f"{policy.file}, policy {policy.id!r}", members.get(policy.approval, 0)
+        if not found:
+            nearest = get_close_matches(policy.approval, members, 1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else "give approvers this group, or name another"
+            yield f"{where}: no principal with role approver has the group {policy.approval!r}: {hint}"
+        else:
+            yield (
+                f"{where}: wants {policy.quorum} of {policy.approval!r}, which has {found}: "
+                "add approvers to it, or lower the quorum"
+            )
 
 
 def _read_file(
@@ -124,8 +151,12 @@ def _read_policy(file: str, number: int, body: Mapping[str, Any], problems: list
     approval = annotations.get("approval")
     if "approval" in annotations and (not approval or not permits):
         problems.append(f'{where}: @approval names the group that is asked, on a permit: @approval("security")')
-    if "quorum" in annotations and "approval" not in annotations:
-        problems.append(f"{where}: @quorum without @approval asks nobody: say who approves")
+    for name in _OF_APPROVAL:
+        if name in annotations and "approval" not in annotations:
+            problems.append(f"{where}: @{name} without @approval asks nobody: say who approves")
+    if annotations.get("owner_may_approve", "true") != "true":
+        # Anything else could be meant as no, and no is what it is without the annotation.
+        problems.append(f'{where}: write @owner_may_approve("true"), or leave it out: then they may not')
     if "max_ttl" in annotations and not permits:
         problems.append(f"{where}: @max_ttl on a forbid shortens nothing: put it on a permit")
     try:
@@ -141,6 +172,8 @@ def _read_policy(file: str, number: int, body: Mapping[str, Any], problems: list
         body=body,
         approval=approval,
         quorum=_count(annotations, "quorum", 10, where, problems) or 1,
+        approve_within_s=_count(annotations, "approve_within", _LONGEST_WAIT, where, problems),
+        owner_may_approve=annotations.get("owner_may_approve") == "true",
         max_ttl_s=_count(annotations, "max_ttl", _MAX_TTL, where, problems),
         condition=condition,
         reads=frozenset(_reads(body["conditions"])),

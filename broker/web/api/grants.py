@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from broker.domain.approval import Case
 from broker.domain.grant import GrantRequest
 from broker.domain.identity import Caller
+from broker.domain.lifecycle import GrantState
 from broker.domain.scope import scope_set
 from broker.web import shapes
 from broker.web.auth import proven_key, user_in_body
 from broker.web.context import broker
 from broker.web.operations import Operations, before, page
-from broker.web.reading import idempotency
+from broker.web.reading import idempotency, preferred_wait_s
 
 grants = Operations("grants")
+
+_LOOK_AGAIN_S = 5  # people are not faster
 
 
 @grants(
@@ -22,12 +27,12 @@ grants = Operations("grants")
     "/v1/grants",
     "Ask for a credential",
     body=shapes.RequestGrant,
-    answers={201: shapes.IssuedAnswer},
+    answers={201: shapes.IssuedAnswer, 202: shapes.PendingAnswer},
     creates=True,
     proof=True,
     looks_again=True,
 )
-def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
+def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any] | tuple[int, Any, Mapping[str, str]]:
     request = GrantRequest(
         caller=caller,
         resource=body.resource,
@@ -40,10 +45,28 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any]:
         takes_secrets=True,
         parent_grant_id=body.parent_grant_id,
         user=user_in_body(body.on_behalf_of, caller),
+        may_wait=True,
         idempotency=idempotency(),
         jkt=proven_key(),
     )
-    return 201, shapes.of_issued(broker().issuance.issue(request))
+    made = broker().issuance.request(request)
+    if isinstance(made, Case):
+        return 202, shapes.of_pending(made), {"Retry-After": str(_LOOK_AGAIN_S)}
+    return 201, shapes.of_issued(made)
+
+
+@grants(
+    "POST",
+    "/v1/grants/{id}/credential",
+    "Collect the credential of a grant that people have approved, once",
+    body=shapes.CollectGrant,
+    answers={200: shapes.IssuedAnswer},
+    proof=True,
+    looks_again=True,
+)
+def collect_grant(caller: Caller, grant_id: str, body: shapes.CollectGrant) -> tuple[int, Any]:
+    issued = broker().collection.collect(caller, grant_id, jkt=proven_key(), parameters=body.parameters)
+    return 200, shapes.of_issued(issued)
 
 
 @grants(
@@ -74,9 +97,16 @@ def list_grants(caller: Caller, query: shapes.GrantQuery) -> tuple[int, Any]:
     return 200, page([grant for grant, _, _ in found], [shapes.of_grant(*each) for each in found], query.limit)
 
 
-@grants("GET", "/v1/grants/{id}", "One grant, never its credential", answers={200: shapes.GrantAnswer})
+@grants("GET", "/v1/grants/{id}", "One grant, never its credential", answers={200: shapes.GrantAnswer}, waits=True)
 def show_grant(caller: Caller, grant_id: str) -> tuple[int, Any]:
-    return 200, shapes.of_grant(*broker().verification.find_grant(caller, grant_id))
+    """With `Prefer: wait`, when people have decided about it, or the time is over."""
+    found = broker().waiting.until(
+        lambda: broker().verification.find_grant(caller, grant_id),
+        lambda seen: seen[0].state is not GrantState.PENDING or seen[0].expires_at <= broker().clock(),
+        by=caller.name,
+        at_most_s=preferred_wait_s(),
+    )
+    return 200, shapes.of_grant(*found)
 
 
 @grants(

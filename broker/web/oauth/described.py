@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from broker.web.oauth.deferred import COMPLETION_MODE
 from broker.web.oauth.metadata import GRANT_TYPES
 
 _FORM = "application/x-www-form-urlencoded"
@@ -25,7 +26,8 @@ _CLIENT = {
 _ERRORS = (
     "invalid_request", "invalid_client", "invalid_grant", "invalid_scope", "invalid_target",
     "invalid_authorization_details", "invalid_dpop_proof", "use_dpop_nonce", "unauthorized_client",
-    "unsupported_grant_type", "access_denied", "temporarily_unavailable",
+    "unsupported_grant_type", "access_denied", "temporarily_unavailable", "authorization_pending", "slow_down",
+    "expired_token",
 )  # fmt: skip
 
 
@@ -33,7 +35,14 @@ def components() -> dict[str, Any]:
     """The shapes that the OAuth endpoints name."""
     return {
         "OAuthError": _object(
-            {"error": {"enum": list(_ERRORS)}, "error_description": _TEXT}, required=("error", "error_description")
+            {
+                "error": {"enum": list(_ERRORS)},
+                "error_description": _TEXT,
+                "deferral_code": {**_TEXT, "description": "With authorization_pending: what to poll with."},
+                "expires_in": {"type": "integer", "minimum": 0, "description": "How long polling makes sense."},
+                "interval": {"type": "integer", "minimum": 1, "description": "Seconds between two polls."},
+            },
+            required=("error", "error_description"),
         ),
         "TokenForm": _object(
             {
@@ -50,6 +59,11 @@ def components() -> dict[str, Any]:
                 "audience": {**_TEXT, "maxLength": 1000, "description": "Another word for resource."},
                 "scope": {**_TEXT, "description": "Separated by single blanks."},
                 "task_id": {**_TEXT, "description": "The task this is for."},
+                "completion_mode": {
+                    "enum": [COMPLETION_MODE],
+                    "description": "The client can wait for people: authorization_pending instead of invalid_scope.",
+                },
+                "deferral_code": {**_TEXT, "description": "With the deferred grant type: what was answered."},
                 "authorization_details": {**_TEXT, "description": "RFC 9396: one element of type urn:broker:task."},
             },
             required=("grant_type",),

@@ -14,6 +14,7 @@ from broker.domain.receipt import OFFLINE_BOUND
 from broker.services.proofs import DPOP_ALGORITHMS
 from broker.web.answers import Answer, json_response, kept_response
 from broker.web.context import broker
+from broker.web.oauth.deferred import COMPLETION_MODE, DEFERRED
 
 metadata = Blueprint("metadata", __name__)
 
@@ -21,6 +22,7 @@ GRANT_TYPES = (
     "client_credentials",
     "urn:ietf:params:oauth:grant-type:jwt-bearer",
     "urn:ietf:params:oauth:grant-type:token-exchange",
+    DEFERRED,
 )
 _KEPT_FOR_S = 60
 
@@ -45,6 +47,7 @@ def server_metadata() -> Response:
             "scopes_supported": scopes,
             "response_types_supported": ["none"],
             "grant_types_supported": list(GRANT_TYPES),
+            "completion_modes_supported": [COMPLETION_MODE],
             "token_endpoint_auth_methods_supported": ["private_key_jwt"],
             "token_endpoint_auth_signing_alg_values_supported": algorithms,
             "introspection_endpoint_auth_methods_supported": ["private_key_jwt"],

@@ -13,6 +13,7 @@ from typing import Any
 from flask import Blueprint, Response
 
 from broker.domain import strict_json
+from broker.domain.approval import Case
 from broker.domain.clock import epoch
 from broker.domain.errors import Invalid, InvalidTarget, InvalidTaskDetails, NotFound, Unauthenticated
 from broker.domain.grant import Authority, GrantRequest, Issued
@@ -22,6 +23,7 @@ from broker.services.users import is_of_a_user
 from broker.web.answers import Answer, json_response
 from broker.web.auth import authenticate, known_now, proven_key, user_behind
 from broker.web.context import broker, current
+from broker.web.oauth import deferred
 from broker.web.problems import OAuthError
 from broker.web.reading import form, raw_body
 
@@ -57,6 +59,8 @@ def issue_token() -> Answer:
         return _issue(_bearer(given, "assertion", client), given, sent_as="assertion")
     if grant_type == TOKEN_EXCHANGE:
         return _exchange(given)
+    if grant_type == deferred.DEFERRED:
+        return _poll(given)
     raise OAuthError("unsupported_grant_type", f"grant_type {grant_type[:100]} is not one this broker knows")
 
 
@@ -132,6 +136,13 @@ def _actor(given: Mapping[str, str]) -> Caller | None:
     return _bearer(given, "actor_token", client)
 
 
+def _poll(given: Mapping[str, str]) -> Answer:
+    """What was deferred, for the client that it was deferred for; however it proves itself."""
+    client = "client_assertion" in given or "assertion" not in given
+    made = deferred.poll(_client(given) if client else _bearer(given, "assertion", None), given)
+    return _answer(made, exchanged=False) if isinstance(made, Issued) else made
+
+
 def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Answer:
     if _target(given, default=grant.resource) != grant.resource:
         raise InvalidTarget("a renewal keeps its resource: ask for a new grant instead", member="resource")
@@ -165,11 +176,12 @@ def _issue(
         parent_grant_id=None if parent is None else parent.id,
         parent_by_token=parent is not None,
         user=user,
+        may_wait=deferred.opted_in(given),
     )
     # Looked at again in there, at the time of the commit: it may have ended meanwhile.
     with _judged(sent_as):
-        issued = broker().issuance.issue(grant_request)
-    return _answer(issued, exchanged=exchanged)
+        made = broker().issuance.request(grant_request)
+    return deferred.pending(made) if isinstance(made, Case) else _answer(made, exchanged=exchanged)
 
 
 def _task_of(given: Mapping[str, str], details: Mapping[str, str]) -> str | None:
