@@ -1,0 +1,95 @@
+"""People asked about a part that is handed down, and about what is for a user: nothing gets wider by waiting."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from broker.domain.errors import Conflict, Forbidden
+from broker.domain.identity import User
+from tests.approvals import ASKING, PEOPLE, apply, approve, ask, asking, collect, person, states
+
+HANDED = (
+    ASKING
+    + """
+@id("handed-asks-one")
+@approval("security")
+permit (principal == Agent::"scribe", action == Action::"contacts:write", resource == Resource::"https://crm.example/api");
+"""
+)
+
+
+@pytest.fixture
+def house(house):
+    apply(house, asking(house, policies=HANDED, people=(*PEOPLE, person("alice", "security"))))
+    return house
+
+
+@pytest.fixture
+def parent(house):
+    task = house.open_task("summarizer", "scribe")
+    case = ask(house, task)
+    approve(house, case)
+    return collect(house, case)
+
+
+def ask_below(house, parent, **more):
+    return ask(house, None, by="scribe", parent_grant_id=parent.grant.id, **more)
+
+
+def test_a_part_is_collected_inside_its_parent(house, parent):
+    case = ask_below(house, parent)
+    assert case.approval.expires_at <= parent.grant.expires_at
+    approve(house, case)
+    house.clock.forward(seconds=100)
+    child = collect(house, case, by="scribe")
+    assert child.grant.expires_at == parent.grant.expires_at
+    assert child.grant.chain == ("summarizer",)
+    assert set(parent.grant.kids) <= set(child.grant.kids) and set(parent.grant.policies) <= set(child.grant.policies)
+
+
+@pytest.mark.parametrize("approved", [False, True])
+def test_what_waits_ends_with_the_parent(house, parent, approved):
+    """INV-11."""
+    case = ask_below(house, parent)
+    if approved:
+        approve(house, case)
+    house.broker.revocation.revoke_grant(house.caller("summarizer"), parent.grant.id)
+    assert states(house, case)[1] == "revoked"
+    with pytest.raises(Conflict):
+        collect(house, case, by="scribe")
+
+
+def test_who_handed_it_down_and_who_owns_them_do_not_approve_it(house, parent):
+    case = ask_below(house, parent)
+    with pytest.raises(Forbidden, match="one owner"):
+        approve(house, case, by="olga")
+
+
+def test_the_user_it_is_for_does_not_approve_it(house):
+    user = User(name="people:dev:alice", expires_at=house.clock() + timedelta(hours=1))
+    case = ask(house, house.open_task(), user=user)
+    assert case.grant.on_behalf_of == "people:dev:alice"
+    with pytest.raises(Forbidden, match="itself"):
+        approve(house, case, by="alice")
+    approve(house, case)
+    assert collect(house, case).grant.on_behalf_of == "people:dev:alice"
+
+
+def test_what_waited_ends_with_the_users_token(house):
+    user = User(name="people:bob", expires_at=house.clock() + timedelta(seconds=200))
+    case = ask(house, house.open_task(), user=user)
+    assert case.approval.expires_at == user.expires_at
+    approve(house, case)
+    house.clock.forward(seconds=100)
+    assert collect(house, case).grant.expires_at == user.expires_at
+
+
+def test_what_a_user_was_asked_for_alone_is_what_waits(house):
+    user = User(name="people:bob", expires_at=house.clock() + timedelta(hours=1))
+    task = house.open_task()
+    mine = ask(house, task, user=user)
+    with pytest.raises(Conflict, match="already"):
+        ask(house, task, user=replace(user, name="people:carol"))
+    approve(house, mine)
+    assert collect(house, mine).grant.on_behalf_of == "people:bob"
