@@ -35,6 +35,7 @@ def task() -> None:
     help='Nothing but this, e.g. --only https://crm.example/api "contacts:read contacts:write". May be repeated.',
 )
 @facts_option("--label", "labels", "A label, for policies and reports. May be repeated.")
+@click.option("--part-of", "parent_task_id", help="The task of which it is a part, and with which it ends.")
 @user_token_option
 @click.option("--id-only", is_flag=True, help="Print the id of the task and nothing else.")
 @idempotency_option
@@ -46,6 +47,7 @@ def open_task(
 
     \b
     broker task open --purpose "summarise the leads of May" --agent summarizer --deadline 1h
+    broker task open --purpose "only the leads of Berlin" --agent lead-finder --deadline 10m --part-of task_0198…
     TASK=$(broker task open --purpose "nightly report" --agent scribe --deadline 15m --id-only)
     """
     opened = broker.open_task(agents=agents, resources=_resources(ceiling), **more)

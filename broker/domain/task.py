@@ -26,14 +26,15 @@ class Task:
     labels: Mapping[str, str] = field(default_factory=dict)
     heartbeat_s: int | None = None
     heartbeat_due_at: datetime | None = None
+    upheld_until: datetime | None = None  # when the heartbeat of a task above it is lost, if nobody sends it
     implicit: bool = False
     ended_at: datetime | None = None
     reason: str | None = None
 
     @property
     def ends_at(self) -> datetime:
-        """When time alone ends it: its deadline, or sooner when nobody sends its heartbeat."""
-        return self.deadline_at if self.heartbeat_due_at is None else min(self.deadline_at, self.heartbeat_due_at)
+        """When time alone ends it: its deadline, or sooner when nobody sends its heartbeat or one above it."""
+        return min(at for at in (self.deadline_at, self.heartbeat_due_at, self.upheld_until) if at is not None)
 
     def is_open(self, now: datetime) -> bool:
         """Whether anything may still be issued for it; it does not wait for the sweeper to say so."""

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits
 from broker.domain.clock import Clock
-from broker.domain.errors import Invalid, NotFound, RoleMissing, TaskNotActive
+from broker.domain.errors import Forbidden, Invalid, InvalidScope, NotFound, RoleMissing, TaskNotActive
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.identity import Caller, Role, User, is_id, new_id
 from broker.domain.lease import Urgency
@@ -42,6 +42,7 @@ class TaskRequest:
     labels: Mapping[str, str] = field(default_factory=dict)
     idempotency: IdempotencyClaim | None = None
     user: User | None = None
+    parent_task_id: str | None = None
 
 
 class TaskService:
@@ -61,7 +62,10 @@ class TaskService:
 
     def _open(self, request: TaskRequest) -> Task:
         with self._database.begin_issuing() as db:
-            standing = self._standing.at(db, gate.hold_shared(db))
+            named = request.parent_task_id
+            above = [named] if named is not None and is_id(named, "task") else []
+            locks.hold_for_issuing(db, agents=(), tasks=above)
+            standing = self._standing.at(db, gate.era_of(db))
             now = self._clock()
             principal = principal_of(request.caller, standing)
             if Role.ORCHESTRATOR not in principal.roles:
@@ -98,9 +102,46 @@ class TaskService:
             earlier = self._claimed(db, request, task, now)
             if earlier is not None:
                 return earlier
+            if request.parent_task_id is not None:
+                task = self._inside(db, task, request, now)
             tasks.insert_tasks(db, [task])
             record(db, [_event(task, request.caller.name, now, "task.opened", trace_id=request.caller.trace_id)])
         return task
+
+    def _inside(self, db: Connection, task: Task, request: TaskRequest, now: datetime) -> Task:
+        """The task as a part of the one it names: nothing of it is more than that has (INV-10)."""
+        named = request.parent_task_id or ""
+        parent = tasks.Tasks().hold_shared(db, [named] if is_id(named, "task") else []).get(named)
+        orchestrator = task.orchestrator
+        if parent is None or not (orchestrator == parent.orchestrator or orchestrator in parent.agents):
+            raise NotFound(f"there is no task {named[:64]!r} of which you may open a part", member="parent_task_id")
+        strangers = sorted(set(task.agents) - set(parent.agents))
+        if strangers and orchestrator != parent.orchestrator:
+            raise Forbidden(
+                f"task {parent.id} does not name {', '.join(strangers)}: only {parent.orchestrator} brings in others"
+            )
+        if not parent.is_open(now):
+            raise TaskNotActive(f"task {parent.id} has ended: no part of it can be opened", member="parent_task_id")
+        depth = tasks.depth_of(db, parent) + 1
+        if depth > self._limits.max_delegation_depth:
+            raise Forbidden(
+                f"task {parent.id} is {depth - 1} deep already, which is as deep as this broker allows "
+                "(max_delegation_depth)"
+            )
+        if task.deadline_at > parent.deadline_at:
+            left_s = int((parent.deadline_at - now).total_seconds())
+            raise Invalid(f"task {parent.id} ends in {left_s} s, and no part of it later", member="deadline_s")
+        if None not in (task.on_behalf_of, parent.on_behalf_of) and task.on_behalf_of != parent.on_behalf_of:
+            raise Forbidden(f"task {parent.id} is on behalf of another user")
+        return replace(
+            task,
+            parent_task_id=parent.id,
+            ceiling=_ceiling_inside(task, parent),
+            on_behalf_of=task.on_behalf_of or parent.on_behalf_of,
+            upheld_until=min(
+                (at for at in (parent.heartbeat_due_at, parent.upheld_until) if at is not None), default=None
+            ),
+        )
 
     def _claimed(self, db: Connection, request: TaskRequest, task: Task, now: datetime) -> Task | None:
         if request.idempotency is None:
@@ -121,7 +162,9 @@ class TaskService:
                 return task
             if not tasks.beat(db, task.id, now=now, heartbeat_s=task.heartbeat_s):
                 raise TaskNotActive(f"task {task.id} has ended: open a new one")
-            return replace(task, heartbeat_due_at=now + timedelta(seconds=task.heartbeat_s))
+            task = replace(task, heartbeat_due_at=now + timedelta(seconds=task.heartbeat_s))
+            tasks.uphold(db, task)
+            return task
 
     def end(self, caller: Caller, task_id: str, state: TaskState, *, reason: str | None = None) -> SignedReceipt:
         """Complete, fail or cancel, with everything below. Once ended, the answer is the receipt of how it ended."""
@@ -129,22 +172,25 @@ class TaskService:
             recorded(self._database, self._clock, caller, "task.refused", str(state)),
             self._database.begin() as db,
         ):
-            task, now = self._held(db, caller, task_id, admin=True)
+            task, now = self._held(db, caller, task_id, admin=True, below=True)
             actor = caller.name
             if task.state is TaskState.ACTIVE and not task.is_open(now):
                 state, reason, actor = TaskState.EXPIRED, _why_expired(task, now), ACTOR
             end_tasks(db, [task.id], state, now=now, actor=actor, reason=reason, trace_id=caller.trace_id)
-            owing = grants.owing_under(db, task.id)
+            owing = grants.owing_under(db, tasks.tree_of(db, task.id))
         self._debts.pay_now(owing)
         return self.receipt_for(task.id)
 
-    def _held(self, db: Connection, caller: Caller, task_id: str, *, admin: bool) -> tuple[Task, datetime]:
+    def _held(
+        self, db: Connection, caller: Caller, task_id: str, *, admin: bool, below: bool = False
+    ) -> tuple[Task, datetime]:
         """The task as it is and stays until this transaction ends, and the time behind its lock.
 
         A time from before the wait would say that authority ended while verifiers still accepted it (INV-04).
         """
         task = _owned(db, caller, task_id, admin=admin)
-        locks.hold_tasks_alone(db, [task.id])
+        # With what is below it in one go: whoever issues to several tasks waits for them in one order.
+        locks.hold_tasks_alone(db, tasks.tree_of(db, task.id, active=True) if below else [task.id])
         return _owned(db, caller, task_id, admin=admin), self._clock()
 
     def find(self, caller: Caller, task_id: str) -> Task:
@@ -180,7 +226,7 @@ class TaskService:
         now = self._clock()
         with self._database.read() as db:
             task = tasks.find_task(db, task_id)
-            below = grants.issued_under(db, task_id)
+            below = grants.issued_under(db, tasks.tree_of(db, task_id))
             owed = leases.leases_of(db, [grant.id for grant in below if grant.provider != OWES_NOTHING])
         if task is None:
             raise NotFound(f"there is no task {task_id[:64]!r}")
@@ -207,17 +253,23 @@ def end_tasks(
     reason: str | None,
     trace_id: str | None = None,
 ) -> int:
-    """End the tasks that are still active and every grant below them; answers how many tasks that were.
+    """End the tasks that are still active, every task below them and every grant below those; answers how many tasks.
 
-    Nobody issues meanwhile: a grant is either seen here or refused there (INV-12).
+    Nobody issues meanwhile: a grant or a part of a task is either seen here or refused there (INV-11, INV-12).
     """
 
     def task_ended(row: Row[Any]) -> Event:
         return _event(tasks.task_of(row, ()), actor, now, f"task.{state}", reason=reason, trace_id=trace_id)
 
+    part_reason = f"the task above it is {state}"
+
+    def part_ended(row: Row[Any]) -> Event:
+        return _event(tasks.task_of(row, ()), actor, now, f"task.{part_state}", reason=part_reason, trace_id=trace_id)
+
     ids = sorted(task_ids)
-    locks.hold_tasks_alone(db, ids)
-    tasks.hold(db, ids)
+    tree = {known for task_id in ids for known in tasks.tree_of(db, task_id, active=True)}
+    locks.hold_tasks_alone(db, sorted(tree))
+    tasks.hold(db, sorted(tree))
     where = [tasks.with_ids(ids)]
     if state is TaskState.EXPIRED:
         # A heartbeat that came in between must win.
@@ -225,14 +277,44 @@ def end_tasks(
     ended = move(db, models.Task, state, *where, event=task_ended, ended_at=now, reason=reason)
     if not ended:
         return 0
-    below = grants.of_tasks([row.id for row in ended])
+    every, level = list(ended), ended
+    part_state = TaskState.EXPIRED if state is TaskState.EXPIRED else TaskState.CANCELLED
+    while parts := tasks.active_below(db, [row.id for row in level]):
+        # A part that was opened since the tree was read is held by its row alone: whoever issues to it waits there.
+        tasks.hold(db, parts)
+        level = move(
+            db,
+            models.Task,
+            part_state,
+            tasks.with_ids(parts),
+            event=part_ended,
+            ended_at=now,
+            reason=part_reason,
+        )
+        every += level
+    below = grants.of_tasks([row.id for row in every])
     why = f"task {state}"
     expired = change_of(now, ACTOR, "grant.expired", trace_id=trace_id)
     end_grants(db, GrantState.EXPIRED, below, grants.expired(now), now=now, urgency=Urgency.ENDED, event=expired)
     revoked = change_of(now, actor, "grant.revoked", reason=why, trace_id=trace_id)
     values = {"revoked_at": now, "revoked_by": actor, "reason": why}
     end_grants(db, GrantState.REVOKED, below, now=now, urgency=Urgency.ENDED, event=revoked, **values)
-    return len(ended)
+    return len(every)
+
+
+def _ceiling_inside(task: Task, parent: Task) -> Mapping[str, list[str]] | None:
+    if parent.ceiling is None:
+        return task.ceiling
+    if task.ceiling is None:
+        return parent.ceiling
+    for identifier, scopes in task.ceiling.items():
+        beyond = sorted(set(scopes) - set(parent.ceiling.get(identifier, ())))
+        if beyond:
+            raise InvalidScope(
+                f"task {parent.id} does not include {', '.join(beyond)} on {identifier}: no part of it does",
+                member="resources",
+            )
+    return task.ceiling
 
 
 def _why_expired(task: Task, now: datetime) -> str:

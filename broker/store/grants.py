@@ -152,13 +152,13 @@ def grants_with_ids(db: Connection, ids: Collection[str]) -> list[Grant]:
 
 
 def _with_task(columns: Iterable[ColumnElement[Any]]) -> Select[Any]:
-    ends_at = (_tasks.c.deadline_at, _tasks.c.heartbeat_due_at)
+    ends_at = (_tasks.c.deadline_at, _tasks.c.heartbeat_due_at, _tasks.c.upheld_until)
     return select(*columns, _tasks.c.state.label("task_state"), *ends_at).join(_tasks, _tasks.c.id == _grants.c.task_id)
 
 
 def _ends_at(row: Any) -> datetime:
-    ends_at: datetime = row.deadline_at
-    return ends_at if row.heartbeat_due_at is None else min(ends_at, row.heartbeat_due_at)
+    moments: tuple[datetime | None, ...] = (row.deadline_at, row.heartbeat_due_at, row.upheld_until)
+    return min(at for at in moments if at is not None)
 
 
 def find_with_tasks(db: Connection, ids: Collection[str]) -> Mapping[str, tuple[Grant, TaskState, datetime]]:
@@ -240,18 +240,18 @@ def page_of_grants(
     return [grant_of(row) for row in db.execute(statement)]
 
 
-def issued_under(db: Connection, task_id: str) -> Sequence[Row[Any]]:
-    """What a receipt says of each grant under a task that got a credential, or may have got one, oldest first."""
+def issued_under(db: Connection, task_ids: Collection[str]) -> Sequence[Row[Any]]:
+    """What a receipt says of each grant under these tasks that got a credential, or may have got one, oldest first."""
     # A secret of a grant may exist only if it was begun, and that is a lease: what people never allowed has none.
     begun = exists(select(_leases.c.id).where(_leases.c.grant_id == _grants.c.id))
     may_exist = or_(_grants.c.issued_at.is_not(None), _OWES & begun)
-    statement = _RECEIPT_FACTS.where(_grants.c.task_id == task_id, may_exist)
+    statement = _RECEIPT_FACTS.where(of_tasks(task_ids), may_exist)
     return db.execute(statement.order_by(_grants.c.id)).fetchall()
 
 
-def owing_under(db: Connection, task_id: str) -> list[str]:
-    """The grants under a task for which something may be owed outside."""
-    return list(db.execute(select(_grants.c.id).where(_grants.c.task_id == task_id, _OWES)).scalars())
+def owing_under(db: Connection, task_ids: Collection[str]) -> list[str]:
+    """The grants under these tasks for which something may be owed outside."""
+    return list(db.execute(select(_grants.c.id).where(of_tasks(task_ids), _OWES)).scalars())
 
 
 def seen_by(name: str) -> ColumnElement[bool]:
@@ -362,6 +362,7 @@ def invalid_indexes(db: Connection, status_list: int, standing: Iterable[Refusal
         _tasks.c.state != str(TaskState.ACTIVE),
         _tasks.c.deadline_at <= now,
         _tasks.c.heartbeat_due_at <= now,
+        _tasks.c.upheld_until <= now,
         *(covered_by(refusal) for refusal in standing),
     ]
     statement = (

@@ -51,7 +51,7 @@ def _statement(dialect: str) -> str:
     columns = (
         select(_gate.c.era).scalar_subquery(),
         *(_grants.c[name] for name in _AUTHORITY),
-        *(_tasks.c[name] for name in ("state", "deadline_at", "heartbeat_due_at")),
+        *(_tasks.c[name] for name in ("state", "deadline_at", "heartbeat_due_at", "upheld_until")),
     )
     statement = select(*columns).join_from(_grants, _tasks, _tasks.c.id == _grants.c.task_id).where(_AMONG[dialect])
     if dialect == "sqlite":
@@ -61,7 +61,7 @@ def _statement(dialect: str) -> str:
 
 def _found(database: Database, row: tuple[Any, ...]) -> Found:
     values = dict(zip(_AUTHORITY, row, strict=False))
-    *_, task_state, deadline_at, heartbeat_due_at = row
+    *_, task_state, deadline_at, heartbeat_due_at, upheld_until = row
     moment = models.Instant().process_result_value
     dialect = database.engine.dialect
     values["state"] = GrantState(values["state"])
@@ -70,5 +70,5 @@ def _found(database: Database, row: tuple[Any, ...]) -> Found:
     values["scopes"] = tuple(json.loads(scopes) if database.is_sqlite else scopes)
     values |= {name: tuple(values[name].split()) for name in LISTS_OF_NAMES}
     values["expires_at"] = moment(values["expires_at"], dialect)
-    ends = [moment(at, dialect) for at in (deadline_at, heartbeat_due_at) if at is not None]
+    ends = [moment(at, dialect) for at in (deadline_at, heartbeat_due_at, upheld_until) if at is not None]
     return Authority(**values), TaskState(task_state), min(at for at in ends if at is not None)

@@ -133,6 +133,7 @@ class Task(Base):
     deadline_at: Mapped[datetime] = mapped_column(Instant)
     heartbeat_s: Mapped[int | None] = mapped_column(Integer)
     heartbeat_due_at: Mapped[datetime | None] = mapped_column(Instant)
+    upheld_until: Mapped[datetime | None] = mapped_column(Instant)
     implicit: Mapped[bool] = mapped_column(Boolean)
     ended_at: Mapped[datetime | None] = mapped_column(Instant)
     reason: Mapped[str | None] = mapped_column(String(1000))

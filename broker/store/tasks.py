@@ -46,7 +46,8 @@ class Tasks:
         """The tasks as they are, kept from ending until this transaction does (INV-12)."""
         if not ids:
             return {}
-        changing = (_tasks.c.id, _tasks.c.state, _tasks.c.heartbeat_due_at, _tasks.c.ended_at, _tasks.c.reason)
+        names = ("id", "state", "heartbeat_due_at", "upheld_until", "ended_at", "reason")
+        changing = [_tasks.c[name] for name in names]
         # In one order everywhere, so that two transactions cannot wait for each other.
         statement = (
             select(*changing).where(_tasks.c.id.in_(sorted(ids))).order_by(_tasks.c.id).with_for_update(read=True)
@@ -64,6 +65,7 @@ class Tasks:
                 known[row.id],
                 state=TaskState(row.state),
                 heartbeat_due_at=row.heartbeat_due_at,
+                upheld_until=row.upheld_until,
                 ended_at=row.ended_at,
                 reason=row.reason,
             )
@@ -76,6 +78,51 @@ def hold(db: Connection, ids: Collection[str]) -> None:
     db.execute(select(_tasks.c.id).where(_tasks.c.id.in_(ids)).order_by(_tasks.c.id).with_for_update()).fetchall()
 
 
+def active_below(db: Connection, ids: Collection[str]) -> list[str]:
+    """The active tasks one level below these."""
+    where = (_tasks.c.parent_task_id.in_(ids), _tasks.c.state == str(TaskState.ACTIVE))
+    return list(db.execute(select(_tasks.c.id).where(*where).order_by(_tasks.c.id)).scalars())
+
+
+def tree_of(db: Connection, task_id: str, *, active: bool = False) -> list[str]:
+    """A task and every task below it, those nearer to it first; `active` leaves out branches that have ended."""
+    found, level = [task_id], [task_id]
+    state = (_tasks.c.state == str(TaskState.ACTIVE),) if active else ()
+    while level:
+        statement = select(_tasks.c.id).where(_tasks.c.parent_task_id.in_(level), *state).order_by(_tasks.c.id)
+        level = list(db.execute(statement).scalars())
+        found += level
+    return found
+
+
+def depth_of(db: Connection, task: Task) -> int:
+    """How many tasks there are above one."""
+    depth, above = 0, task.parent_task_id
+    while above is not None:
+        depth += 1
+        above = db.execute(select(_tasks.c.parent_task_id).where(_tasks.c.id == above)).scalar_one()
+    return depth
+
+
+def uphold(db: Connection, task: Task) -> None:
+    """Let what is below a task live as long as it does: whoever beats for the whole beats for its parts."""
+    level = {task.id: _upholds(task.heartbeat_due_at, task.upheld_until)}
+    while level:
+        below = select(_tasks.c.id, _tasks.c.parent_task_id, _tasks.c.heartbeat_due_at).where(
+            _tasks.c.parent_task_id.in_(list(level)), _tasks.c.state == str(TaskState.ACTIVE)
+        )
+        next_level: dict[str, datetime | None] = {}
+        for row in db.execute(below.order_by(_tasks.c.id)).fetchall():
+            until = level[row.parent_task_id]
+            db.execute(update(_tasks).where(_tasks.c.id == row.id).values(upheld_until=until))
+            next_level[row.id] = _upholds(row.heartbeat_due_at, until)
+        level = next_level
+
+
+def _upholds(*moments: datetime | None) -> datetime | None:
+    return min((at for at in moments if at is not None), default=None)
+
+
 def beat(db: Connection, task_id: str, *, now: datetime, heartbeat_s: int) -> bool:
     """Move the heartbeat on, unless the task ended or already lost it."""
     statement = (
@@ -85,6 +132,7 @@ def beat(db: Connection, task_id: str, *, now: datetime, heartbeat_s: int) -> bo
             _tasks.c.state == str(TaskState.ACTIVE),
             _tasks.c.deadline_at > now,
             _tasks.c.heartbeat_due_at > now,
+            or_(_tasks.c.upheld_until.is_(None), _tasks.c.upheld_until > now),
         )
         .values(heartbeat_due_at=now + timedelta(seconds=heartbeat_s))
     )
@@ -173,7 +221,7 @@ def with_ids(task_ids: Collection[str]) -> ColumnElement[bool]:
 
 
 def overdue(now: datetime) -> ColumnElement[bool]:
-    return or_(_tasks.c.deadline_at <= now, _tasks.c.heartbeat_due_at <= now)
+    return or_(_tasks.c.deadline_at <= now, _tasks.c.heartbeat_due_at <= now, _tasks.c.upheld_until <= now)
 
 
 def task_of(row: Row[Any], agents: tuple[str, ...]) -> Task:

@@ -66,6 +66,7 @@ class OpenTask(Request):
     deadline_s: Seconds
     heartbeat_s: Annotated[int, Field(ge=5, le=86_400)] | None = None
     resources: Annotated[list[CeilingBody], Field(max_length=100)] | None = None
+    parent_task_id: Annotated[Name | None, Field(description="A task of which this one is a part.")] = None
     on_behalf_of: Annotated[UserToken | None, Field(repr=False)] = None
     labels: Annotated[dict[Name, Label], Field(max_length=32)] = Field(default_factory=dict)
 

@@ -1,4 +1,5 @@
-"""Which agents handed a grant down, so that what is revoked of one of them covers it too
+"""Which agents handed a grant down, so that what is revoked of one of them covers it too; and how long the tasks
+above a subtask uphold it
 
 Runs before the code that needs it; the code before it does not see what is new, and hands nothing down.
 """
@@ -11,10 +12,13 @@ down_revision = "0002"
 branch_labels = None
 depends_on = None
 
+INSTANT = sa.DateTime(timezone=True).with_variant(sa.Integer(), "sqlite")
+
 
 def upgrade() -> None:
     handed_down = sa.text("chain <> ''")
     op.add_column("grants", sa.Column("chain", sa.Text(), nullable=False, server_default=sa.text("''")))
+    op.add_column("tasks", sa.Column("upheld_until", INSTANT, nullable=True))
     op.create_index(
         "grants_handed_down_idx", "grants", ["chain"], postgresql_where=handed_down, sqlite_where=handed_down
     )
@@ -22,4 +26,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_index("grants_handed_down_idx", table_name="grants")
+    op.drop_column("tasks", "upheld_until")
     op.drop_column("grants", "chain")

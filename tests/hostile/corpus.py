@@ -61,6 +61,7 @@ BODIES = {
         "resources": [{"resource": CRM, "scopes": ["contacts:read"]}],
         "labels": {"team": "crm"},
         "on_behalf_of": None,
+        "parent_task_id": None,
     },
     shapes.WithReason: {"reason": "done"},
     shapes.RequestGrant: {

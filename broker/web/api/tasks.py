@@ -31,6 +31,7 @@ def open_task(caller: Caller, body: shapes.OpenTask) -> tuple[int, Any]:
         labels=body.labels,
         idempotency=idempotency(),
         user=user_in_body(body.on_behalf_of, caller),
+        parent_task_id=body.parent_task_id,
     )
     return 201, shapes.of_task(broker().tasks.open(request))
 
