@@ -78,7 +78,7 @@ def test_one_task_with_two_requests_to_sign_asks_for_each(house):
     task = house.open_task()
     first = asked(house, task, resource=AGENTS, scope="connect", parameters={"csr": CSR})
     with pytest.raises(Conflict, match=first.approval.id):
-        asked(house, task, resource=AGENTS, scope="connect", parameters={"csr": CSR + "x"})
+        asked(house, task, resource=AGENTS, scope="connect", parameters={"csr": certificate_request()})
 
 
 @pytest.mark.parametrize("end", ["task", "grant", "time"])
