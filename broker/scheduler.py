@@ -37,6 +37,9 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def alert() -> None:
         broker.alerting.send_due()
 
+    def notify() -> None:
+        broker.notifying.send_due()
+
     def measure() -> None:
         looks, outstanding = broker.reconciliation.looks(), broker.leases.measure()
         for look in looks:
@@ -50,6 +53,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         ("pay", pay, 1),
         ("reconcile", reconcile, 1),
         ("alert", alert, 1),
+        ("notify", notify, 1),
         ("measure", measure, 5),
         ("look again", broker.look_again, 1),
         ("confirm keys", broker.keys.tend, 10),

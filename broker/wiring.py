@@ -8,12 +8,14 @@ from pathlib import Path
 
 from broker import telemetry
 from broker.config import Settings, read_master_key
+from broker.domain.approval import Route
 from broker.domain.clock import Clock, system_clock
 from broker.domain.errors import ConfigurationError
 from broker.providers.alerts import Alerts, NoAlerts, WebhookAlerts
 from broker.providers.base import Provider, third_party
 from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
+from broker.providers.notices import Channel, channel
 from broker.providers.targets import Logins, PostgresLogins
 from broker.providers.vault import SecretSource, VaultProvider
 from broker.providers.vault.administration import VaultSetup, brokered
@@ -29,6 +31,7 @@ from broker.services.debts import Debts
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.leases import Leases
+from broker.services.notifying import Notifying
 from broker.services.proofs import Proofs
 from broker.services.reconciliation import Reconciliation, settings_in_use
 from broker.services.revocation import Revocation
@@ -66,6 +69,7 @@ class Broker:
     debts: Debts
     reconciliation: Reconciliation
     alerting: Alerting
+    notifying: Notifying
     verification: Verification
     administration: Administration
     audit_trail: AuditTrail
@@ -159,6 +163,7 @@ def build(
             limits=limits,
             issuer=issuer,
             clock=clock,
+            routes=[Route(channel=told.name, groups=told.groups) for told in settings.notify],
         ),
         approvals=Approvals(database=database, standing=standing, limits=limits, clock=clock),
         collection=Collection(
@@ -178,6 +183,9 @@ def build(
         debts=debts,
         reconciliation=reconciliation,
         alerting=Alerting(database=database, alerts=_alerts(settings, clock), clock=clock),
+        notifying=Notifying(
+            database=database, standing=standing, channels=_channels(settings, clock), issuer=issuer, clock=clock
+        ),
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
         administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
@@ -190,6 +198,10 @@ def _alerts(settings: Settings, clock: Clock) -> Alerts:
     if settings.alerts is None:
         return NoAlerts()
     return WebhookAlerts(settings.alerts.webhook_url, settings.alerts.secret, clock=clock)
+
+
+def _channels(settings: Settings, clock: Clock) -> Mapping[str, Channel]:
+    return {told.name: channel(told, clock) for told in settings.notify}
 
 
 def _sealing(settings: Settings, clock: Clock) -> Sealing:

@@ -100,7 +100,8 @@ the broker's log under the `trace_id`.
 
 _ERRORS_END = """\
 
-Errors that only the OAuth surface has: `unsupported_grant_type` (400). A refused workload token is `invalid_client`
+Errors that only the OAuth surface has: `unsupported_grant_type`, and of [deferred tokens](oauth.md#deferred-tokens)
+`authorization_pending`, `slow_down`, `expired_token` (all 400). A refused workload token is `invalid_client`
 (401) where it came as a client assertion, `invalid_grant` (400) as an `assertion`, `invalid_request` (400) as a
 `subject_token`. 429 and 503 carry `Retry-After`.
 

@@ -22,9 +22,19 @@ _NEVER = {
         SELECT id FROM leases WHERE state = 'released' AND dead_at IS NULL""",
     "a debt is never tried": """
         SELECT id FROM leases WHERE state IN ('revoking', 'stuck') AND next_attempt_at IS NULL""",
-    "an approved grant of an outside provider has no lease": """
+    "an approved grant of an outside provider has no lease, and is not one that people approved": """
         SELECT id FROM grants WHERE provider <> 'jwt' AND state = 'approved'
-        AND NOT EXISTS (SELECT 1 FROM leases WHERE grant_id = grants.id)""",
+        AND NOT EXISTS (SELECT 1 FROM leases WHERE grant_id = grants.id)
+        AND NOT EXISTS (SELECT 1 FROM approvals WHERE grant_id = grants.id AND collected_at IS NULL)""",
+    "a grant is active that people did not approve": """
+        SELECT grants.id FROM grants JOIN approvals ON approvals.grant_id = grants.id
+        WHERE grants.state = 'active' AND (approvals.state <> 'approved' OR collected_at IS NULL)""",
+    "an approval is open and its grant is not pending": """
+        SELECT approvals.id FROM approvals JOIN grants ON grants.id = approvals.grant_id
+        WHERE approvals.state = 'open' AND grants.state <> 'pending'""",
+    "a grant is pending and nobody is asked": """
+        SELECT grants.id FROM grants LEFT JOIN approvals ON approvals.grant_id = grants.id
+        WHERE grants.state = 'pending' AND (approvals.state IS NULL OR approvals.state <> 'open')""",
     "a grant is active and was never issued": """
         SELECT id FROM grants WHERE state = 'active' AND issued_at IS NULL""",
     "a lease moved without an event": """

@@ -1403,3 +1403,66 @@ class TestTargets:
         document = self.configured(place)
         (place.directory / "orders-url").chmod(mode)
         assert "open to others; chmod 0600" in place.the_problem(document)
+
+
+MAIL = {"format": "email", "host": "mail.example", "sender": "b@example.org", "recipients": ["s@example.org"]}
+
+
+class TestNotify:
+    HOOK = "https://chat.example/hooks/T0/B0"
+
+    def configured(self, place, via, *, url=HOOK, mode=0o600, **more):
+        for name, content in (("hook", url), ("signing", "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=")):
+            (place.directory / name).write_text(content)
+            (place.directory / name).chmod(mode)
+        return VALID | {"notify": [{"name": "them", "via": via} | more]}
+
+    def test_without_it_nobody_is_told(self, place):
+        assert place.load().notify == ()
+
+    def test_hooks_and_mail_are_read_and_their_secrets_shown_nowhere(self, place):
+        document = self.configured(place, {"format": "json", "url_file": "hook", "secret_file": "signing"})
+        document["notify"].append({"name": "chat", "via": {"format": "slack", "url_file": "hook"}})
+        document["notify"].append({"name": "mail", "via": MAIL | {"user": "b", "password_file": "signing"}})
+        hook, chat, mail = place.load(document).notify
+        assert (hook.format, chat.format, mail.format) == ("json", "slack", "email")
+        assert hook.url.reveal() == self.HOOK and hook.secret is not None and chat.secret is None
+        assert (mail.mail.port, mail.mail.tls, mail.mail.recipients) == (587, "starttls", ("s@example.org",))
+        assert "hooks" not in repr((hook, chat, mail)) and "whsec" not in repr((hook, chat, mail))
+
+    @pytest.mark.parametrize(
+        ("via", "more", "at", "says"),
+        [
+            ({"format": "json", "url_file": "hook"}, {"mode": 0o644}, "notify[0].via.url_file", "open to others"),
+            (
+                {"format": "teams", "url_file": "hook"},
+                {"url": "http://chat.example/x"},
+                "notify[0].via.url_file",
+                "https",
+            ),
+            ({"format": "slack", "url_file": "nowhere"}, {}, "notify[0].via.url_file", "there is no file"),
+            ({"format": "pigeon"}, {}, "notify[0].via.format", "json"),
+            (
+                {"format": "slack", "url_file": "hook", "secret_file": "signing"},
+                {},
+                "notify[0].via.secret_file",
+                "is not a key",
+            ),
+            (
+                {"format": "slack", "url_file": "hook"},
+                {"groups": ["securty"]},
+                "notify[0].groups[0]",
+                "no principal has",
+            ),
+            (MAIL | {"tls": "none"}, {}, "notify[0].via.tls", "in the clear"),
+            (MAIL | {"recipients": []}, {}, "notify[0].via.recipients", "names nobody"),
+            (MAIL | {"recipients": ["a@b.c\nBcc: x@y.z"]}, {}, "notify[0].via.recipients[0]", ""),
+            (MAIL | {"sender": "Broker <b@example.org>"}, {}, "notify[0].via.sender", "is not an address"),
+            (MAIL | {"user": "b"}, {}, "notify[0].via.user", "belong together"),
+            (MAIL | {"host": "mail example"}, {}, "notify[0].via.host", "name of a host"),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, place, via, more, at, says):
+        problem = place.the_problem(self.configured(place, via, **more))
+        assert at in problem and says in problem
+        assert "chat.example/x" not in problem

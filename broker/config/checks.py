@@ -30,6 +30,7 @@ from broker.domain.errors import Invalid
 from broker.domain.identity import Role
 from broker.domain.secret import Secret
 from broker.providers.alerts import webhook_key, webhook_url
+from broker.providers.notices import ChannelSettings, Mail
 from broker.providers.targets import Target, target_url
 from broker.providers.vault.sources import SecretSource
 
@@ -308,6 +309,79 @@ def read_alerts(reader: Reader, alerts: Mapping[str, Any]) -> AlertSettings | No
             reader.refuse(f"alerts.{name}", invalid.detail)
             return None
     return AlertSettings(webhook_url=url, secret=found.get("secret_file"))
+
+
+_OF_HOOK = {"url_file": "the URL of the hook", "secret_file": "the secret"}
+
+
+def read_notify(reader: Reader, rows: Sequence[Row], principals: Sequence[Row]) -> tuple[ChannelSettings, ...]:
+    """Who is told that people are asked, and how; the files hold secrets, and are not shown."""
+    _unique(reader, rows, "name")
+    groups = sorted({group for _, raw, _ in principals for group in _texts(raw.get("groups")) or ()})
+    found: list[ChannelSettings] = []
+    for at, _, values in rows:
+        for index, group in enumerate(values.get("groups", ())):
+            if group not in groups and "principals" not in reader.unreadable:
+                hint = nearest(group, groups)
+                reader.refuse(f"{at}.groups[{index}]", f"is a group that no principal has; {hint or 'add it'}", group)
+        via = values.get("via")
+        if not via or "name" not in values:
+            continue
+        before = len(reader.problems)
+        common = {"name": values["name"], "groups": frozenset(values.get("groups", ())), "format": via["format"]}
+        if via["format"] == "email":
+            common["mail"] = _mail(reader, f"{at}.via", via)
+        else:
+            common |= _hook(reader, f"{at}.via", via)
+        if len(reader.problems) == before:
+            found.append(ChannelSettings(**common))
+    return tuple(found)
+
+
+def _texts(value: object) -> list[str] | None:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else None
+
+
+def _secret_of(reader: Reader, at: str, name: str, value: str | None, what: str) -> Secret | None:
+    if value is None:
+        return None
+    try:
+        return require_secret(reader.path(value), what)
+    except Wrong as wrong:
+        reader.refuse(f"{at}.{name}", str(wrong), value)
+        return None
+
+
+def _hook(reader: Reader, at: str, via: Mapping[str, Any]) -> dict[str, Secret | None]:
+    url = _secret_of(reader, at, "url_file", via.get("url_file"), _OF_HOOK["url_file"])
+    secret = _secret_of(reader, at, "secret_file", via.get("secret_file"), _OF_HOOK["secret_file"])
+    for name, secret_value, judge in (("url_file", url, webhook_url), ("secret_file", secret, webhook_key)):
+        try:
+            if secret_value is not None:
+                judge(secret_value.reveal())
+        except Invalid as invalid:
+            reader.refuse(f"{at}.{name}", invalid.detail)
+    return {"url": url, "secret": secret}
+
+
+def _mail(reader: Reader, at: str, via: Mapping[str, Any]) -> Mail | None:
+    if not {"host", "sender", "recipients"} <= via.keys():
+        return None
+    if not via["recipients"]:
+        reader.refuse(f"{at}.recipients", "names nobody; write at least one address", [])
+    if via["tls"] == "none" and not is_loopback(via["host"]):
+        reader.refuse(f"{at}.tls", "sends mail and password in the clear; write starttls or tls", "none")
+    if (via.get("user") is None) != (via.get("password_file") is None):
+        reader.refuse(f"{at}.user", "and password_file belong together; write both, or neither", via.get("user"))
+    return Mail(
+        host=via["host"],
+        port=via["port"],
+        tls=via["tls"],
+        sender=via["sender"],
+        recipients=tuple(via["recipients"]),
+        user=via.get("user"),
+        password=_secret_of(reader, at, "password_file", via.get("password_file"), "the password"),
+    )
 
 
 def read_targets(

@@ -21,6 +21,7 @@ from broker.domain.catalogue import (
 )
 from broker.domain.identity import Role
 from broker.providers.base import RevocationClass
+from broker.providers.notices import TLS
 
 PROVIDERS = ("jwt", "vault")
 KINDS = ("agent", "orchestrator", "person", "service")
@@ -183,6 +184,31 @@ ENGINES: Mapping[str, tuple[Key, ...]] = {
         _string("ttl_parameter", "The parameter that says how long, if the engine has one.", default=None),
         _integer("least_ttl_s", "The shortest life the engine can give.", 1, 86_400, default=None),
         _TOKEN_ROLE,
+    ),
+}
+
+
+_URL_FILE = _string(
+    "url_file",
+    "File with the URL of the hook: https, or http on loopback. Mode 0600: whoever knows it may write there.",
+)
+
+# How people are told that they are asked, and what each way needs.
+NOTICES: Mapping[str, tuple[Key, ...]] = {
+    "json": (
+        _URL_FILE,
+        _string("secret_file", "File with the secret that signs them (Standard Webhooks), mode 0600.", default=None),
+    ),
+    "slack": (_URL_FILE,),
+    "teams": (_URL_FILE,),
+    "email": (
+        _string("host", "The mail server (SMTP).", check=values.mail_host),
+        _integer("port", "Its port.", 1, 65_535, default=587),
+        _string("tls", "`none` on loopback only.", choices=TLS, default="starttls"),
+        _string("sender", "Who writes.", check=values.mail_address),
+        _array("recipients", "Who is written to.", check=values.mail_address),
+        _string("user", "Who logs in there, if somebody does.", default=None),
+        _string("password_file", "File with that password, mode 0600.", default=None),
     ),
 }
 
@@ -390,6 +416,11 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             "A request without a task opens one, as long as the token.",
             default=PrincipalRule.implicit_tasks,
         ),
+    ),
+    "notify": (
+        _string("name", "What it is called in the log.", check=values.name),
+        _array("groups", "The groups whose approvals it is for. Without them, all.", default=[], check=values.name),
+        _table("via", "How they are told.", "format", NOTICES),
     ),
     "targets": (
         _string("name", "What resources call it.", check=values.name),

@@ -19,6 +19,7 @@ from broker.config.checks import (
     check_store,
     check_vault,
     read_alerts,
+    read_notify,
     read_policies,
     read_targets,
     stated,
@@ -74,6 +75,7 @@ def load(
     vault = _vault(reader, section["vault"])
     targets = read_targets(reader, rows["targets"], rows["resources"], before_setup=before_vault_setup)
     alerts = read_alerts(reader, section["alerts"])
+    notify = read_notify(reader, rows["notify"], rows["principals"])
     if reader.problems:
         raise ConfigurationError(reader.problems)
 
@@ -108,6 +110,7 @@ def load(
         policies_directory=reader.path(section["policies"]["directory"]),
         vault=vault,
         alerts=alerts,
+        notify=notify,
         targets=targets,
         providers={values["name"]: values["settings"] for _, _, values in rows["providers"]},
     )

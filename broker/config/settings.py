@@ -10,6 +10,7 @@ from typing import Any
 
 from broker.domain.catalogue import Catalogue, Limits
 from broker.domain.secret import Secret
+from broker.providers.notices import ChannelSettings
 from broker.providers.targets import Target
 from broker.providers.vault import VaultSettings
 
@@ -56,6 +57,7 @@ class Settings:
     policies_directory: Path | None = None
     vault: VaultSettings | None = None
     alerts: AlertSettings | None = None
+    notify: tuple[ChannelSettings, ...] = ()
     targets: tuple[Target, ...] = ()
     providers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # of others, by name
 

@@ -37,6 +37,7 @@ _TRUST_DOMAIN = re.compile(r"spiffe://[a-z0-9._-]{1,255}")
 _SPIFFE_ID = re.compile(r"(spiffe://[a-z0-9._-]{1,255})((?:/[A-Za-z0-9._-]+)+)")
 _LABEL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+)):([0-9]{1,5})")
+_MAIL_ADDRESS = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 # Names of schemes that a browser runs or opens: an identifier is shown in the console.
 _ACTIVE_SCHEMES = ("about", "blob", "data", "file", "javascript", "vbscript")
 
@@ -265,6 +266,17 @@ def address(value: str) -> tuple[str, int]:
             "is not host:port with a port from 1 to 65535; write 127.0.0.1:8080, or 0.0.0.0:8080 for every interface"
         )
     return found[1] or found[2], int(found[3])
+
+
+def mail_host(value: str) -> None:
+    if not _is_host(value):
+        raise Wrong("is not the name of a host; write one like mail.example")
+
+
+def mail_address(value: str) -> None:
+    # The plain form alone: what else an address may be is another header to some reader (INV-31).
+    if not _MAIL_ADDRESS.fullmatch(value):
+        raise Wrong("is not an address; write one like security@example.org, without a name and brackets")
 
 
 def listen(value: str) -> None:

@@ -119,6 +119,17 @@ class Case:
         return self.grant.state is GrantState.PENDING or self.may_be_collected
 
 
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """By which channel a group is told that it is asked; without groups, every group."""
+
+    channel: str
+    groups: frozenset[str] = frozenset()
+
+    def leads_to(self, approval: Approval) -> bool:
+        return not self.groups or bool(self.groups & approval.groups)
+
+
 def needs_of(decision: Decision) -> tuple[Need, ...]:
     """Whom a decision asks."""
     return tuple(

@@ -83,8 +83,8 @@ class NoAlerts:
         _log.warning("alert", extra={"fields": fields})
 
 
-class WebhookAlerts:
-    """One webhook. Its address is a secret: for many it is all that is needed to write there."""
+class Webhook:
+    """Where messages are posted. Its address is a secret: for many it is all that is needed to write there."""
 
     def __init__(
         self, url: Secret, secret: Secret | None = None, *, clock: Clock = system_clock, deadline: timedelta = DEADLINE
@@ -99,28 +99,28 @@ class WebhookAlerts:
         self._tls = ssl.create_default_context()
         self._late: threading.Thread | None = None
 
-    def send(self, alert: Alert) -> None:
-        body = body_of(alert)
+    def post(self, message_id: str, body: bytes, *, what: str = "an alert") -> None:
+        """Deliver a JSON document, or raise ProviderUnavailable; `message_id` is the same at each try."""
         headers = {
             "Content-Type": "application/json",
             "User-Agent": "agent-credential-broker",
             "Accept-Encoding": "identity",
-            **self._signed(alert.id, body),
+            **self._signed(message_id, body),
         }
         problem = self._posted(body, headers)
         # Raised here, without a context: that would be a request with its address (INV-30).
         if problem is not None:
-            raise ProviderUnavailable("an alert was not delivered", reason=f"{self._name}: {problem}")
+            raise ProviderUnavailable(f"{what} was not delivered", reason=f"{self._name}: {problem}")
 
-    def _signed(self, alert_id: str, body: bytes) -> dict[str, str]:
-        if not _ID.fullmatch(alert_id):
+    def _signed(self, message_id: str, body: bytes) -> dict[str, str]:
+        if not _ID.fullmatch(message_id):
             raise ValueError("not an id that an alert may have")
         # Of the attempt and not of the alert: receivers refuse what is old.
         sent_at = str(epoch(self._clock()))
-        headers = {"webhook-id": alert_id, "webhook-timestamp": sent_at}
+        headers = {"webhook-id": message_id, "webhook-timestamp": sent_at}
         if self._secret is not None:
             key = webhook_key(self._secret.reveal())
-            mac = hmac.new(key, b".".join((alert_id.encode(), sent_at.encode(), body)), hashlib.sha256)
+            mac = hmac.new(key, b".".join((message_id.encode(), sent_at.encode(), body)), hashlib.sha256)
             headers["webhook-signature"] = f"v1,{base64.b64encode(mac.digest()).decode()}"
         return headers
 
@@ -166,6 +166,18 @@ class WebhookAlerts:
         client = httpx.AsyncClient(verify=self._tls, follow_redirects=False, trust_env=False, timeout=self._deadline_s)
         async with client, client.stream("POST", self._url.reveal(), content=body, headers=dict(headers)) as answer:
             return answer.status_code
+
+
+class WebhookAlerts:
+    """Alerts as messages to one webhook."""
+
+    def __init__(
+        self, url: Secret, secret: Secret | None = None, *, clock: Clock = system_clock, deadline: timedelta = DEADLINE
+    ) -> None:
+        self._hook = Webhook(url, secret, clock=clock, deadline=deadline)
+
+    def send(self, alert: Alert) -> None:
+        self._hook.post(alert.id, body_of(alert))
 
 
 def body_of(alert: Alert) -> bytes:

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
-from broker.domain.approval import Approval, Case
+from broker.domain.approval import Approval, Case, Route
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits, Resource
 from broker.domain.clock import Clock
@@ -64,6 +64,7 @@ from broker.store.grants import (
     with_id,
 )
 from broker.store.leases import insert_leases
+from broker.store.notices import owe_notices
 from broker.store.standing import made_under, release_key, repoint_key
 from broker.store.tasks import Tasks, find_task, insert_tasks
 from broker.store.transitions import change_of, record
@@ -108,6 +109,7 @@ class Issuance:
         limits: Limits,
         issuer: str,
         clock: Clock,
+        routes: Sequence[Route] = (),
     ) -> None:
         self._database = database
         self._standing = standing
@@ -117,6 +119,7 @@ class Issuance:
         self._limits = limits
         self._issuer = issuer
         self._clock = clock
+        self._routes = routes
         self._tasks = Tasks()
         self._batches: Batching[GrantRequest, Issued | Intent | Case] = Batching(self._issue_all, waiting=_WAITING)
 
@@ -163,6 +166,7 @@ class Issuance:
             insert_grants(db, batch.grants)
             insert_leases(db, batch.leases)
             insert_approvals(db, batch.approvals)
+            owe_notices(db, batch.approvals, self._routes)
             record(db, batch.events)
         return outcomes
 

@@ -276,6 +276,26 @@ class Vote(Base):
     voted_at: Mapped[datetime] = mapped_column(Instant)
 
 
+class Notice(Base):
+    """An approval that people have to be told of by one channel, until it was taken."""
+
+    __tablename__ = "notices"
+    __table_args__ = (
+        Index(
+            "notices_due_idx",
+            "next_attempt_at",
+            postgresql_where=text("taken_at IS NULL"),
+            sqlite_where=text("taken_at IS NULL"),
+        ),
+    )
+
+    approval_id: Mapped[str] = mapped_column(Id, ForeignKey("approvals.id"), primary_key=True)
+    channel: Mapped[str] = mapped_column(Name, primary_key=True)
+    attempts: Mapped[int] = mapped_column(Integer)
+    next_attempt_at: Mapped[datetime] = mapped_column(Instant)
+    taken_at: Mapped[datetime | None] = mapped_column(Instant)
+
+
 class Lease(Base):
     """`broker.domain.lease.Lease`, as a row. An orphan found outside has no grant of ours."""
 

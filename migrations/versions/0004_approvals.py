@@ -1,4 +1,4 @@
-"""What waits for people, and what they said
+"""What waits for people, what they said, and whom to tell
 
 Runs before the code that needs it; the code before it does not see what is new.
 """
@@ -76,3 +76,15 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["approval_id"], ["approvals.id"], name=op.f("votes_approval_id_fkey")),
         sa.PrimaryKeyConstraint("approval_id", "voter", name=op.f("votes_pkey")),
     )
+    op.create_table(
+        "notices",
+        sa.Column("approval_id", sa.String(length=32), nullable=False),
+        sa.Column("channel", sa.String(length=255), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("next_attempt_at", INSTANT, nullable=False),
+        sa.Column("taken_at", INSTANT, nullable=True),
+        sa.ForeignKeyConstraint(["approval_id"], ["approvals.id"], name=op.f("notices_approval_id_fkey")),
+        sa.PrimaryKeyConstraint("approval_id", "channel", name=op.f("notices_pkey")),
+    )
+    waiting = sa.text("taken_at IS NULL")
+    op.create_index("notices_due_idx", "notices", ["next_attempt_at"], postgresql_where=waiting, sqlite_where=waiting)

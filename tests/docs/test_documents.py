@@ -89,6 +89,12 @@ def fragment(text: str, place: Path):
         if name.endswith("_file"):
             (place / file).touch(mode=0o600)
             (place / file).write_text("one-word\n")
+    for told in declared.get("notify", []):
+        if "url_file" in told["via"]:
+            file = place / told["via"]["url_file"]
+            file.parent.mkdir(exist_ok=True)
+            file.touch(mode=0o600)
+            file.write_text("https://hooks.example/services/one")
     named = {issuer["name"] for issuer in declared.get("issuers", [])}
     missing = {principal["issuer"] for principal in declared.get("principals", [])} - named
     more = "".join(
