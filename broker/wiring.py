@@ -21,9 +21,11 @@ from broker.providers.vault.transit import TransitKey
 from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
 from broker.services.alerting import Alerting
+from broker.services.asked import Versions
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
 from broker.services.debts import Debts
+from broker.services.explaining import Explaining
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.leases import Leases
@@ -61,6 +63,7 @@ class Broker:
     reconciliation: Reconciliation
     alerting: Alerting
     verification: Verification
+    explaining: Explaining
     administration: Administration
     audit_trail: AuditTrail
     sweeper: Sweeper
@@ -129,6 +132,7 @@ def build(
     revocation = Revocation(
         database=database, standing=standing, debts=debts, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
     )
+    versions = Versions(database=database, standing=standing)
     return Broker(
         settings=settings,
         clock=clock,
@@ -155,6 +159,7 @@ def build(
         reconciliation=reconciliation,
         alerting=Alerting(database=database, alerts=_alerts(settings, clock), clock=clock),
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
+        explaining=Explaining(database=database, versions=versions),
         administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),

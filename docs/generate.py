@@ -33,6 +33,7 @@ WHO = {
     "POST /v1/grants": "agent",
     "GET /v1/grants": "everybody, each their own; admin and auditor all",
     "GET /v1/grants/{id}": "its agent, the orchestrator of its task, admin, auditor",
+    "GET /v1/grants/{id}/decision": "its agent, the orchestrator of its task, admin, auditor",
     "POST /v1/grants/{id}/renew": "its agent",
     "POST /v1/grants/{id}/revoke": "its agent, the orchestrator of its task, admin",
     "GET /v1/leases": "admin, auditor",

@@ -19,6 +19,7 @@ from broker.sdk.values import (
     Credential,
     Decision,
     Event,
+    Explanation,
     Grant,
     Introspection,
     Lease,
@@ -167,6 +168,11 @@ def collect_grant(grant_id: str, dpop: DpopKey | None = None) -> Call[tuple[Gran
 def grant(grant_id: str) -> Call[Grant]:
     """One grant as it is now, never its credential."""
     return Call(method="GET", path=_grant(grant_id), read=_reads(Grant.of), repeatable=True)
+
+
+def explain_grant(grant_id: str) -> Call[Explanation]:
+    """Why a grant was decided as it was: policies, ceilings, facts, and for a no what would be allowed."""
+    return Call(method="GET", path=f"{_grant(grant_id)}/decision", read=_reads(Explanation.of), repeatable=True)
 
 
 def grants(

@@ -127,6 +127,7 @@ class Client:
     request_grant = _verb(calls.request_grant)
     collect_grant = _verb(calls.collect_grant)
     grant = _verb(calls.grant)
+    explain_grant = _verb(calls.explain_grant)
     grants = _pages(calls.grants)
     renew_grant = _verb(calls.renew_grant)
     revoke_grant = _verb(calls.revoke_grant)

@@ -184,6 +184,38 @@ class Grant:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why a grant was decided so: `in_words` for people, and in `facts` and `ceilings_s` what it was decided on."""
+
+    grant_id: str
+    outcome: str
+    in_words: tuple[str, ...]
+    reasons: tuple[str, ...]
+    would_be_allowed: tuple[str, ...]
+    ttl_decided_by: str
+    ceilings_s: Mapping[str, int]
+    facts: Mapping[str, Any]
+    missing: tuple[str, ...]
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Explanation:
+        read = Members("explanation", value)
+        return cls(
+            grant_id=read.text("grant_id"),
+            outcome=read.text("outcome"),
+            in_words=read.texts("in_words"),
+            reasons=read.texts("reasons"),
+            would_be_allowed=read.texts("would_be_allowed"),
+            ttl_decided_by=read.text("ttl_decided_by"),
+            ceilings_s=read.mapping("ceilings_s"),
+            facts=read.mapping("facts"),
+            missing=read.texts("missing"),
+            raw=read.raw,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Credential:
     """The secret itself: a `token`, or for a provider's secret `data`. Shown by `reveal` and `reveal_data` only.

@@ -299,6 +299,7 @@ class Issuance:
             decision=found.decision.as_json(),
             policies=found.decision.policies,
             policy_version=found.decision.policy_version,
+            terms=found.as_json(),
             trace_id=request.caller.trace_id,
         )
 
@@ -517,6 +518,7 @@ class Issuance:
             request_sha256=found.asked.sha256(),
             decision=found.decision.as_json(),
             policy_version=found.decision.policy_version,
+            terms=found.as_json(),
         )
         return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
 

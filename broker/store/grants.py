@@ -137,7 +137,7 @@ def renew_grant(db: Connection, grant: Grant) -> None:
     """Write what a renewal changes; the caller holds the row, and it is active."""
     changed = (
         "jti", "credential_sha256", "expires_at", "ttl_s", "ttl_decided_by", "request_sha256", "decision",
-        "policy_version",
+        "policy_version", "terms",
     )  # fmt: skip
     values = {name: getattr(grant, name) for name in changed}
     values |= {"kids": _padded(grant.kids), "policies": _padded(grant.policies)}

@@ -199,6 +199,7 @@ class Grant(Base):
     decision: Mapped[dict[str, Any]] = mapped_column(Json)
     policies: Mapped[str] = mapped_column(Text)
     policy_version: Mapped[int | None] = mapped_column(Integer)
+    terms: Mapped[dict[str, Any] | None] = mapped_column(Json)
     trace_id: Mapped[str | None] = mapped_column(String(32))
     revoked_at: Mapped[datetime | None] = mapped_column(Instant)
     revoked_by: Mapped[str | None] = mapped_column(Name)

@@ -93,6 +93,10 @@ def latest_configuration(db: Connection) -> Row[Any] | None:
     return db.execute(select(_configurations).order_by(_configurations.c.version.desc()).limit(1)).one_or_none()
 
 
+def configuration(db: Connection, version: int) -> Row[Any] | None:
+    return db.execute(select(_configurations).where(_configurations.c.version == version)).one_or_none()
+
+
 def configurations(db: Connection, *, before: int | None = None, limit: int = 100) -> list[Row[Any]]:
     """Newest first, below the version `before`."""
     columns = [column for column in _configurations.c if column.name != "document"]

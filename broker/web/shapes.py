@@ -19,6 +19,7 @@ from broker.domain.lease import Lease
 from broker.domain.lifecycle import GrantState, LeaseState, TaskState
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
+from broker.services.explaining import Explanation
 from broker.services.receipts import SignedReceipt
 from broker.services.revocation import BulkOutcome, Lockdown
 from broker.web.plain import PLAIN_PATTERN
@@ -258,6 +259,34 @@ class GrantAnswer(Answer):
     lease: LeaseOfGrantAnswer | None
 
 
+class DecidingPolicyAnswer(Answer):
+    id: str
+    file: str | None
+    effect: Literal["permit", "forbid"] | None
+    condition: str | None
+    max_ttl_s: int | None
+
+
+class ExplanationAnswer(Answer):
+    grant_id: str
+    outcome: Literal["allow", "deny", "needs_approval"]
+    policy_version: int | None
+    decided_at: When
+    in_words: Annotated[list[str], Field(description="The whole of it for a person, a sentence each.")]
+    policies: Annotated[list[DecidingPolicyAnswer], Field(description="Those that decided.")]
+    reasons: list[str]
+    would_be_allowed: Annotated[list[str], Field(description="With a no: which smaller request would be a yes.")]
+    ttl_s: int
+    ttl_decided_by: str
+    requested_s: int | None
+    ceilings_s: Annotated[dict[str, int] | None, Field(description="Every ceiling there was; null where not kept.")]
+    facts: Annotated[dict[str, Any], Field(description="As they were; `agents_words` are vouched for by nobody.")]
+    looked_at: Annotated[
+        list[str] | None, Field(description="What of the context the policies that could decide it read.")
+    ]
+    missing: Annotated[list[str], Field(description="What cannot be told, and why.")]
+
+
 class JwtAnswer(Answer):
     type: Literal["jwt"]
     token: str
@@ -448,6 +477,13 @@ def of_grant(grant: Grant, live: bool, lease: Lease | None = None) -> dict[str, 
 def _lease_of_grant(lease: Lease) -> dict[str, Any]:
     shown = of_lease(lease)
     return {name: shown[name] for name in LeaseOfGrantAnswer.model_fields}
+
+
+def of_explanation(found: Explanation) -> dict[str, Any]:
+    return vars(found) | {
+        "decided_at": rfc3339(found.decided_at),
+        "policies": [vars(policy) for policy in found.policies],
+    }
 
 
 def of_issued(issued: Issued) -> dict[str, Any]:

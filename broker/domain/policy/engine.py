@@ -75,6 +75,15 @@ class PolicySet:
     def ids(self) -> tuple[str, ...]:
         return tuple(self._by_id)
 
+    def policy(self, id_: str) -> Policy | None:
+        """The policy of this name, to be told of."""
+        return self._by_id.get(id_)
+
+    def looked_at(self, request: AccessRequest) -> tuple[str, ...]:
+        """What of the context the policies that can concern a request read, as they spell it."""
+        reads = {path for scope in request.scopes for path in self._slice(request, scope).reads}
+        return tuple(sorted(".".join(("context", *path)) for path in reads))
+
     @classmethod
     def compile(cls, catalogue: Catalogue) -> PolicySet:
         """Parse and check every policy; ConfigurationError names each problem with file, policy and remedy."""
