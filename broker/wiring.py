@@ -31,6 +31,7 @@ from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.leases import Leases
 from broker.services.proofs import Proofs
 from broker.services.reconciliation import Reconciliation, settings_in_use
+from broker.services.redeciding import Redeciding
 from broker.services.revocation import Revocation
 from broker.services.secrets import Secrets
 from broker.services.standing import StandingReader
@@ -65,6 +66,7 @@ class Broker:
     verification: Verification
     explaining: Explaining
     administration: Administration
+    redeciding: Redeciding
     audit_trail: AuditTrail
     sweeper: Sweeper
     wakeups: Wakeups
@@ -161,6 +163,7 @@ def build(
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
         explaining=Explaining(database=database, versions=versions),
         administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
+        redeciding=Redeciding(database=database, standing=standing, versions=versions, clock=clock),
         audit_trail=AuditTrail(database=database),
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
         wakeups=wakeups,

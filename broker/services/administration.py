@@ -20,6 +20,7 @@ from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.scope import require_offered
 from broker.providers.wakeups import Wakeups
 from broker.services.keys import Keys
+from broker.services.redeciding import order_redecision
 from broker.services.standing import StandingReader
 from broker.store import gate, standing
 from broker.store.database import Database
@@ -76,7 +77,7 @@ class Administration:
         now = self._clock()
         with self._database.begin() as db:
             # Turning the era is what makes every broker look again; it also makes two that apply take turns.
-            gate.turn(db)
+            era = gate.turn(db)
             latest = standing.latest_configuration(db)
             if latest is not None and latest.sha256 == sha256:
                 return int(latest.version)
@@ -98,6 +99,9 @@ class Administration:
                 data={"version": version, "sha256": sha256},
             )
             record(db, [event])
+            if latest is not None:
+                # What is out was decided by the version before: up to this era all of it, and nothing after it.
+                order_redecision(db, now=now, era=era, version=version, by=by, cause=f"configuration version {version}")
         self._wakeups.wake()
         return version
 

@@ -10,15 +10,14 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
-
-from sqlalchemy import Row
 
 from broker.domain.catalogue import Catalogue, PrincipalRule, Resource
 from broker.domain.clock import from_epoch
 from broker.domain.errors import BrokerError
+from broker.domain.grant import Grant
 from broker.domain.identity import Principal, WorkloadIdentity
 from broker.domain.policy import AccessRequest, PolicySet, TaskFacts
+from broker.domain.task import Task
 from broker.services.standing import StandingReader
 from broker.store.database import Database
 from broker.store.standing import configuration
@@ -89,16 +88,16 @@ class Kept:
     complete: bool
 
 
-def kept_of(row: Row[Any] | Any) -> Kept:
-    """Of a grant, or of a row with its columns."""
-    terms = row.terms
+def kept_of(grant: Grant) -> Kept:
+    """What a grant keeps of its decision."""
+    terms = grant.terms
     if terms is None:
         # What it got is the best that is known of what was asked: it is no longer than that.
         return Kept(
-            decided_at=max(row.created_at, row.expires_at - timedelta(seconds=row.ttl_s)),
+            decided_at=decided_before_terms(grant.created_at, grant.expires_at, grant.ttl_s),
             requested_s=None,
             ceilings_s={},
-            ttl_s=row.ttl_s,
+            ttl_s=grant.ttl_s,
             delegation_depth=0,
             risk="low",
             complete=False,
@@ -114,46 +113,39 @@ def kept_of(row: Row[Any] | Any) -> Kept:
     )
 
 
+def decided_before_terms(created_at: datetime, expires_at: datetime, ttl_s: int) -> datetime:
+    """When a grant was decided that does not say so, perhaps by a renewal."""
+    return max(created_at, expires_at - timedelta(seconds=ttl_s))
+
+
 def rule_named(catalogue: Catalogue, name: str) -> PrincipalRule | None:
     return next((rule for rule in catalogue.principals if rule.name == name), None)
 
 
-def holder(rule: PrincipalRule, row: Row[Any] | Any, decided_at: datetime) -> Principal:
+def holder(rule: PrincipalRule, issuer: str, subject: str, decided_at: datetime) -> Principal:
     """Who holds a grant, as this rule describes them; that the rule is theirs was found out before."""
-    return rule.principal(WorkloadIdentity(issuer=row.issuer, subject=row.subject, claims={}, expires_at=decided_at))
+    return rule.principal(WorkloadIdentity(issuer=issuer, subject=subject, claims={}, expires_at=decided_at))
 
 
-def asked(
-    row: Row[Any] | Any,
-    task: Row[Any] | Any,
-    found: Kept,
-    *,
-    agent: Principal,
-    resource: Resource,
-    ttl_s: int | None = None,
-    risk: str | None = None,
-) -> AccessRequest:
-    """The request as it was decided, by this configuration; `ttl_s` and `risk` where they are no longer what they were.
-
-    `row` has the columns of a grant, `task` those of its task.
-    """
+def asked(grant: Grant, task: Task, found: Kept, *, agent: Principal, resource: Resource) -> AccessRequest:
+    """The request as policy saw it when it was decided, with agent and resource as a configuration tells of them."""
     return AccessRequest(
         agent=agent,
         resource=resource,
-        scopes=frozenset(row.scopes),
-        ttl_s=found.ttl_s if ttl_s is None else ttl_s,
+        scopes=frozenset(grant.scopes),
+        ttl_s=found.ttl_s,
         task=TaskFacts(
-            id=row.task_id,
+            id=task.id,
             purpose="" if task.implicit else task.purpose,
             age_s=max(0, int((found.decided_at - task.created_at).total_seconds())),
-            orchestrator=row.orchestrator,
+            orchestrator=task.orchestrator,
             labels=task.labels,
         ),
-        intent=row.intent,
-        sender_bound=row.jkt is not None,
-        claimed=row.claimed,
+        intent=grant.intent,
+        sender_bound=grant.jkt is not None,
+        claimed=grant.claimed,
         now=found.decided_at,
-        user=row.on_behalf_of,
+        user=grant.on_behalf_of,
         delegation_depth=found.delegation_depth,
-        risk=found.risk if risk is None else risk,
+        risk=found.risk,
     )

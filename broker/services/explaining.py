@@ -138,7 +138,9 @@ def _question(grant: Grant, task: Task, found: Kept, version: Version | None) ->
         resource = version.catalogue.resource(grant.resource)
     except InvalidTarget:
         return None
-    return asked(grant, task, found, agent=holder(rule, grant, found.decided_at), resource=resource)
+    return asked(
+        grant, task, found, agent=holder(rule, grant.issuer, grant.subject, found.decided_at), resource=resource
+    )
 
 
 def _agrees(again: Decision, grant: Grant) -> bool:

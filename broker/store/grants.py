@@ -51,11 +51,11 @@ def _row_of(grant: Grant) -> dict[str, Any]:
     row = dict(zip(_NAMES, _values_of(grant), strict=True))
     row["state"] = str(grant.state)
     row["scopes"] = list(grant.scopes)
-    row["kids"], row["policies"] = _padded(grant.kids), _padded(grant.policies)
+    row["kids"], row["policies"] = padded(grant.kids), padded(grant.policies)
     return row
 
 
-def _padded(names: Iterable[str]) -> str:
+def padded(names: Iterable[str]) -> str:
     # Blanks on both sides, so that looking for " crm-read " cannot find "crm-read-all".
     return f" {' '.join(names)} "
 
@@ -140,7 +140,7 @@ def renew_grant(db: Connection, grant: Grant) -> None:
         "policy_version", "terms",
     )  # fmt: skip
     values = {name: getattr(grant, name) for name in changed}
-    values |= {"kids": _padded(grant.kids), "policies": _padded(grant.policies)}
+    values |= {"kids": padded(grant.kids), "policies": padded(grant.policies)}
     db.execute(update(_grants).where(_grants.c.id == grant.id).values(**values))
 
 
@@ -263,11 +263,13 @@ def count_by_agent(db: Connection, *where: ColumnElement[bool]) -> dict[str, int
 def invalid_indexes(db: Connection, status_list: int, standing: Iterable[Refusal], *, now: datetime) -> list[int]:
     """The indexes of one status list whose tokens open nothing any more.
 
-    Ended rows, rows of tasks that ended or that time has ended, and rows a standing refusal covers before they
-    followed it. Expired tokens may stay: they are refused by their own `exp`.
+    Ended rows, rows that time has ended or whose tasks ended, and rows a standing refusal covers before they followed
+    it.
     """
     dead = [
         _grants.c.state != str(GrantState.ACTIVE),
+        # A ceiling that shrank lets a grant end before its token's own `exp`.
+        _grants.c.expires_at <= now,
         _tasks.c.state != str(TaskState.ACTIVE),
         _tasks.c.deadline_at <= now,
         _tasks.c.heartbeat_due_at <= now,

@@ -123,6 +123,11 @@ class PolicySet:
                 sentences.append(f"{subject} {sentence}")
         return tuple(sentences)
 
+    def facts_read(self, agent: str, scopes: Iterable[str], resource: str) -> frozenset[Path]:
+        """The facts of context that can change what is said to such a request: two alike in them are decided alike."""
+        slices = [self._slice_of((agent, scope, resource)) for scope in scopes]
+        return frozenset(path for path in _LEAVES if any(found.may_read(*path) for found in slices))
+
     def _decide(self, request: AccessRequest) -> Decision:
         entities = _Entities(request, self._known_entities(request))
         decided: dict[str, None] = {}
@@ -190,7 +195,9 @@ class PolicySet:
         return _Verdict(outcome=DENY, failures=failures)
 
     def _slice(self, request: AccessRequest, scope: str) -> _Slice:
-        key = (request.agent.name, scope, request.resource.identifier)
+        return self._slice_of((request.agent.name, scope, request.resource.identifier))
+
+    def _slice_of(self, key: tuple[str, str, str]) -> _Slice:
         found = self._slices.get(key)
         if found is None:
             if len(self._slices) >= _SLICES_KEPT:
