@@ -32,6 +32,7 @@ from broker.services.leases import Leases
 from broker.services.proofs import Proofs
 from broker.services.reconciliation import Reconciliation, settings_in_use
 from broker.services.redeciding import Redeciding
+from broker.services.replaying import Replaying
 from broker.services.revocation import Revocation
 from broker.services.secrets import Secrets
 from broker.services.standing import StandingReader
@@ -67,6 +68,7 @@ class Broker:
     explaining: Explaining
     administration: Administration
     redeciding: Redeciding
+    replaying: Replaying
     audit_trail: AuditTrail
     sweeper: Sweeper
     wakeups: Wakeups
@@ -135,6 +137,7 @@ def build(
         database=database, standing=standing, debts=debts, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
     )
     versions = Versions(database=database, standing=standing)
+    redeciding = Redeciding(database=database, standing=standing, versions=versions, clock=clock)
     return Broker(
         settings=settings,
         clock=clock,
@@ -162,8 +165,13 @@ def build(
         alerting=Alerting(database=database, alerts=_alerts(settings, clock), clock=clock),
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
         explaining=Explaining(database=database, versions=versions),
-        administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
-        redeciding=Redeciding(database=database, standing=standing, versions=versions, clock=clock),
+        administration=Administration(
+            database=database, standing=standing, redeciding=redeciding, keys=keys, wakeups=wakeups, clock=clock
+        ),
+        redeciding=redeciding,
+        replaying=Replaying(
+            database=database, standing=standing, versions=versions, redeciding=redeciding, clock=clock
+        ),
         audit_trail=AuditTrail(database=database),
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
         wakeups=wakeups,

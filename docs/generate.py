@@ -45,6 +45,8 @@ WHO = {
     "DELETE /v1/lockdowns/{id}": "admin",
     "GET /v1/policies": "admin, auditor",
     "POST /v1/policies/evaluate": "admin, auditor",
+    "POST /v1/policies/replay": "admin, auditor",
+    "PUT /v1/policies": "admin",
     "GET /v1/audit": "admin, auditor",
 }
 

@@ -24,7 +24,7 @@ from broker.cli import output, stopping
 from broker.cli.foreseen import foreseen
 from broker.config import ServerSettings, Settings, load
 from broker.domain.errors import BrokerError
-from broker.domain.policy import PolicySet
+from broker.services.drafts import fit
 from broker.services.redeciding import as_json
 from broker.web.app import create_app
 from broker.wiring import Broker, build
@@ -62,7 +62,7 @@ def check(config: Path) -> None:
     broker check --config /etc/broker/broker.toml
     """
     settings = load(config)
-    policies = PolicySet.compile(settings.catalogue)
+    policies = fit(settings.catalogue)
     catalogue = settings.catalogue
     value = {
         "config": str(config),

@@ -125,6 +125,8 @@ class AsyncClient:
     audit = _pages(calls.audit)
     policies = _pages(calls.policies)
     evaluate_policy = _verb(calls.evaluate_policy)
+    replay_policies = _verb(calls.replay_policies)
+    replace_policies = _verb(calls.replace_policies)
 
     introspect = _verb(calls.introspect)
     token = _verb(calls.token)

@@ -452,6 +452,84 @@ class PolicyVersion:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """What would change among the live grants; `raw` has whose, by which policies, and some of them."""
+
+    grants: int
+    complete: bool
+    ended: int
+    shortened: int
+    undecided: int
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Foreseen:
+        read = Members("preview", value)
+        return cls(
+            grants=read.integer("grants"),
+            complete=read.boolean("complete"),
+            ended=read.integer("ended"),
+            shortened=read.integer("shortened"),
+            undecided=read.integer("undecided"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a draft would have said to recorded requests: the counts are of requests. `live` is of live grants."""
+
+    requests: int
+    complete: bool
+    same: int
+    newly_allowed: int
+    newly_denied: int
+    newly_asking: int
+    shortened: int
+    undecided: int
+    live: Foreseen
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Replay:
+        read = Members("replay", value)
+        return cls(
+            requests=read.integer("requests"),
+            complete=read.boolean("complete"),
+            same=read.integer("same"),
+            newly_allowed=read.integer("newly_allowed"),
+            newly_denied=read.integer("newly_denied"),
+            newly_asking=read.integer("newly_asking"),
+            shortened=read.integer("shortened"),
+            undecided=read.integer("undecided"),
+            live=Foreseen.of(read.raw.get("live")),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyChange:
+    """The version that was made, or with `dry_run` what it would change among the live grants."""
+
+    version: int | None
+    dry_run: bool
+    live: Foreseen | None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> PolicyChange:
+        read = Members("policy change", value)
+        live = read.raw.get("live")
+        return cls(
+            version=read.maybe_integer("version"),
+            # A person decides by this one, so it is not guessed.
+            dry_run=read.boolean("dry_run"),
+            live=Foreseen.of(live) if live else None,
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Introspection:
     """RFC 7662; `raw` has the claims. Anything but an explicit true is "not active" (INV-24)."""
 

@@ -30,8 +30,8 @@ from broker.domain.clock import Clock, rfc3339
 from broker.domain.identity import new_id
 from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState
-from broker.domain.policy import PolicySet
 from broker.services.asked import Versions
+from broker.services.drafts import fit
 from broker.services.endings import ACTOR, end_grants
 from broker.services.reasking import Again, Outcome, Reasking
 from broker.services.standing import Standing, StandingReader
@@ -168,9 +168,9 @@ class Redeciding:
                 record(db, [_finished(run, counts, now)])
         return Redecided(**done)
 
-    def foresee(self, catalogue: Catalogue) -> Foreseen:
+    def foresee(self, catalogue: Catalogue, *, at_most: int = _FORESEEN) -> Foreseen:
         """What would change if this configuration were applied now. Changes nothing."""
-        reasking = Reasking(catalogue=catalogue, policies=PolicySet.compile(catalogue), versions=self._versions)
+        reasking = Reasking(catalogue=catalogue, policies=fit(catalogue), versions=self._versions)
         now = self._clock()
         counts: Counter[str] = Counter()
         by_agent: Counter[str] = Counter()
@@ -178,9 +178,11 @@ class Redeciding:
         by_reason: Counter[str] = Counter()
         samples: list[Sample] = []
         after, looked_at = "", 0
-        while looked_at < _FORESEEN:
+        complete = False
+        while looked_at < at_most and not complete:
+            wanted = min(_FORESEEN_AT_ONCE, at_most - looked_at)
             with self._database.read() as db:
-                page = redecisions.live(db, now=now, after=after, limit=_FORESEEN_AT_ONCE)
+                page = redecisions.live(db, now=now, after=after, limit=wanted)
             for row in page:
                 again = reasking.again(row, now)
                 counts[again.outcome] += 1
@@ -192,12 +194,11 @@ class Redeciding:
                 if len(samples) < _SAMPLES:
                     samples.append(_sample(row, again))
             looked_at += len(page)
-            if len(page) < _FORESEEN_AT_ONCE:
-                break
-            after = page[-1].id
+            complete = len(page) < wanted
+            after = page[-1].id if page else after
         return Foreseen(
             looked_at=looked_at,
-            complete=looked_at < _FORESEEN,
+            complete=complete,
             ended=counts[Outcome.ENDED],
             shortened=counts[Outcome.SHORTENED],
             undecided=counts[Outcome.UNDECIDED],

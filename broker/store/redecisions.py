@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Integer, Row, Select, Text, cast, delete, func, select, update
 
+from broker.domain.identity import first_id
 from broker.domain.lifecycle import GrantState
 from broker.store import models
 from broker.store.grants import padded, unended, unexpired
@@ -147,6 +148,14 @@ def live(db: Connection, *, now: datetime, after: str, limit: int) -> list[Row[A
     """The same of everybody's, in the order of their ids."""
     statement = RECORDED.where(unended(), _grants.c.state.in_(_GIVEN), unexpired(now), _grants.c.id > after)
     return list(db.execute(statement.order_by(_grants.c.id).limit(limit)))
+
+
+def asked_since(db: Connection, since: datetime, *, before: str | None, limit: int) -> list[Row[Any]]:
+    """What was asked since then and decided, newest first, below the id `before`; ids begin with their time."""
+    statement = RECORDED.where(_grants.c.id >= first_id("grt", since)).order_by(_grants.c.id.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(_grants.c.id < before)
+    return list(db.execute(statement))
 
 
 def is_ours(db: Connection, share: Share) -> bool:

@@ -12,7 +12,7 @@ from broker.services import reasking, redeciding
 from broker.store.models import Grant, Redecision, RedecisionShare
 from tests.house import CRM, LEDGER, POLICIES
 
-OPEN = '@id("everybody") permit (principal, action, resource);'
+OPEN = '@id("everybody") permit (principal, action, resource) when { context.ttl_s > 0 };'
 
 
 def apply(house, **more):
@@ -507,7 +507,9 @@ def test_what_a_draft_would_end_is_shown_by_agent_and_policy_and_nothing_is_done
 def test_what_nothing_allows_any_more_is_shown_by_the_policy_that_did(house):
     house.issue(house.open_task())
     catalogue = house.broker.standing.now().catalogue
-    seen = house.broker.redeciding.foresee(replace(catalogue, policies={"none.cedar": ""}))
+    seen = house.broker.redeciding.foresee(
+        replace(catalogue, policies={"scribe.cedar": OPEN.replace("principal,", 'principal == Agent::"scribe",')})
+    )
     assert (seen.ended, seen.by_policy) == (1, {"crm-read": 1})
 
 

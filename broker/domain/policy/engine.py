@@ -93,6 +93,16 @@ class PolicySet:
             raise ConfigurationError(problems)
         return cls(catalogue.version, policies)
 
+    def unfit(self) -> list[str]:
+        """Why these policies must not come into force, though they can be read: nobody means what they say."""
+        problems = [
+            f"{policy.file}, policy {policy.id!r}: permits everything to everybody: name an agent, a scope or a "
+            "resource, or write a condition"
+            for policy in self._by_id.values()
+            if policy.permits_everything
+        ]
+        return problems if self._by_id else ["there is no policy: everything would be denied, and every live grant end"]
+
     def decide(self, request: AccessRequest) -> Decision:
         """Allow, deny, or ask people. Every scope has to be allowed; a forbid always wins."""
         try:
