@@ -34,6 +34,9 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def reconcile() -> None:
         broker.reconciliation.run()
 
+    def decide_again() -> None:
+        broker.redeciding.run()
+
     def alert() -> None:
         broker.alerting.send_due()
 
@@ -52,6 +55,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         ("recover", recover, 1),
         ("pay", pay, 1),
         ("reconcile", reconcile, 1),
+        ("decide again", decide_again, 1),
         ("alert", alert, 1),
         ("notify", notify, 1),
         ("measure", measure, 5),

@@ -24,16 +24,20 @@ from broker.providers.wakeups import Wakeups
 from broker.services.administration import Administration
 from broker.services.alerting import Alerting
 from broker.services.approval import Approvals
+from broker.services.asked import Versions
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
 from broker.services.collection import Collection
 from broker.services.debts import Debts
+from broker.services.explaining import Explaining
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.leases import Leases
 from broker.services.notifying import Notifying
 from broker.services.proofs import Proofs
 from broker.services.reconciliation import Reconciliation, settings_in_use
+from broker.services.redeciding import Redeciding
+from broker.services.replaying import Replaying
 from broker.services.revocation import Revocation
 from broker.services.secrets import Secrets
 from broker.services.standing import StandingReader
@@ -71,7 +75,10 @@ class Broker:
     alerting: Alerting
     notifying: Notifying
     verification: Verification
+    explaining: Explaining
     administration: Administration
+    redeciding: Redeciding
+    replaying: Replaying
     audit_trail: AuditTrail
     sweeper: Sweeper
     wakeups: Wakeups
@@ -145,6 +152,8 @@ def build(
     revocation = Revocation(
         database=database, standing=standing, debts=debts, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
     )
+    versions = Versions(database=database, standing=standing)
+    redeciding = Redeciding(database=database, standing=standing, versions=versions, clock=clock)
     return Broker(
         settings=settings,
         clock=clock,
@@ -187,7 +196,14 @@ def build(
             database=database, standing=standing, channels=_channels(settings, clock), issuer=issuer, clock=clock
         ),
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
-        administration=Administration(database=database, standing=standing, keys=keys, wakeups=wakeups, clock=clock),
+        explaining=Explaining(database=database, versions=versions),
+        administration=Administration(
+            database=database, standing=standing, redeciding=redeciding, keys=keys, wakeups=wakeups, clock=clock
+        ),
+        redeciding=redeciding,
+        replaying=Replaying(
+            database=database, standing=standing, versions=versions, redeciding=redeciding, clock=clock
+        ),
         audit_trail=AuditTrail(database=database),
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
         wakeups=wakeups,

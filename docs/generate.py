@@ -33,6 +33,7 @@ WHO = {
     "POST /v1/grants": "agent",
     "GET /v1/grants": "everybody, each their own; admin and auditor all",
     "GET /v1/grants/{id}": "its agent, the orchestrator of its task, admin, auditor",
+    "GET /v1/grants/{id}/decision": "its agent, the orchestrator of its task, admin, auditor",
     "POST /v1/grants/{id}/renew": "its agent",
     "POST /v1/grants/{id}/revoke": "its agent, the orchestrator of its task, admin",
     "POST /v1/grants/{id}/credential": "its agent",
@@ -51,6 +52,8 @@ WHO = {
     "DELETE /v1/lockdowns/{id}": "admin",
     "GET /v1/policies": "admin, auditor",
     "POST /v1/policies/evaluate": "admin, auditor",
+    "POST /v1/policies/replay": "admin, auditor",
+    "PUT /v1/policies": "admin",
     "GET /v1/audit": "admin, auditor",
 }
 

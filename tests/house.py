@@ -107,6 +107,9 @@ def catalogue_for(issuer: DevIssuer, **more: object) -> Catalogue:
             principal("crm-api", "service", "verifier"),
             principal("ledger-api", "service", "verifier"),
             principal("ada", "person", "admin"),
+            principal("gus", "person", "approver", groups=("board",)),
+            principal("gina", "person", "approver", groups=("board",)),
+            principal("greta", "person", "approver", groups=("board",)),
             principal("audrey", "person", "auditor"),
         ),
         resources=(

@@ -172,6 +172,19 @@ def show(broker: Client, /, *, grant_id: str) -> None:
 
 @grant.command()
 @click.argument("grant_id")
+@client_options
+def explain(broker: Client, /, *, grant_id: str) -> None:
+    """Why it was decided so: which policies, which ceiling cut its life, on which facts, and what would be allowed.
+
+    \b
+    broker grant explain grt_0198…
+    """
+    found = broker.explain_grant(grant_id).raw
+    output.show(found, _explanation(found))
+
+
+@grant.command()
+@click.argument("grant_id")
 @click.option("--reason", help="Why; it goes into the audit trail.")
 @client_options
 def revoke(broker: Client, /, *, grant_id: str, reason: str | None) -> None:
@@ -181,6 +194,32 @@ def revoke(broker: Client, /, *, grant_id: str, reason: str | None) -> None:
     broker grant revoke grt_0198… --reason "done early"
     """
     output.show_receipt(broker.revoke_grant(grant_id, reason).raw)
+
+
+def _explanation(found: Mapping[str, Any]) -> output.Drawing:
+    """The sentences, then what it was decided on, a fact a line; what the agent wrote is marked as its words."""
+    facts = found["facts"]
+    context = {name: value for name, value in facts["context"].items() if value is not None}
+    drawn = [
+        output.sentences(found["in_words"]),
+        output.facts(
+            {
+                "decided at": found["decided_at"],
+                **{
+                    f"{thing} {name}": value
+                    for thing in ("agent", "task", "resource")
+                    for name, value in facts[thing].items()
+                },
+                **{f"context.{name}": value for name, value in context.items()},
+                **{f"the agent says: {name}": value for name, value in facts["agents_words"].items() if value},
+            }
+        ),
+    ]
+    if found["looked_at"]:
+        drawn.append(output.facts({"the policies look at": found["looked_at"]}))
+    if found["missing"]:
+        drawn.append(output.sentences(found["missing"]))
+    return output.both(*drawn)
 
 
 def _values_of(parameters: Mapping[str, str] | None) -> dict[str, str] | None:

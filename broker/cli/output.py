@@ -111,6 +111,16 @@ def facts(pairs: Mapping[str, Any]) -> Drawing:
     return draw
 
 
+def sentences(lines: Iterable[str]) -> Drawing:
+    """One a line."""
+
+    def draw(console: Console) -> None:
+        for line in lines:
+            console.print(_cell(line))
+
+    return draw
+
+
 def both(*drawings: Drawing) -> Drawing:
     """One below the other, with an empty line between them."""
 

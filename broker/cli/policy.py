@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import click
 
 from broker.cli import output
 from broker.cli.client import reach
+from broker.cli.foreseen import replayed
 from broker.cli.parameters import Duration, facts_option
-from broker.cli.server import config_option
+from broker.cli.server import config_option, opened
 from broker.config import load
 from broker.domain.clock import system_clock
 from broker.domain.errors import ConfigurationError
 from broker.domain.policy import ALLOW, PolicySet, read_tests, run_tests
 from broker.domain.scope import scope_set
 from broker.services.administration import WhatIf, evaluate
+from broker.services.drafts import fit
+from broker.services.redeciding import as_json
+from broker.services.replaying import replayed_json
 
 _DEFAULT_TTL_S = 300
 
@@ -38,7 +43,7 @@ def check(config: Path) -> None:
     broker policy check --config broker.toml
     """
     catalogue = load(config).catalogue
-    found = PolicySet.compile(catalogue)
+    found = fit(catalogue)
     value = {"config": str(config), "files": sorted(catalogue.policies), "policies": list(found.ids)}
     output.show(value, output.facts({**value, "result": "nothing is wrong"}))
 
@@ -141,6 +146,80 @@ def evaluate_request(
     output.show(decision, output.decision(decision))
     if decision["outcome"] != ALLOW:
         raise click.exceptions.Exit(output.REFUSED)
+
+
+@policy.command("replay")
+@click.argument("directory", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.option(
+    "--config",
+    "-c",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Replay this whole configuration here, on its own database, instead of a directory at a broker.",
+)
+@click.option(
+    "--period", "period_s", type=Duration(highest_s=2_592_000), default="24h", show_default=True, help="Back from now."
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 100_000),
+    metavar="NUMBER",
+    default=10_000,
+    show_default=True,
+    help="So many requests at most, the newest; and so many live grants.",
+)
+@click.option("--url", envvar="BROKER_URL", show_envvar=True, metavar="URL", help="The broker's address.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    envvar="BROKER_TOKEN_FILE",
+    show_envvar=True,
+    help="The file with your workload token. Or set BROKER_TOKEN.",
+)
+@click.option("--token", envvar="BROKER_TOKEN", hidden=True)
+@output.json_option
+def replay_draft(
+    directory: Path | None,
+    config: Path | None,
+    period_s: int,
+    limit: int,
+    url: str | None,
+    token_file: Path | None,
+    token: str | None,
+) -> None:
+    """What a draft would have said to the requests of a period, and what of the live grants it would end.
+
+    DIRECTORY has the draft: its *.cedar files, and schema.cedarschema if there is one. Nothing is done.
+
+    \b
+    broker policy replay ./policies --period 24h
+    broker policy replay --config broker.toml
+    """
+    if (directory is None) == (config is None):
+        raise click.UsageError("which draft? Give the directory of its policies, or a whole configuration as --config")
+    if config is not None:
+        settings = load(config)
+        with opened(settings) as house:
+            found = house.replaying.replayed(
+                settings.catalogue, fit(settings.catalogue), period=timedelta(seconds=period_s), at_most=limit
+            )
+        shown: Mapping[str, Any] = replayed_json(found, as_json(found.live))
+    else:
+        policies, schema = _draft(directory or Path())
+        with reach(url, token_file, token) as broker:
+            shown = broker.replay_policies(policies, schema, period_s, limit).raw
+    output.show(shown, replayed(shown))
+
+
+def _draft(directory: Path) -> tuple[dict[str, str], str | None]:
+    """The texts of a directory of policies, and of its schema."""
+    try:
+        policies = {path.name: path.read_text() for path in sorted(directory.glob("*.cedar"))}
+        schema = directory / "schema.cedarschema"
+        return policies, schema.read_text() if schema.exists() else None
+    except OSError as problem:
+        raise click.BadParameter(f"{problem.filename} cannot be read ({problem.strerror})") from None
+    except UnicodeDecodeError:
+        raise click.BadParameter(f"a file of {directory} is not text in UTF-8") from None
 
 
 def _decide_here(config: Path, *, scopes: tuple[str, ...], **asked: Any) -> Mapping[str, Any]:

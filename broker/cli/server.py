@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from granian.log import LogLevels
 from broker import scheduler as scheduling
 from broker import telemetry
 from broker.cli import output, stopping
+from broker.cli.foreseen import foreseen
 from broker.config import ServerSettings, Settings, load
 from broker.domain.errors import BrokerError
-from broker.domain.policy import PolicySet
+from broker.services.drafts import fit
+from broker.services.redeciding import as_json
 from broker.web.app import create_app
 from broker.wiring import Broker, build
 
@@ -60,7 +62,7 @@ def check(config: Path) -> None:
     broker check --config /etc/broker/broker.toml
     """
     settings = load(config)
-    policies = PolicySet.compile(settings.catalogue)
+    policies = fit(settings.catalogue)
     catalogue = settings.catalogue
     value = {
         "config": str(config),
@@ -91,18 +93,43 @@ def migrate(config: Path) -> None:
 @click.command()
 @config_option
 @click.option("--allow-older", is_flag=True, help="Go back to a configuration that was replaced, on purpose.")
+@click.option("--dry-run", is_flag=True, help="Show what of the live grants it would end or shorten, and do nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask at a terminal, though live grants would end.")
 @output.json_option
-def apply(config: Path, allow_older: bool) -> None:
+def apply(config: Path, allow_older: bool, dry_run: bool, yes: bool) -> None:
     """Store issuers, principals, resources and policies as the newest version.
 
-    Every broker on this database follows at its next request.
+    Every broker on this database follows at its next request. Live grants are decided again by it in the background:
+    those it no longer allows end, and ceilings that shrank shorten what is out. At a terminal that is shown and asked
+    about first.
 
     \b
+    broker apply --config /etc/broker/broker.toml --dry-run
     broker apply --config /etc/broker/broker.toml
     """
-    with opened(load(config)) as house:
+    settings = load(config)
+    with opened(settings) as house:
+        if dry_run:
+            found = as_json(house.redeciding.foresee(settings.catalogue))
+            output.show(found, foreseen(found))
+            return
+        if _at_a_terminal() and not (yes or output.wants_json()):
+            _ask(as_json(house.redeciding.foresee(settings.catalogue)))
         version = house.apply(by=f"cli:{getpass.getuser()}", allow_older=allow_older)
     output.show({"version": version}, output.facts({"version": version}))
+
+
+def _at_a_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
+def _ask(found: Mapping[str, Any]) -> None:
+    """Show what would end, where something would, and go on only with a yes."""
+    if not (found["ended"] or found["undecided"]):
+        return
+    foreseen(found)(output.err())
+    if not click.confirm(f"{found['ended'] + found['undecided']} live grants would end. Apply it?", err=True):
+        raise output.fail("nothing was applied")
 
 
 @click.command()

@@ -15,7 +15,7 @@ from typing import Any
 from broker.domain.clock import rfc3339
 
 # What somebody has to hear of at once, and not when they next look.
-ALERTING = frozenset({"lease.stuck", "lease.found", "lease.gone", "login.found"})
+ALERTING = frozenset({"lease.stuck", "lease.found", "lease.gone", "login.found", "redecision.undecided"})
 
 
 @dataclass(frozen=True, kw_only=True)

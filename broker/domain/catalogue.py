@@ -73,6 +73,11 @@ class PrincipalRule:
             return False
         return all(_claim(identity.claims, path) == (type(value), value) for path, value in self.claims.items())
 
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """Of two rules that match, the higher counts: an exact subject, then a longer prefix, then more claims."""
+        return self.subject is not None, len(self.subject_prefix or ""), len(self.claims)
+
     def principal(self, identity: WorkloadIdentity) -> Principal:
         return Principal(
             name=self.name,
@@ -183,8 +188,8 @@ class Catalogue:
         found = [rule for rule in self.principals if rule.matches(identity)]
         if not found:
             raise Unauthenticated(f"no principal is configured for subject {identity.subject!r} of {identity.issuer}")
-        best = max(map(_rank, found))
-        ranked = [rule for rule in found if _rank(rule) == best]
+        best = max(rule.rank for rule in found)
+        ranked = [rule for rule in found if rule.rank == best]
         if len(ranked) > 1:
             # Guessing would let the order of a file decide who somebody is.
             names = ", ".join(rule.name for rule in ranked)
@@ -212,10 +217,6 @@ class Catalogue:
             policies=document["policies"],
             schema=document["schema"],
         )
-
-
-def _rank(rule: PrincipalRule) -> tuple[bool, int, int]:
-    return rule.subject is not None, len(rule.subject_prefix or ""), len(rule.claims)
 
 
 def _read(kind: Any, item: Mapping[str, Any]) -> Any:

@@ -94,6 +94,7 @@ class Grant(Authority):
     request_sha256: str
     decision: Mapping[str, Any]
     policy_version: int | None
+    terms: Mapping[str, Any] | None  # what else the decision looked at; None where none was kept yet
     trace_id: str | None
     revoked_at: datetime | None = None
     revoked_by: str | None = None

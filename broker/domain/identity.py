@@ -55,6 +55,11 @@ def new_id(prefix: str, at: datetime) -> str:
     return f"{prefix}_{_milliseconds(at)}" + "".join([_PAIRS[(value >> shift) & 1023] for shift in _SHIFTS])
 
 
+def first_id(prefix: str, at: datetime) -> str:
+    """What sorts before every id that is made from this moment on, and after all from before it."""
+    return f"{prefix}_{_milliseconds(at)}"
+
+
 @lru_cache(maxsize=8)
 def _milliseconds(at: datetime) -> str:
     """The first 50 of the 130 bits, the same for all that is made in one second."""

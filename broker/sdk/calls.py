@@ -20,14 +20,17 @@ from broker.sdk.values import (
     Credential,
     Decision,
     Event,
+    Explanation,
     Grant,
     Introspection,
     Lease,
     Lockdown,
     Members,
     Page,
+    PolicyChange,
     PolicyVersion,
     Receipt,
+    Replay,
     Revocation,
     Task,
 )
@@ -214,6 +217,11 @@ def withdraw(approval_id: str, reason: str | None = None) -> Call[Approval]:
     return _said(approval_id, "withdraw", _given(reason=reason))
 
 
+def explain_grant(grant_id: str) -> Call[Explanation]:
+    """Why a grant was decided as it was: policies, ceilings, facts, and for a no what would be allowed."""
+    return Call(method="GET", path=f"{_grant(grant_id)}/decision", read=_reads(Explanation.of), repeatable=True)
+
+
 def grants(
     *,
     state: str | None = None,
@@ -349,6 +357,29 @@ def evaluate_policy(
         context=None if context is None else dict(context),
     )
     return Call(method="POST", path="/v1/policies/evaluate", body=body, read=_reads(Decision.of), repeatable=True)
+
+
+def replay_policies(
+    policies: Mapping[str, str], schema: str | None = None, period_s: int | None = None, limit: int | None = None
+) -> Call[Replay]:
+    """What a draft, file names to Cedar text, would have said to recorded requests; nothing is done."""
+    body = _given(policies=dict(policies), schema=schema, period_s=period_s, limit=limit)
+    return Call(method="POST", path="/v1/policies/replay", body=body, read=_reads(Replay.of), repeatable=True)
+
+
+def replace_policies(
+    policies: Mapping[str, str], schema: str | None = None, dry_run: bool = True
+) -> Call[PolicyChange]:
+    """Put these policies in force. By default a dry run, which shows what of the live grants would end."""
+    return Call(
+        method="PUT",
+        path="/v1/policies",
+        body=_given(policies=dict(policies), schema=schema),
+        # Sent even where it is the default: what may end grants must not hang on somebody else's default.
+        query={"dry_run": "true" if dry_run else "false"},
+        read=_reads(PolicyChange.of),
+        repeatable=True,
+    )
 
 
 def introspect(token: str) -> Call[Introspection]:

@@ -130,6 +130,7 @@ class Client:
     request_grant = _verb(calls.request_grant)
     collect_grant = _verb(calls.collect_grant)
     grant = _verb(calls.grant)
+    explain_grant = _verb(calls.explain_grant)
     grants = _pages(calls.grants)
     renew_grant = _verb(calls.renew_grant)
     revoke_grant = _verb(calls.revoke_grant)
@@ -151,6 +152,8 @@ class Client:
     audit = _pages(calls.audit)
     policies = _pages(calls.policies)
     evaluate_policy = _verb(calls.evaluate_policy)
+    replay_policies = _verb(calls.replay_policies)
+    replace_policies = _verb(calls.replace_policies)
 
     introspect = _verb(calls.introspect)
     token = _verb(calls.token)

@@ -237,6 +237,38 @@ class Approval:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why a grant was decided so: `in_words` for people, and in `facts` and `ceilings_s` what it was decided on."""
+
+    grant_id: str
+    outcome: str
+    in_words: tuple[str, ...]
+    reasons: tuple[str, ...]
+    would_be_allowed: tuple[str, ...]
+    ttl_decided_by: str
+    ceilings_s: Mapping[str, int]
+    facts: Mapping[str, Any]
+    missing: tuple[str, ...]
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Explanation:
+        read = Members("explanation", value)
+        return cls(
+            grant_id=read.text("grant_id"),
+            outcome=read.text("outcome"),
+            in_words=read.texts("in_words"),
+            reasons=read.texts("reasons"),
+            would_be_allowed=read.texts("would_be_allowed"),
+            ttl_decided_by=read.text("ttl_decided_by"),
+            ceilings_s=read.mapping("ceilings_s"),
+            facts=read.mapping("facts"),
+            missing=read.texts("missing"),
+            raw=read.raw,
+        )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Credential:
     """The secret itself: a `token`, or for a provider's secret `data`. Shown by `reveal` and `reveal_data` only.
@@ -468,6 +500,84 @@ class PolicyVersion:
             sha256=read.text("sha256"),
             applied_at=read.time("applied_at"),
             applied_by=read.text("applied_by"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """What would change among the live grants; `raw` has whose, by which policies, and some of them."""
+
+    grants: int
+    complete: bool
+    ended: int
+    shortened: int
+    undecided: int
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Foreseen:
+        read = Members("preview", value)
+        return cls(
+            grants=read.integer("grants"),
+            complete=read.boolean("complete"),
+            ended=read.integer("ended"),
+            shortened=read.integer("shortened"),
+            undecided=read.integer("undecided"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a draft would have said to recorded requests: the counts are of requests. `live` is of live grants."""
+
+    requests: int
+    complete: bool
+    same: int
+    newly_allowed: int
+    newly_denied: int
+    newly_asking: int
+    shortened: int
+    undecided: int
+    live: Foreseen
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Replay:
+        read = Members("replay", value)
+        return cls(
+            requests=read.integer("requests"),
+            complete=read.boolean("complete"),
+            same=read.integer("same"),
+            newly_allowed=read.integer("newly_allowed"),
+            newly_denied=read.integer("newly_denied"),
+            newly_asking=read.integer("newly_asking"),
+            shortened=read.integer("shortened"),
+            undecided=read.integer("undecided"),
+            live=Foreseen.of(read.raw.get("live")),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyChange:
+    """The version that was made, or with `dry_run` what it would change among the live grants."""
+
+    version: int | None
+    dry_run: bool
+    live: Foreseen | None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> PolicyChange:
+        read = Members("policy change", value)
+        live = read.raw.get("live")
+        return cls(
+            version=read.maybe_integer("version"),
+            # A person decides by this one, so it is not guessed.
+            dry_run=read.boolean("dry_run"),
+            live=Foreseen.of(live) if live else None,
             raw=read.raw,
         )
 

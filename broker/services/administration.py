@@ -19,7 +19,10 @@ from broker.domain.identity import Caller, Role, WorkloadIdentity, new_id
 from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.scope import require_offered
 from broker.providers.wakeups import Wakeups
+from broker.services.drafts import Draft, drafted, fit
 from broker.services.keys import Keys
+from broker.services.redeciding import Foreseen, Redeciding, order_redecision
+from broker.services.refusals import recorded
 from broker.services.standing import StandingReader
 from broker.store import gate, standing
 from broker.store.database import Database
@@ -51,21 +54,31 @@ class WhatIf:
 
 class Administration:
     def __init__(
-        self, *, database: Database, standing: StandingReader, keys: Keys, wakeups: Wakeups, clock: Clock
+        self,
+        *,
+        database: Database,
+        standing: StandingReader,
+        redeciding: Redeciding,
+        keys: Keys,
+        wakeups: Wakeups,
+        clock: Clock,
     ) -> None:
         self._database = database
         self._standing = standing
+        self._redeciding = redeciding
         self._keys = keys
         self._wakeups = wakeups
         self._clock = clock
 
-    def apply(self, catalogue: Catalogue, *, by: str, allow_older: bool = False) -> int:
+    def apply(self, catalogue: Catalogue, *, by: str, allow_older: bool = False, onto: int | None = None) -> int:
         """Store the configuration as the newest version, unless it is already; answers its number.
+
+        `onto` is the version that it was made from, where one was: what was applied since then is not undone.
 
         Raises Conflict where this very configuration was once applied and a newer one followed: a broker restarted
         with a stale file must not undo what others run on. `allow_older` says that this is meant.
         """
-        PolicySet.compile(catalogue)
+        fit(catalogue)
         self._keys.ensure({resource.signing_algorithm for resource in catalogue.resources} | {"ES256"})
         document = catalogue.as_document()
         sha256 = hashlib.sha256(canonical_json(document)).hexdigest()
@@ -76,10 +89,12 @@ class Administration:
         now = self._clock()
         with self._database.begin() as db:
             # Turning the era is what makes every broker look again; it also makes two that apply take turns.
-            gate.turn(db)
+            era = gate.turn(db)
             latest = standing.latest_configuration(db)
             if latest is not None and latest.sha256 == sha256:
                 return int(latest.version)
+            if onto is not None and latest is not None and latest.version != onto:
+                raise Conflict(f"configuration version {latest.version} was applied meanwhile: look, and try again")
             earlier = standing.has_configuration(db, sha256)
             if earlier is not None and latest is not None and not allow_older:
                 raise Conflict(
@@ -98,8 +113,25 @@ class Administration:
                 data={"version": version, "sha256": sha256},
             )
             record(db, [event])
+            if latest is not None:
+                # What is out was decided by the version before: up to this era all of it, and nothing after it.
+                order_redecision(db, now=now, era=era, version=version, by=by, cause=f"configuration version {version}")
         self._wakeups.wake()
         return version
+
+    def replace_policies(self, caller: Caller, draft: Draft) -> int:
+        """Apply the configuration in force with other policies; answers the number of the version."""
+        with recorded(self._database, self._clock, caller, "policies.refused", "replace"):
+            require_admin(caller)
+            catalogue, _ = drafted(self._standing.now().catalogue, draft)
+            return self.apply(catalogue, by=caller.name, onto=catalogue.version)
+
+    def foresee(self, caller: Caller, draft: Draft) -> Foreseen:
+        """What that would change among the live grants."""
+        with recorded(self._database, self._clock, caller, "policies.refused", "replace"):
+            require_admin(caller)
+        catalogue, _ = drafted(self._standing.now().catalogue, draft)
+        return self._redeciding.foresee(catalogue)
 
     def versions(self, caller: Caller, *, before: int | None = None, limit: int = 100) -> list[AppliedVersion]:
         """Newest first, below the version `before`."""
@@ -145,6 +177,11 @@ def evaluate(catalogue: Catalogue, policies: PolicySet, asked: WhatIf, *, now: d
     )
     decision = policies.decide(request)
     return decision.with_reasons(policies.explain(request, decision))
+
+
+def require_admin(caller: Caller) -> None:
+    if not caller.has(Role.ADMIN):
+        raise RoleMissing(f"{caller.name} is not an admin: policies are not theirs to change")
 
 
 def require_reader(caller: Caller) -> None:

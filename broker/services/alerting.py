@@ -23,6 +23,7 @@ _SUMMARIES = {
     "lease.stuck": "a credential could not be revoked six times; it may still be alive, and is tried again without end",
     "lease.found": "a credential was alive outside that no row accounted for; it is being killed",
     "login.found": "a database login was alive that no lease accounted for; it is being ended",
+    "redecision.undecided": "policy could not be asked about grants that are out; unless it can soon, they are ended",
     "lease.gone": "a credential we held is unknown to its provider; its grant was ended",
 }
 

@@ -254,6 +254,7 @@ class Collection:
             decision=decision.as_json(),
             policies=_with(() if parent is None else parent.policies, *grant.policies, *decision.policies),
             policy_version=decision.policy_version,
+            terms=found.as_json(),
         )
         if resource.provider != OWES_NOTHING:
             return collected

@@ -403,6 +403,7 @@ class Issuance:
             policies=policies,
             chain=() if parent is None else (*parent.chain, parent.agent),
             policy_version=found.decision.policy_version,
+            terms=found.as_json(),
             trace_id=request.caller.trace_id,
         )
 
@@ -687,6 +688,7 @@ class Issuance:
             request_sha256=found.asked.sha256(),
             decision=found.decision.as_json(),
             policy_version=found.decision.policy_version,
+            terms=found.as_json(),
         )
         return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
 

@@ -7,10 +7,13 @@ issue, at renewal and in a rehearsal.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from broker.domain.catalogue import Limits, Resource
+from broker.domain.clock import epoch
 from broker.domain.errors import Conflict, Forbidden, Invalid, RoleMissing, Unauthenticated
 from broker.domain.grant import Grant, GrantRequest
 from broker.domain.identity import Principal, Role
@@ -23,16 +26,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """`asked` is the canonical request that `decision` answers; `decided_by` names the ceiling that cut `ttl`."""
+    """`asked` is the canonical request that `decision` answers; `decided_by` names the ceiling that cut `ttl`.
+
+    `ceilings` are all there were, policy's own among them.
+    """
 
     ttl: timedelta
     decided_by: str
+    requested: timedelta | None
+    ceilings: Mapping[str, timedelta]
     asked: AccessRequest
     decision: Decision
 
     @property
     def allowed(self) -> bool:
         return self.decision.outcome == "allow"
+
+    def as_json(self) -> dict[str, Any]:
+        """What no other column of a grant tells of its decision, for whoever explains it or asks again."""
+        return {
+            "decided_at": epoch(self.asked.now),
+            "requested_s": None if self.requested is None else int(self.requested.total_seconds()),
+            "ceilings_s": {name: int(ceiling.total_seconds()) for name, ceiling in self.ceilings.items()},
+            "ttl_s": self.asked.ttl_s,
+            "delegation_depth": self.asked.delegation_depth,
+            "risk": self.asked.risk,
+        }
 
 
 def user_of(request: GrantRequest, task: Task, parent: Grant | None) -> str | None:
@@ -115,6 +134,10 @@ def terms(
     if decision.failure is not None:
         # A deny (INV-13), and a fault that somebody has to hear of.
         _log.error("policy failed", extra={"fields": {"failure": decision.failure, "agent": principal.name}})
-    if decision.max_ttl_s is not None and timedelta(seconds=decision.max_ttl_s) < ttl:
-        ttl, decided_by = timedelta(seconds=decision.max_ttl_s), "policy"
-    return Terms(ttl=ttl, decided_by=decided_by, asked=asked, decision=decision)
+    if decision.max_ttl_s is not None:
+        ceilings["policy"] = timedelta(seconds=decision.max_ttl_s)
+        if ceilings["policy"] < ttl:
+            ttl, decided_by = ceilings["policy"], "policy"
+    return Terms(
+        ttl=ttl, decided_by=decided_by, requested=request.ttl, ceilings=ceilings, asked=asked, decision=decision
+    )

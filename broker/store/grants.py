@@ -60,11 +60,11 @@ def _row_of(grant: Grant) -> dict[str, Any]:
     row = dict(zip(_NAMES, _values_of(grant), strict=True))
     row["state"] = str(grant.state)
     row["scopes"] = list(grant.scopes)
-    row |= {name: _padded(getattr(grant, name)) for name in LISTS_OF_NAMES}
+    row |= {name: padded(getattr(grant, name)) for name in LISTS_OF_NAMES}
     return row
 
 
-def _padded(names: Sequence[str]) -> str:
+def padded(names: Sequence[str]) -> str:
     # Blanks on both sides, so that looking for " crm-read " cannot find "crm-read-all".
     return f" {' '.join(names)} " if names else ""
 
@@ -140,8 +140,8 @@ def hand_down(db: Connection, grant: Grant) -> None:
         children = [grant_of(row) for row in rows]
         for child in children:
             more = {
-                "kids": _padded(tuple(dict.fromkeys((*child.kids, *grant.kids)))),
-                "policies": _padded(tuple(dict.fromkeys((*child.policies, *grant.policies)))),
+                "kids": padded(tuple(dict.fromkeys((*child.kids, *grant.kids)))),
+                "policies": padded(tuple(dict.fromkeys((*child.policies, *grant.policies)))),
             }
             db.execute(update(_grants).where(with_id(child.id)).values(**more))
         below = [child.id for child in children]
@@ -207,10 +207,10 @@ def renew_grant(db: Connection, grant: Grant) -> None:
     """Write what a renewal changes; the caller holds the row, and it is active."""
     changed = (
         "jti", "credential_sha256", "expires_at", "ttl_s", "ttl_decided_by", "request_sha256", "decision",
-        "policy_version",
+        "policy_version", "terms",
     )  # fmt: skip
     values = {name: getattr(grant, name) for name in changed}
-    values |= {"kids": _padded(grant.kids), "policies": _padded(grant.policies)}
+    values |= {"kids": padded(grant.kids), "policies": padded(grant.policies)}
     db.execute(update(_grants).where(_grants.c.id == grant.id).values(**values))
 
 
@@ -218,10 +218,10 @@ def collected(grant: Grant) -> dict[str, Any]:
     """What collecting an approved grant changes of its row; its state moves through its own door."""
     changed = (
         "jti", "credential_sha256", "status_list", "status_index", "issued_at", "expires_at", "renewable_until",
-        "ttl_s", "ttl_decided_by", "decision", "policy_version",
+        "ttl_s", "ttl_decided_by", "decision", "policy_version", "terms",
     )  # fmt: skip
     values = {name: getattr(grant, name) for name in changed}
-    named = {"kids": _padded(grant.kids), "policies": _padded(grant.policies)}
+    named = {"kids": padded(grant.kids), "policies": padded(grant.policies)}
     return values | named | {"scopes": list(grant.scopes)}
 
 
@@ -354,11 +354,13 @@ def count_by_agent(db: Connection, *where: ColumnElement[bool]) -> dict[str, int
 def invalid_indexes(db: Connection, status_list: int, standing: Iterable[Refusal], *, now: datetime) -> list[int]:
     """The indexes of one status list whose tokens open nothing any more.
 
-    Ended rows, rows of tasks that ended or that time has ended, and rows a standing refusal covers before they
-    followed it. Expired tokens may stay: they are refused by their own `exp`.
+    Ended rows, rows that time has ended or whose tasks ended, and rows a standing refusal covers before they followed
+    it.
     """
     dead = [
         _grants.c.state != str(GrantState.ACTIVE),
+        # A ceiling that shrank lets a grant end before its token's own `exp`.
+        _grants.c.expires_at <= now,
         _tasks.c.state != str(TaskState.ACTIVE),
         _tasks.c.deadline_at <= now,
         _tasks.c.heartbeat_due_at <= now,

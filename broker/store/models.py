@@ -207,6 +207,7 @@ class Grant(Base):
     policies: Mapped[str] = mapped_column(Text)
     chain: Mapped[str] = mapped_column(Text, server_default=text("''"))
     policy_version: Mapped[int | None] = mapped_column(Integer)
+    terms: Mapped[dict[str, Any] | None] = mapped_column(Json)
     trace_id: Mapped[str | None] = mapped_column(String(32))
     revoked_at: Mapped[datetime | None] = mapped_column(Instant)
     revoked_by: Mapped[str | None] = mapped_column(Name)
@@ -499,6 +500,49 @@ class StatusList(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     next_index: Mapped[int] = mapped_column(Integer)
     last_expiry_at: Mapped[datetime] = mapped_column(Instant)
+
+
+class Redecision(Base):
+    """A run in which live grants are decided again: all that were issued up to an era, or those of an agent or user."""
+
+    __tablename__ = "redecisions"
+    __table_args__ = (
+        Index(
+            "redecisions_open_idx",
+            "id",
+            postgresql_where=text("finished_at IS NULL"),
+            sqlite_where=text("finished_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    era: Mapped[int] = mapped_column(BigInteger)
+    version: Mapped[int] = mapped_column(Integer)
+    agent: Mapped[str | None] = mapped_column(Name)
+    user: Mapped[str | None] = mapped_column(Name)
+    cause: Mapped[str] = mapped_column(String(255))
+    ordered_at: Mapped[datetime] = mapped_column(Instant)
+    ordered_by: Mapped[str] = mapped_column(Name)
+    planned_at: Mapped[datetime | None] = mapped_column(Instant)
+    undecided_at: Mapped[datetime | None] = mapped_column(Instant)
+    finished_at: Mapped[datetime | None] = mapped_column(Instant)
+
+
+class RedecisionShare(Base):
+    """A part of a run, for one broker at a time: the grants between two ids."""
+
+    __tablename__ = "redecision_shares"
+
+    redecision_id: Mapped[str] = mapped_column(Id, ForeignKey("redecisions.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    first_id: Mapped[str] = mapped_column(Id)
+    last_id: Mapped[str] = mapped_column(Id)
+    fence: Mapped[int] = mapped_column(Integer)
+    due_at: Mapped[datetime] = mapped_column(Instant)
+    done_at: Mapped[datetime | None] = mapped_column(Instant)
+    looked_at: Mapped[int] = mapped_column(Integer)
+    ended: Mapped[int] = mapped_column(Integer)
+    shortened: Mapped[int] = mapped_column(Integer)
 
 
 class ConfigurationVersion(Base):

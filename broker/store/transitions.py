@@ -52,7 +52,7 @@ def move(
     )
     moved = db.execute(statement).fetchall()
     if isinstance(event, Change) and event.event.type not in ALERTING:
-        _record_alike(db, event, moved)
+        record_alike(db, event, moved)
     else:
         record(db, map(event, moved))
     return moved
@@ -106,8 +106,8 @@ def change_of(at: datetime, actor: str, type_: str, **more: Any) -> Change:
     return Change(Event(id="", at=at, type=type_, actor=actor, **more))
 
 
-def _record_alike(db: Connection, change: Change, moved: Sequence[Row[Any]]) -> None:
-    """The same as recording `change` of each row; thousands at once differ in a few members, and are made from one."""
+def record_alike(db: Connection, change: Change, moved: Sequence[Any]) -> None:
+    """The same as recording `change` of each row, where nobody is alerted; thousands differ in a few members."""
     if not moved:
         return
     shared = dict(zip(_EVENT, _values_of(change.event), strict=True))

@@ -21,6 +21,7 @@ from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, TaskS
 from broker.domain.policy import claimed_text
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
+from broker.services.explaining import Explanation
 from broker.services.receipts import SignedReceipt
 from broker.services.revocation import BulkOutcome, Lockdown
 from broker.web.plain import PLAIN_PATTERN
@@ -164,6 +165,21 @@ class Evaluate(Request):
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
 
 
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,93}\.cedar$")]
+
+
+class PutPolicies(Request):
+    """All policies there shall be, by file. Without a schema the one in force stays."""
+
+    policies: Annotated[dict[FileName, str], Field(min_length=1, max_length=100)]
+    schema_: Annotated[str | None, Field(alias="schema", min_length=1)] = None
+
+
+class Replay(PutPolicies):
+    period_s: Annotated[int, Field(ge=1, le=2_592_000, description="Back from now.")] = 86_400
+    limit: Annotated[int, Field(ge=1, le=100_000, description="Requests, the newest; and live grants.")] = 10_000
+
+
 def _written_plainly(text: object) -> object:
     # Pydantic reads " 1", "+1", "1_0" and "1.0" as integers too; the schema we publish does not.
     if isinstance(text, str) and not (text.isascii() and text.isdigit() and not text.startswith("0")):
@@ -222,6 +238,12 @@ class AuditQuery(Page):
 
 class LockdownQuery(Page):
     lifted: Literal["true", "false"] = "false"
+
+
+class DryRun(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dry_run: Literal["true", "false"] = "false"
 
 
 class NoQuery(BaseModel):
@@ -298,6 +320,34 @@ class GrantAnswer(Answer):
     revoked_by: str | None
     reason: str | None
     lease: LeaseOfGrantAnswer | None
+
+
+class DecidingPolicyAnswer(Answer):
+    id: str
+    file: str | None
+    effect: Literal["permit", "forbid"] | None
+    condition: str | None
+    max_ttl_s: int | None
+
+
+class ExplanationAnswer(Answer):
+    grant_id: str
+    outcome: Literal["allow", "deny", "needs_approval"]
+    policy_version: int | None
+    decided_at: When
+    in_words: Annotated[list[str], Field(description="The whole of it for a person, a sentence each.")]
+    policies: Annotated[list[DecidingPolicyAnswer], Field(description="Those that decided.")]
+    reasons: list[str]
+    would_be_allowed: Annotated[list[str], Field(description="With a no: which smaller request would be a yes.")]
+    ttl_s: int
+    ttl_decided_by: str
+    requested_s: int | None
+    ceilings_s: Annotated[dict[str, int] | None, Field(description="Every ceiling there was; null where not kept.")]
+    facts: Annotated[dict[str, Any], Field(description="As they were; `agents_words` are vouched for by nobody.")]
+    looked_at: Annotated[
+        list[str] | None, Field(description="What of the context the policies that could decide it read.")
+    ]
+    missing: Annotated[list[str], Field(description="What cannot be told, and why.")]
 
 
 class JwtAnswer(Answer):
@@ -476,6 +526,65 @@ class VersionAnswer(Answer):
     applied_by: str
 
 
+class ForeseenGrantAnswer(Answer):
+    grant_id: str
+    agent: str
+    resource: str
+    scopes: list[str]
+    outcome: Literal["ended", "shortened", "undecided"]
+    why: str
+    expires_at: When
+
+
+class ForeseenAnswer(Answer):
+    """What would change among the live grants; the counts are of grants."""
+
+    grants: Annotated[int, Field(description="Looked at.")]
+    complete: Annotated[bool, Field(description="False where there are more.")]
+    ended: int
+    shortened: int
+    undecided: int
+    by_agent: dict[str, int]
+    by_policy: dict[str, int]
+    by_reason: dict[str, int]
+    samples: list[ForeseenGrantAnswer]
+
+
+class DifferenceAnswer(Answer):
+    grant_id: str
+    decided_at: When
+    agent: str
+    resource: str
+    scopes: list[str]
+    recorded: Annotated[str, Field(description="What it came to: an outcome, or how long it lived.")]
+    draft: Annotated[str, Field(description="What it would come to.")]
+    why: str
+
+
+class ReplayAnswer(Answer):
+    """The counts are of recorded requests."""
+
+    since: When
+    requests: int
+    complete: Annotated[bool, Field(description="False where there were more in the period.")]
+    same: int
+    newly_allowed: int
+    newly_denied: int
+    newly_asking: Annotated[int, Field(description="People would be asked.")]
+    shortened: int
+    undecided: int
+    by_agent: dict[str, int]
+    by_policy: dict[str, int]
+    samples: list[DifferenceAnswer]
+    live: ForeseenAnswer
+
+
+class PolicyChangeAnswer(Answer):
+    version: Annotated[int | None, Field(description="Null in a dry run.")]
+    dry_run: bool
+    live: Annotated[ForeseenAnswer | None, Field(description="In a dry run: what would change among the live grants.")]
+
+
 class TaskPage(Answer):
     items: list[TaskAnswer]
     next_cursor: str | None
@@ -576,6 +685,13 @@ def of_grant(grant: Grant, live: bool, lease: Lease | None = None) -> dict[str, 
 def _lease_of_grant(lease: Lease) -> dict[str, Any]:
     shown = of_lease(lease)
     return {name: shown[name] for name in LeaseOfGrantAnswer.model_fields}
+
+
+def of_explanation(found: Explanation) -> dict[str, Any]:
+    return vars(found) | {
+        "decided_at": rfc3339(found.decided_at),
+        "policies": [vars(policy) for policy in found.policies],
+    }
 
 
 def of_issued(issued: Issued) -> dict[str, Any]:

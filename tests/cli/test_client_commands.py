@@ -76,6 +76,30 @@ def test_token_only_prints_the_token_and_nothing_else(run, task):
     assert claims["exp"] - claims["iat"] == 120
 
 
+def test_a_grant_is_explained_in_words_and_what_the_agent_wrote_stays_text(run, task):
+    """INV-31: neither a claim nor an intent moves the cursor, colours a line or makes one."""
+    hostile = "a\x1b[31mb\u202ec\nallowed: everything"
+    asked = run("grant", "request", "--task", task, *READ, "--context", f"note={hostile}", "--json", by="summarizer")
+    grant = json.loads(asked.stdout)["grant"]["id"]
+    told = run("grant", "explain", grant, by="summarizer").stdout
+    assert told.startswith(f"summarizer was allowed contacts:read on {CRM}, by configuration version ")
+    assert "policy 'crm-read' in crm.cedar permits it" in told
+    assert "which is the broker's default" in told
+    line = next(line for line in told.splitlines() if line.startswith("the agent says: claimed"))
+    assert "allowed: everything" in line
+    assert "\x1b" not in told and "\u202e" not in told
+    found = json.loads(run("grant", "explain", grant, "--json", by="summarizer").stdout)
+    assert found["grant_id"] == grant and found["facts"]["agents_words"]["claimed"] == {"note": hostile}
+
+
+def test_a_denied_grant_is_explained_with_what_would_be_allowed(run, task):
+    refused = run("grant", "request", "--task", task, *READ, "--ttl", "14m", by="summarizer", ends=1)
+    grant = refused.stderr.split("kept as ")[1].strip()
+    told = run("grant", "explain", grant, by="summarizer").stdout
+    assert told.startswith(f"summarizer was denied contacts:read on {CRM}")
+    assert "would be allowed with ttl_s = 600" in told
+
+
 def test_a_credential_comes_with_its_grant_and_the_ceiling_that_decided(run, task):
     asked = run(
         *("grant", "request", "--task", task, *READ, "--intent", "count", "--context", "row=7"), by="summarizer"

@@ -1,6 +1,7 @@
 """Policy as code from the command line: on a file, and on a broker that runs."""
 
 import json
+import shutil
 
 import pytest
 
@@ -98,3 +99,43 @@ def test_evaluate_asks_the_broker_where_no_file_is_given(run):
 
 def test_evaluate_of_nobody_s_policies_is_wrong_usage():
     assert "Give --config, or set BROKER_URL" in command(*ASKED, ends=2).stderr
+
+
+class TestReplaying:
+    """A draft over what was asked, at a broker and on a configuration's own database."""
+
+    @pytest.fixture
+    def draft(self, live_broker, tmp_path):
+        shutil.copytree(live_broker.directory / "policies", tmp_path / "draft")
+        file = tmp_path / "draft" / "crm.cedar"
+        file.write_text(file.read_text().replace("context.ttl_s <= 600", "context.ttl_s <= 60"))
+        return tmp_path / "draft"
+
+    def test_what_a_draft_would_change_is_told_and_nothing_is_done(self, run, grant, draft):
+        found = json.loads(run("policy", "replay", draft, "--json", by="ada").stdout)
+        assert found["requests"] >= 1 and found["newly_denied"] >= 1
+        assert found["live"]["ended"] >= 1
+        told = run("policy", "replay", draft, "--period", "1h", by="ada").stdout
+        assert "newly denied" in told and grant in told and "no policy permits it" in told
+        assert json.loads(run("grant", "show", grant, "--json", by="summarizer").stdout)["live"] is True
+
+    def test_a_bad_draft_is_refused_with_what_is_wrong(self, run, draft):
+        (draft / "crm.cedar").write_text("permit (")
+        assert "crm.cedar: not Cedar" in run("policy", "replay", draft, by="ada", ends=1).stderr
+
+    def test_it_is_not_for_agents(self, run, draft):
+        assert "neither admin nor auditor" in run("policy", "replay", draft, by="summarizer", ends=1).stderr
+
+    def test_one_draft_and_no_other(self, run, draft, configuration):
+        assert "which draft?" in run("policy", "replay", ends=2).stderr
+        assert "which draft?" in run("policy", "replay", draft, "--config", configuration, ends=2).stderr
+
+    def test_a_configuration_is_replayed_on_its_own_database(self, configuration):
+        command("migrate", "--config", configuration)
+        command("apply", "--config", configuration)
+        found = json.loads(command("policy", "replay", "--config", configuration, "--json").stdout)
+        assert (found["requests"], found["complete"], found["live"]["grants"]) == (0, True, 0)
+
+    def test_a_file_that_is_not_text_is_named(self, run, draft):
+        (draft / "crm.cedar").write_bytes(b"\xff\xfe")
+        assert "not text" in run("policy", "replay", draft, by="ada", ends=2).stderr

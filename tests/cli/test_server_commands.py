@@ -6,12 +6,17 @@ import signal
 import socket
 import subprocess
 import time
+from datetime import timedelta
 
 import httpx
 import jwt
 import pytest
 
-from tests.cli.conftest import BROKER, CLEAN, command, free_port, process, until_ready
+from broker.config import load
+from broker.domain.grant import GrantRequest
+from broker.services.tasks import TaskRequest
+from broker.wiring import build, dev_issuer
+from tests.cli.conftest import BROKER, CLEAN, CRM, command, free_port, process, until_ready
 from tests.processes import until
 
 # --- check, migrate, apply ------------------------------------------------------------------------------------------
@@ -59,6 +64,77 @@ def test_a_database_that_does_not_answer_is_a_sentence(name, configuration):
 @pytest.mark.parametrize("name", ["apply", "scheduler", "keys list", "serve --no-migrate"])
 def test_a_database_that_was_not_migrated_says_what_to_run(name, configuration):
     assert "run `broker migrate`" in command(*name.split(), "--config", configuration, ends=1).stderr
+
+
+class TestApplying:
+    """What would end is shown, by `--dry-run` and before it is done at a terminal."""
+
+    @pytest.fixture
+    def live(self, configuration):
+        """A configuration of which the file now forbids what a live grant was given."""
+        command("migrate", "--config", configuration)
+        command("apply", "--config", configuration)
+        settings = load(configuration)
+        broker, issuer = build(settings), dev_issuer(configuration.parent)
+        now, standing = broker.clock(), broker.standing.now()
+
+        def caller(name):
+            token = issuer.token(f"dev:{name}", settings.issuer, now)
+            return broker.authenticator.authenticate(token, standing.catalogue, now=now)
+
+        asked = {"purpose": "summarise the leads of May", "agents": ("summarizer",), "deadline": timedelta(hours=1)}
+        task = broker.tasks.open(TaskRequest(caller=caller("crm-pipeline"), **asked))
+        scopes = frozenset({"contacts:read"})
+        request = GrantRequest(caller=caller("summarizer"), task_id=task.id, resource=CRM, scopes=scopes)
+        grant = broker.issuance.issue(request).grant
+        broker.close()
+        policies = configuration.parent / "policies" / "crm.cedar"
+        policies.write_text(policies.read_text().replace("context.ttl_s <= 600", "context.ttl_s <= 60"))
+        yield grant.id
+
+    def test_a_dry_run_shows_what_would_end_and_applies_nothing(self, configuration, live):
+        shown = json.loads(command("apply", "--config", configuration, "--dry-run", "--json").stdout)
+        assert (shown["grants"], shown["ended"], shown["shortened"], shown["undecided"]) == (1, 1, 0, 0)
+        assert (shown["by_agent"], shown["by_policy"]) == ({"summarizer": 1}, {"crm-read": 1})
+        assert shown["samples"][0]["grant_id"] == live
+        drawn = command("apply", "--config", configuration, "--dry-run").stdout
+        assert live in drawn and "no policy permits it" in drawn
+        assert json.loads(command("apply", "--config", configuration, "--json").stdout) == {"version": 2}
+
+    def test_at_a_terminal_it_asks_and_a_no_applies_nothing(self, configuration, live, monkeypatch):
+        monkeypatch.setattr("broker.cli.server._at_a_terminal", lambda: True)
+        refused = command("apply", "--config", configuration, ends=1)  # there is nobody to say yes
+        assert "1 live grants would end" in refused.stderr
+        monkeypatch.setattr("click.confirm", lambda *_, **__: False)
+        assert "nothing was applied" in command("apply", "--config", configuration, ends=1).stderr
+        monkeypatch.setattr("click.confirm", lambda *_, **__: True)
+        assert "2" in command("apply", "--config", configuration).stdout
+
+    def test_with_yes_nobody_is_asked(self, configuration, live, monkeypatch):
+        monkeypatch.setattr("broker.cli.server._at_a_terminal", lambda: True)
+        assert "2" in command("apply", "--config", configuration, "--yes").stdout
+
+    def test_where_nothing_would_end_nobody_is_asked(self, configuration, monkeypatch):
+        monkeypatch.setattr("broker.cli.server._at_a_terminal", lambda: True)
+        command("migrate", "--config", configuration)
+        assert "1" in command("apply", "--config", configuration).stdout
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("permit (", "not Cedar"),
+            ('@id("x") permit (principal == Agent::"nobody", action, resource);', "there is no agent 'nobody'"),
+            ('@id("x") permit (principal, action, resource) when { context.ttl == 1 };', "ttl"),
+            ("permit (principal, action, resource);", "has no @id"),
+        ],
+    )
+    def test_policies_that_cannot_be_used_leave_the_version_before_in_force(self, configuration, live, text, said):
+        (configuration.parent / "policies" / "new.cedar").write_text(text)
+        for more in ((), ("--dry-run",)):
+            refused = command("apply", "--config", configuration, *more, ends=1)
+            assert "new.cedar" in refused.stderr and said in refused.stderr
+        (configuration.parent / "policies" / "new.cedar").unlink()
+        assert json.loads(command("apply", "--config", configuration, "--json").stdout) == {"version": 2}
 
 
 def test_migrate_may_be_repeated_and_apply_answers_the_version(configuration):

@@ -75,6 +75,15 @@ class PolicySet:
     def ids(self) -> tuple[str, ...]:
         return tuple(self._by_id)
 
+    def policy(self, id_: str) -> Policy | None:
+        """The policy of this name, to be told of."""
+        return self._by_id.get(id_)
+
+    def looked_at(self, request: AccessRequest) -> tuple[str, ...]:
+        """What of the context the policies that can concern a request read, as they spell it."""
+        reads = {path for scope in request.scopes for path in self._slice(request, scope).reads}
+        return tuple(sorted(".".join(("context", *path)) for path in reads))
+
     @classmethod
     def compile(cls, catalogue: Catalogue, *, applied: bool = False) -> PolicySet:
         """Parse and check every policy; ConfigurationError names each problem with file, policy and remedy.
@@ -89,6 +98,16 @@ class PolicySet:
         if problems:
             raise ConfigurationError(problems)
         return cls(catalogue.version, policies)
+
+    def unfit(self) -> list[str]:
+        """Why these policies must not come into force, though they can be read: nobody means what they say."""
+        problems = [
+            f"{policy.file}, policy {policy.id!r}: permits everything to everybody: name an agent, a scope or a "
+            "resource, or write a condition"
+            for policy in self._by_id.values()
+            if policy.permits_everything
+        ]
+        return problems if self._by_id else ["there is no policy: everything would be denied, and every live grant end"]
 
     def decide(self, request: AccessRequest) -> Decision:
         """Allow, deny, or ask people. Every scope has to be allowed; a forbid always wins."""
@@ -119,6 +138,11 @@ class PolicySet:
                 subject = "it" if len(request.scopes) == 1 else f"{scope} on {request.resource.identifier}"
                 sentences.append(f"{subject} {sentence}")
         return tuple(sentences)
+
+    def facts_read(self, agent: str, scopes: Iterable[str], resource: str) -> frozenset[Path]:
+        """The facts of context that can change what is said to such a request: two alike in them are decided alike."""
+        slices = [self._slice_of((agent, scope, resource)) for scope in scopes]
+        return frozenset(path for path in _LEAVES if any(found.may_read(*path) for found in slices))
 
     def _decide(self, request: AccessRequest) -> Decision:
         entities = _Entities(request, self._known_entities(request))
@@ -191,7 +215,9 @@ class PolicySet:
         return _Verdict(outcome=DENY, failures=failures)
 
     def _slice(self, request: AccessRequest, scope: str) -> _Slice:
-        key = (request.agent.name, scope, request.resource.identifier)
+        return self._slice_of((request.agent.name, scope, request.resource.identifier))
+
+    def _slice_of(self, key: tuple[str, str, str]) -> _Slice:
         found = self._slices.get(key)
         if found is None:
             if len(self._slices) >= _SLICES_KEPT:

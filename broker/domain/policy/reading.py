@@ -46,6 +46,13 @@ class Policy:
     condition: str
     reads: frozenset[Path]
 
+    @property
+    def permits_everything(self) -> bool:
+        """Whether it is a permit without a head, a condition, or people who are asked."""
+        open_heads = all(self.body[part]["op"] in ("All", "is") for part in ("principal", "action", "resource"))
+        conditions = (entry for entry in self.body["conditions"])
+        return self.permits and open_heads and self.approval is None and all(map(_says_nothing, conditions))
+
     def concerns(self, agent: str, scope: str, resource: str) -> bool:
         """Whether its head may match; the engine decides whether it does."""
         return (
@@ -208,6 +215,12 @@ def _unknown_names(policy: Policy, known: Mapping[str, frozenset[str]]) -> Itera
             nearest = get_close_matches(name, known[kind], 1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "add it to the configuration, or correct the policy"
             yield f"there is no {nouns[kind]} {name!r}: {hint}"
+
+
+def _says_nothing(condition: Mapping[str, Any]) -> bool:
+    """`when { true }` or `unless { false }`."""
+    always = {"Value": condition.get("kind") == "when"}
+    return bool(condition.get("body") == always)
 
 
 def _named(value: Any) -> Iterator[tuple[str, str]]:

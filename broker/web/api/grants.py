@@ -110,6 +110,16 @@ def show_grant(caller: Caller, grant_id: str) -> tuple[int, Any]:
 
 
 @grants(
+    "GET",
+    "/v1/grants/{id}/decision",
+    "Why it was decided so: policies, ceilings, facts, and what would be allowed",
+    answers={200: shapes.ExplanationAnswer},
+)
+def explain_grant(caller: Caller, grant_id: str) -> tuple[int, Any]:
+    return 200, shapes.of_explanation(broker().explaining.explain(caller, grant_id))
+
+
+@grants(
     "POST",
     "/v1/grants/{id}/revoke",
     "End one grant",

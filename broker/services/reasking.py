@@ -1,0 +1,294 @@
+"""Asking again what was decided once: whether another configuration, or another risk, would still allow it.
+
+The facts of the configuration are the new ones, those of the moment the old: the time, the age of the task, what was
+asked. So a change changes what it says it changes, and a policy about the hour ends nothing because somebody edited
+another one. No transaction, no clock, and nothing is done here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Row
+
+from broker.domain.catalogue import Catalogue, PrincipalRule, Resource
+from broker.domain.clock import from_epoch
+from broker.domain.errors import BrokerError
+from broker.domain.identity import Principal, WorkloadIdentity
+from broker.domain.lifecycle import GrantState
+from broker.domain.policy import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, PolicySet, TaskFacts
+from broker.domain.policy.reading import Path
+from broker.services.asked import Versions, decided_before_terms, rule_named
+from broker.services.terms import require_may_ask
+
+_QUESTIONS_REMEMBERED = 1000  # of one agent for one thing
+Risk = Callable[[str, str | None], str]  # of an agent, and of the user it acts for
+
+
+class Outcome(StrEnum):
+    KEPT = "kept"
+    SHORTENED = "shortened"
+    ENDED = "ended"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Again:
+    """What a recorded decision comes to now. `policies` allow it, or forbid it; `why` names no agent: many share it.
+
+    `expires_at` is the latest at which what is out may end by the ceilings of now.
+    """
+
+    outcome: Outcome
+    why: str = ""
+    policies: tuple[str, ...] = ()
+    expires_at: datetime | None = None
+    failure: str | None = None
+
+
+class Reasking:
+    """One configuration, asked about many recorded requests; identical questions are put to the engine once."""
+
+    def __init__(
+        self, *, catalogue: Catalogue, policies: PolicySet, versions: Versions, risk: Risk | None = None
+    ) -> None:
+        self.catalogue = catalogue
+        self.policies = policies
+        self._versions = versions
+        self._risk = risk
+        self._alike: dict[tuple[Any, ...], _Alike | str] = {}
+
+    def again(self, row: Row[Any], now: datetime) -> Again:
+        """Of a live grant: whether it stays, until when, or why not. `row` is one of `broker.store.redecisions`."""
+        decided_at = decided_at_of(row)
+        # A token from before the last renewal may live longer than what that renewal asked for. What is not collected
+        # yet, or is being made, has no life but the one that was asked for.
+        life_s = row.asked_ttl_s or row.ttl_s
+        if row.state == str(GrantState.ACTIVE):
+            life_s = int((row.expires_at - decided_at).total_seconds())
+        decision = self.decided(row, ttl_s=max(row.asked_ttl_s or row.ttl_s, life_s))
+        if isinstance(decision, str):
+            return Again(outcome=Outcome.ENDED, why=decision)
+        if decision.outcome != ALLOW and decision.failure is not None:
+            return Again(outcome=Outcome.UNDECIDED, why="policy could not be asked about it", failure=decision.failure)
+        if decision.outcome == DENY:
+            return Again(outcome=Outcome.ENDED, why=why_not(decision), policies=decision.policies)
+        if decision.outcome == NEEDS_APPROVAL and not _approved(row, decision):
+            return Again(outcome=Outcome.ENDED, why="people have to approve it now", policies=decision.policies)
+        by, ceiling_s = "the resource's max_ttl_s", self.catalogue.resource(row.resource).max_ttl_s
+        if decision.max_ttl_s is not None and decision.max_ttl_s < ceiling_s:
+            by, ceiling_s = "@max_ttl of a policy", decision.max_ttl_s
+        if life_s <= ceiling_s:
+            return Again(outcome=Outcome.KEPT, policies=decision.policies)
+        why, bound = f"{by} is {ceiling_s} s now", decided_at + timedelta(seconds=ceiling_s)
+        if bound <= now:
+            return Again(outcome=Outcome.ENDED, why=why, policies=decision.policies)
+        return Again(outcome=Outcome.SHORTENED, why=why, policies=decision.policies, expires_at=bound)
+
+    def decided(self, row: Row[Any], *, ttl_s: int) -> Decision | str:
+        """What policy says to a recorded request under this configuration; or why it does not even come to that."""
+        key = (row.agent, row.issuer, row.subject, row.policy_version, row.resource, row.scopes, row.provider)
+        alike = self._alike.get((key, row.sender_bound))
+        if alike is None:
+            alike = self._alike[(key, row.sender_bound)] = self._found(row)
+        if isinstance(alike, str):
+            return alike
+        asked = _Asked(
+            row=row,
+            ttl_s=min(ttl_s, alike.resource.max_ttl_s),
+            risk=self._risk(row.agent, row.on_behalf_of) if self._risk is not None else row.risk or "low",
+        )
+        question = [tell(asked) for tell in alike.tells]
+        decision = alike.decisions.get(tuple(question))
+        if decision is None:
+            decision = self.policies.decide(asked.request(alike))
+            if decision.failure is None:
+                # What could not be answered is asked again.
+                if len(alike.decisions) >= _QUESTIONS_REMEMBERED:
+                    alike.decisions.clear()
+                alike.decisions[tuple(question)] = decision
+        return decision
+
+    def _found(self, row: Row[Any]) -> _Alike | str:
+        agent = self._found_holder(row)
+        if isinstance(agent, str):
+            return agent
+        resource = self._found_resource(row, agent)
+        if isinstance(resource, str):
+            return resource
+        reads = self.policies.facts_read(row.agent, json.loads(row.scopes), row.resource)
+        return _Alike(agent=agent, resource=resource, tells=tuple(_TELLS.get(path, _nobody_elses) for path in reads))
+
+    def _found_holder(self, row: Row[Any]) -> Principal | str:
+        """Who holds it by this configuration, or why it is nobody who could.
+
+        The workload token is not here to be looked at again, only its issuer and subject are. What else a rule demands
+        of it was seen when the grant was decided, so a rule that is what it was then counts as it did then; one that
+        demands something new is not known to be met, and unknown is never yes.
+        """
+        rule = rule_named(self.catalogue, row.agent)
+        if rule is None:
+            return "its principal is not configured any more"
+        then = self._versions.at(row.policy_version) if row.policy_version is not None else None
+        before = () if then is None else then.catalogue.principals
+        identity = WorkloadIdentity(issuer=row.issuer, subject=row.subject, claims={}, expires_at=row.expires_at)
+        if not _fits(rule, identity):
+            return "its principal stands for another workload now"
+        seen = next((_demands(old) for old in before if old.name == rule.name), frozenset())
+        if not _demands(rule) <= seen:
+            return "what is demanded of its workload token changed, and the token is not there to be looked at"
+        for other in self.catalogue.principals:
+            if other.name == rule.name or not _fits(other, identity) or other.rank < rule.rank:
+                continue
+            if any(old.name != rule.name and _same_workloads(other, old) for old in before):
+                continue  # it was there, and was not who this is
+            return "its workload is, or may be, another principal now"
+        return rule.principal(identity)
+
+    def _found_resource(self, row: Row[Any], agent: Principal) -> Resource | str:
+        try:
+            resource = self.catalogue.resource(row.resource)
+        except BrokerError:
+            return "its resource is not registered any more"
+        if resource.provider != row.provider:
+            return "credentials of its resource come from elsewhere now"
+        scopes = frozenset(json.loads(row.scopes))
+        if not scopes <= resource.offered:
+            return "its resource does not offer its scopes any more"
+        try:
+            require_may_ask(agent, resource, scopes, "bound" if row.sender_bound else None)
+        except BrokerError as refusal:
+            return _WHY.get(refusal.code, "it may not be asked for any more")
+        return resource
+
+
+_WHY = {
+    "role_missing": "its principal is not an agent any more",
+    "invalid_request": "its resource wants sender-bound tokens now, and this is not one",
+}
+
+
+def why_not(decision: Decision) -> str:
+    """In few words, so that many grants that end for one reason say the same."""
+    if decision.policies:
+        return f"policy {', '.join(map(repr, decision.policies))} forbids it"
+    return "no policy permits it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alike:
+    """What requests of one agent for one thing share; `tells` are what else of a request its policies look at."""
+
+    agent: Principal
+    resource: Resource
+    tells: tuple[Callable[[_Asked], Any], ...]
+    decisions: dict[tuple[Any, ...], Decision] = field(default_factory=dict)
+
+
+class _Asked:
+    """A recorded request, read only as far as somebody looks."""
+
+    __slots__ = ("risk", "row", "ttl_s")
+
+    def __init__(self, *, row: Row[Any], ttl_s: int, risk: str) -> None:
+        self.row = row
+        self.ttl_s = ttl_s
+        self.risk = risk
+
+    @property
+    def decided_at(self) -> datetime:
+        return decided_at_of(self.row)
+
+    @property
+    def purpose(self) -> str:
+        # An implicit task has no purpose but the agent's own word.
+        return "" if self.row.implicit else str(self.row.purpose)
+
+    @property
+    def age_s(self) -> int:
+        return max(0, int((self.decided_at - self.row.task_created_at).total_seconds()))
+
+    def request(self, alike: _Alike) -> AccessRequest:
+        row = self.row
+        return AccessRequest(
+            agent=alike.agent,
+            resource=alike.resource,
+            scopes=frozenset(json.loads(row.scopes)),
+            ttl_s=self.ttl_s,
+            task=TaskFacts(
+                id=row.task_id,
+                purpose=self.purpose,
+                age_s=self.age_s,
+                orchestrator=row.orchestrator,
+                labels=json.loads(row.labels),
+            ),
+            intent=row.intent,
+            sender_bound=bool(row.sender_bound),
+            claimed=json.loads(row.claimed),
+            now=self.decided_at,
+            user=row.on_behalf_of,
+            delegation_depth=row.delegation_depth or 0,
+            risk=self.risk,
+        )
+
+
+# Each fact of a context, as far as it differs between requests of one agent for one thing. JSON is compared as text:
+# what is spelled otherwise is asked about once more, and no two that differ are spelled alike.
+_TELLS: Mapping[Path, Callable[[_Asked], Any]] = {
+    ("task", "id"): lambda asked: asked.row.task_id,
+    ("task", "purpose"): lambda asked: asked.purpose,
+    ("task", "age_s"): lambda asked: asked.age_s,
+    ("task", "orchestrator"): lambda asked: asked.row.orchestrator,
+    ("task", "labels"): lambda asked: asked.row.labels,
+    ("intent",): lambda asked: asked.row.intent,
+    ("ttl_s",): lambda asked: asked.ttl_s,
+    ("scopes",): lambda asked: None,
+    ("sender_bound",): lambda asked: None,
+    ("delegation_depth",): lambda asked: asked.row.delegation_depth,
+    ("user",): lambda asked: asked.row.on_behalf_of,
+    ("risk",): lambda asked: asked.risk,
+    ("time", "hour"): lambda asked: asked.decided_at.hour,
+    ("time", "weekday"): lambda asked: asked.decided_at.isoweekday(),
+    ("claimed",): lambda asked: asked.row.claimed,
+}
+
+
+def _nobody_elses(asked: _Asked) -> str:
+    # A fact that is not known here makes each request one of its own.
+    return str(asked.row.id)
+
+
+def decided_at_of(row: Row[Any]) -> datetime:
+    if row.decided_at is None:
+        return decided_before_terms(row.created_at, row.expires_at, row.ttl_s)
+    return from_epoch(row.decided_at)
+
+
+def _fits(rule: PrincipalRule, identity: WorkloadIdentity) -> bool:
+    """By issuer and subject alone."""
+    if rule.issuer != identity.issuer:
+        return False
+    if rule.subject is not None:
+        return rule.subject == identity.subject
+    return identity.subject.startswith(rule.subject_prefix or "\0")
+
+
+def _demands(rule: PrincipalRule) -> frozenset[tuple[str, type, str | int | bool]]:
+    # With the type, as in matching: to Python True is 1.
+    return frozenset((name, type(value), value) for name, value in rule.claims.items())
+
+
+def _same_workloads(rule: PrincipalRule, old: PrincipalRule) -> bool:
+    mine, its = (rule.issuer, rule.subject, rule.subject_prefix), (old.issuer, old.subject, old.subject_prefix)
+    return mine == its and _demands(rule) == _demands(old)
+
+
+def _approved(row: Row[Any], decision: Decision) -> bool:
+    """Whether people said yes to as much as is asked for now: the same groups, and as many of each."""
+    given = {entry["group"]: entry["quorum"] for entry in json.loads(row.approvals or "null") or ()}
+    return bool(given) and all(given.get(group, 0) >= quorum for group, quorum in decision.approvals)
