@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
-
 from broker.domain.approval import Case, Narrowing
 from broker.domain.catalogue import Catalogue, PrincipalRule
 from broker.domain.grant import GrantRequest, Issued
@@ -90,6 +88,3 @@ def again(house: House, case: Case) -> Case:
 def states(house: House, case: Case) -> tuple[str, str]:
     now = again(house, case)
     return str(now.approval.state), str(now.grant.state)
-
-
-LONG = timedelta(days=1)
