@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+
 from broker.domain.approval import Case, Narrowing
 from broker.domain.catalogue import Catalogue, PrincipalRule
 from broker.domain.grant import GrantRequest, Issued
