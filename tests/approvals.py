@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
 
 from broker.domain.approval import Case, Narrowing
 from broker.domain.catalogue import Catalogue, PrincipalRule
@@ -90,6 +89,3 @@ def again(house: House, case: Case) -> Case:
 def states(house: House, case: Case) -> tuple[str, str]:
     now = again(house, case)
     return str(now.approval.state), str(now.grant.state)
-
-
-LONG = timedelta(days=1)

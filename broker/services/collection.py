@@ -308,9 +308,6 @@ def _require_collectable(held: _Held, jkt: str | None) -> None:
         raise Forbidden("this grant is bound to a key: send a DPoP proof made with that key")
     if held.approval.collected_at is not None:
         raise _collected_before(grant)
-    refusal = held.standing.refusals.over(grant)
-    if refusal is not None:
-        raise LockedDown(f"grant {grant.id} was ended along {refusal.axis} {refusal.value!r}: {refusal.reason}")
     if not task.is_open(now):
         raise TaskNotActive(f"task {task.id} has ended: nothing can be collected for it", member="task_id")
     parent = held.parent

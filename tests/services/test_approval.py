@@ -116,6 +116,32 @@ def test_one_that_differs_in_its_words_alone_is_refused_with_the_id_of_the_other
     assert ask(house, house.open_task()).approval.id != first.approval.id
 
 
+def test_a_request_to_another_key_or_of_a_namesake_does_not_join(house):
+    """INV-21, INV-17: what one of them would collect, the other asked for."""
+    task = house.open_task()
+    first = ask(house, task, jkt="k" * 43)
+    assert ask(house, task, jkt="k" * 43).approval.id == first.approval.id
+    with pytest.raises(Conflict, match=first.approval.id):
+        ask(house, task, jkt="j" * 43)
+    namesake = house.caller("summarizer")
+    namesake = replace(namesake, principal=replace(namesake.principal, subject="dev:another"), identity=None)
+    with pytest.raises(Conflict, match=first.approval.id):
+        ask(house, task, jkt="k" * 43, caller=namesake)
+
+
+def test_the_same_request_again_finds_what_is_approved_and_not_collected(house):
+    task = house.open_task()
+    first = ask(house, task)
+    approve(house, first)
+    found = ask(house, task)
+    assert found.approval.id == first.approval.id and found.may_be_collected
+    with pytest.raises(Conflict, match=first.grant.id):
+        ask(house, task, intent="something else")
+    collect(house, first)
+    # What was collected is another matter: people are asked again.
+    assert ask(house, task).approval.id != first.approval.id
+
+
 def test_requests_without_a_task_are_grouped_too(house):
     everybody = ASKING.replace('principal == Agent::"summarizer"', "principal")
     apply(house, asking(house, policies=everybody))
@@ -271,6 +297,19 @@ def test_one_no_is_enough(house):
         approve(house, case, by="sid")
     with pytest.raises(Forbidden, match="not in the quarter's close"):
         collect(house, case)
+
+
+@pytest.mark.parametrize(
+    ("by", "kind"), [("ada", RoleMissing), ("pipeline", RoleMissing), ("summarizer", RoleMissing), ("dana", NotFound)]
+)
+def test_only_those_who_are_asked_say_no(house, by, kind):
+    case = ask(house, house.open_task())
+    with pytest.raises(kind):
+        deny(house, case, by=by)
+    assert states(house, case) == ("open", "pending")
+    # Who owns the agent may not say yes to it, and may say no.
+    deny(house, case, by="olga")
+    assert states(house, case) == ("denied", "denied")
 
 
 def test_a_request_is_withdrawn_by_who_made_it_and_by_nobody_else(house):
