@@ -43,6 +43,7 @@ from broker.sdk.values import (
     ReceiptLine,
     Replay,
     Revocation,
+    Signal,
     Task,
     Totals,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "Revocation",
     "RunningTask",
     "Secret",
+    "Signal",
     "Task",
     "Timing",
     "Totals",

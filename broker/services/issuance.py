@@ -204,6 +204,7 @@ class Issuance:
             policies=standing.policies,
             limits=self._limits,
             now=now,
+            risk=standing.risks.level(principal.name, task.on_behalf_of, now),
         )
         # Taken before it is sure to be used: a place in a status list may be lost, never shared.
         place = self._indexes.take(task.id, now) if found.allowed and not outside else (None, None)
@@ -502,6 +503,7 @@ class Issuance:
             limits=self._limits,
             now=now,
             renewable_until=grant.renewable_until,
+            risk=standing.risks.level(principal.name, task.on_behalf_of, now),
         )
         if not found.allowed:
             raise _denial(grant, found, standing.policies, kept=False)

@@ -73,6 +73,7 @@ def terms(
     limits: Limits,
     now: datetime,
     renewable_until: datetime | None = None,
+    risk: str = "low",
 ) -> Terms:
     """The minimum of all ceilings (INV-08), and what policy says to exactly that."""
     ceilings = {
@@ -109,6 +110,7 @@ def terms(
         claimed=request.claimed,
         now=now,
         user=task.on_behalf_of,
+        risk=risk,
     )
     decision = policies.decide(asked)
     if decision.failure is not None:
