@@ -40,6 +40,7 @@ from broker.services.redeciding import Redeciding
 from broker.services.replaying import Replaying
 from broker.services.revocation import Revocation
 from broker.services.secrets import Secrets
+from broker.services.signals import Signals
 from broker.services.standing import StandingReader
 from broker.services.status_indexes import StatusIndexes
 from broker.services.sweeper import Sweeper
@@ -79,6 +80,7 @@ class Broker:
     administration: Administration
     redeciding: Redeciding
     replaying: Replaying
+    signals: Signals
     audit_trail: AuditTrail
     sweeper: Sweeper
     wakeups: Wakeups
@@ -135,7 +137,7 @@ def build(
         rotate_every=settings.rotate_every,
         max_ttl=settings.limits.max_ttl,
     )
-    standing = StandingReader(database=database, keys=keys)
+    standing = StandingReader(database=database, keys=keys, clock=clock)
     key_sets = KeySets()
     issuer, limits = settings.issuer, settings.limits
     indexes = StatusIndexes(database=database, longest_life=2 * limits.max_ttl)
@@ -204,6 +206,7 @@ def build(
         replaying=Replaying(
             database=database, standing=standing, versions=versions, redeciding=redeciding, clock=clock
         ),
+        signals=Signals(database=database, standing=standing, redeciding=redeciding, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
         sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
         wakeups=wakeups,

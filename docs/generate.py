@@ -50,6 +50,8 @@ WHO = {
     "GET /v1/lockdowns": "admin",
     "POST /v1/lockdowns": "admin",
     "DELETE /v1/lockdowns/{id}": "admin",
+    "GET /v1/signals": "admin, auditor, sentinel",
+    "POST /v1/signals": "admin, sentinel",
     "GET /v1/policies": "admin, auditor",
     "POST /v1/policies/evaluate": "admin, auditor",
     "POST /v1/policies/replay": "admin, auditor",

@@ -26,6 +26,7 @@ _COMMANDS: Mapping[str, str] = {
     "keys": "broker.cli.keys",
     "lease": "broker.cli.lease",
     "lockdown": "broker.cli.lockdown",
+    "signal": "broker.cli.signal",
     "migrate": "broker.cli.server",
     "policy": "broker.cli.policy",
     "revoke": "broker.cli.revoke",

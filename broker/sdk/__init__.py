@@ -44,6 +44,7 @@ from broker.sdk.values import (
     ReceiptLine,
     Replay,
     Revocation,
+    Signal,
     Task,
     Totals,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "Revocation",
     "RunningTask",
     "Secret",
+    "Signal",
     "Task",
     "Timing",
     "Totals",

@@ -131,6 +131,8 @@ class AsyncClient:
     lockdowns = _pages(calls.lockdowns)
     set_lockdown = _verb(calls.set_lockdown)
     lift_lockdown = _verb(calls.lift_lockdown)
+    send_signal = _verb(calls.send_signal)
+    signals = _pages(calls.signals)
     audit = _pages(calls.audit)
     policies = _pages(calls.policies)
     evaluate_policy = _verb(calls.evaluate_policy)

@@ -32,6 +32,7 @@ from broker.sdk.values import (
     Receipt,
     Replay,
     Revocation,
+    Signal,
     Task,
 )
 
@@ -296,6 +297,28 @@ def lift_lockdown(lockdown_id: str) -> Call[Lockdown]:
     # Not repeated: after a lost answer the second try would say that there is no such lockdown.
     path = f"/v1/lockdowns/{require_id(lockdown_id, 'lockdown_id')}"
     return Call(method="DELETE", path=path, read=_reads(Lockdown.of))
+
+
+def send_signal(
+    axis: str,
+    value: str,
+    level: str,
+    reason: str,
+    source: str,
+    expires_s: int | None = None,
+    *,
+    idempotency_key: str | None = None,
+) -> Call[Signal]:
+    """Say that an agent or a user (`axis`) is at risk for so long. Policies see it; live grants are decided again."""
+    if axis not in ("agent", "user"):
+        raise invalid(f"{axis!r} is nobody who can be at risk: name agent or user", member="axis")
+    body = _given(**{axis: value}, level=level, reason=reason, source=source, expires_s=expires_s)
+    return Call(method="POST", path="/v1/signals", body=body, read=_reads(Signal.of), **_once(idempotency_key))
+
+
+def signals(*, over: bool = False, page_size: int | None = None) -> Listing[Signal]:
+    """Signals of risk, newest first; with `over`, those that are over as well."""
+    return _listing("/v1/signals", Signal.of, page_size, over="true" if over else None)
 
 
 def audit(

@@ -445,6 +445,38 @@ class Revocation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Signal:
+    """What somebody who watches said of an agent or a user."""
+
+    id: str
+    axis: str
+    value: str
+    level: str
+    reason: str
+    source: str
+    sent_at: datetime
+    sent_by: str
+    expires_at: datetime
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Signal:
+        read = Members("signal", value)
+        return cls(
+            id=read.text("id"),
+            axis=read.text("axis"),
+            value=read.text("value"),
+            level=read.text("level"),
+            reason=read.text("reason"),
+            source=read.text("source"),
+            sent_at=read.time("sent_at"),
+            sent_by=read.text("sent_by"),
+            expires_at=read.time("expires_at"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Event:
     id: str
     at: datetime

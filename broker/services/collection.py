@@ -202,6 +202,7 @@ class Collection:
             limits=self._limits,
             now=held.now,
             renewable_until=grant.renewable_until,
+            risk=standing.risks.level(grant.agent, grant.on_behalf_of, held.now),
         )
         approved = replace(found.asked, scopes=frozenset(approval.scopes), ttl_s=approval.ttl_s)
         if not approved.sha256() == approval.request_sha256 == grant.request_sha256:

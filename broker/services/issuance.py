@@ -243,16 +243,18 @@ class Issuance:
                 "longer needed, or wait until it expires",
                 retry_after_s=5,
             )
+        user = user_of(request, task, parent)
         found = terms(
             request,
             principal=principal,
             resource=resource,
             task=task,
-            user=user_of(request, task, parent),
+            user=user,
             parent=parent,
             policies=standing.policies,
             limits=self._limits,
             now=now,
+            risk=standing.risks.level(principal.name, user, now),
         )
         # Taken before it is sure to be used: a place in a status list may be lost, never shared.
         place = self._indexes.take(task.id, now) if found.allowed and not outside else (None, None)
@@ -672,6 +674,7 @@ class Issuance:
             limits=self._limits,
             now=now,
             renewable_until=grant.renewable_until,
+            risk=standing.risks.level(principal.name, grant.on_behalf_of, now),
         )
         if not found.allowed:
             raise _denial(grant, found, standing.policies, kept=False)

@@ -30,6 +30,7 @@ from broker.domain.clock import Clock, rfc3339
 from broker.domain.identity import new_id
 from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState
+from broker.domain.risk import Risks
 from broker.services.asked import Versions
 from broker.services.drafts import fit
 from broker.services.endings import ACTOR, end_with_descendants
@@ -38,6 +39,7 @@ from broker.services.standing import Standing, StandingReader
 from broker.store import gate, grants, redecisions
 from broker.store.database import Database
 from broker.store.redecisions import Share
+from broker.store.signals import standing_signals
 from broker.store.standing import latest_version
 from broker.store.transitions import change_of, record, record_alike
 
@@ -170,8 +172,16 @@ class Redeciding:
 
     def foresee(self, catalogue: Catalogue, *, at_most: int = _FORESEEN) -> Foreseen:
         """What would change if this configuration were applied now. Changes nothing."""
-        reasking = Reasking(catalogue=catalogue, policies=fit(catalogue), versions=self._versions)
         now = self._clock()
+        with self._database.read() as db:
+            # Not what stands: nothing may have been applied yet.
+            risks = Risks(standing_signals(db, now=now))
+        reasking = Reasking(
+            catalogue=catalogue,
+            policies=fit(catalogue),
+            versions=self._versions,
+            risk=lambda agent, user: risks.level(agent, user, now),
+        )
         counts: Counter[str] = Counter()
         by_agent: Counter[str] = Counter()
         by_policy: Counter[str] = Counter()
@@ -237,7 +247,12 @@ class Redeciding:
         kept = self._reasking
         if kept is not None and kept[0] == standing.era:
             return kept[1]
-        made = Reasking(catalogue=standing.catalogue, policies=standing.policies, versions=self._versions)
+        made = Reasking(
+            catalogue=standing.catalogue,
+            policies=standing.policies,
+            versions=self._versions,
+            risk=lambda agent, user: standing.risks.level(agent, user, self._clock()),
+        )
         self._reasking = (standing.era, made)
         return made
 

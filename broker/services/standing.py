@@ -1,4 +1,4 @@
-"""What stands above every request at one era: configuration, policies, keys, refusals; read once per era.
+"""What stands above every request at one era: configuration, policies, keys, refusals, risks; read once per era.
 
 What is added to it turns the era (`broker.store.gate`), so whoever sees the same era misses nothing. A revocation whose
 rows have all followed is dropped without a turn: to remember it longer changes no answer.
@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from sqlalchemy import Connection
 
 from broker.domain.catalogue import Catalogue
+from broker.domain.clock import Clock
 from broker.domain.errors import Unavailable
 from broker.domain.identity import Caller, Principal
 from broker.domain.policy import PolicySet
 from broker.domain.refusal import Refusals
+from broker.domain.risk import Risks
 from broker.services.keys import KeyRing, Keys
 from broker.store import gate
 from broker.store.database import Database
+from broker.store.signals import standing_signals
 from broker.store.standing import latest_configuration, standing_refusals
 
 
@@ -29,14 +32,16 @@ class Standing:
     policies: PolicySet
     keys: KeyRing
     refusals: Refusals
+    risks: Risks
 
 
 class StandingReader:
     """The newest `Standing`, from memory where the era did not turn."""
 
-    def __init__(self, *, database: Database, keys: Keys) -> None:
+    def __init__(self, *, database: Database, keys: Keys, clock: Clock) -> None:
         self._database = database
         self._keys = keys
+        self._clock = clock
         self._guard = threading.Lock()
         self._newest: Standing | None = None
 
@@ -82,7 +87,15 @@ class StandingReader:
             catalogue = Catalogue.from_document(row.version, row.document)
             policies = PolicySet.compile(catalogue, applied=True)
         refusals = Refusals(standing_refusals(db))
-        return Standing(era=era, catalogue=catalogue, policies=policies, keys=self._keys.load(db), refusals=refusals)
+        return Standing(
+            era=era,
+            catalogue=catalogue,
+            policies=policies,
+            keys=self._keys.load(db),
+            refusals=refusals,
+            # Those that end meanwhile end by themselves, wherever somebody asks.
+            risks=Risks(standing_signals(db, now=self._clock())),
+        )
 
 
 def principal_of(caller: Caller, standing: Standing) -> Principal:

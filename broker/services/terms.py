@@ -86,6 +86,7 @@ def terms(
     user: str | None = None,
     parent: Grant | None = None,
     renewable_until: datetime | None = None,
+    risk: str = "low",
 ) -> Terms:
     """The minimum of all ceilings (INV-08), and what policy says to exactly that."""
     ceilings = {
@@ -129,6 +130,7 @@ def terms(
         now=now,
         user=user,
         delegation_depth=0 if parent is None else len(parent.chain) + 1,
+        risk=risk,
     )
     decision = policies.decide(asked)
     if decision.failure is not None:

@@ -545,6 +545,22 @@ class RedecisionShare(Base):
     shortened: Mapped[int] = mapped_column(Integer)
 
 
+class Signal(Base):
+    """What somebody who watches said of an agent or a user, until it is over."""
+
+    __tablename__ = "signals"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    axis: Mapped[str] = mapped_column(String(16))
+    value: Mapped[str] = mapped_column(Name)
+    level: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str] = mapped_column(String(1000))
+    source: Mapped[str] = mapped_column(Name)
+    sent_at: Mapped[datetime] = mapped_column(Instant)
+    sent_by: Mapped[str] = mapped_column(Name)
+    expires_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
 class ConfigurationVersion(Base):
     """Issuers, principals, resources and policies as they were applied: the same for every broker on this database."""
 

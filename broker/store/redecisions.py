@@ -119,7 +119,8 @@ def claim(db: Connection, *, now: datetime, again_at: datetime) -> Share | None:
     due = (
         select(_shares)
         .where(_shares.c.done_at.is_(None), _shares.c.due_at <= now)
-        .order_by(_shares.c.redecision_id, _shares.c.number)
+        # What was ordered last goes first: of an agent at risk there are few, of a new version all.
+        .order_by(_shares.c.redecision_id.desc(), _shares.c.number)
         .limit(1)
         .with_for_update(skip_locked=True)
     )

@@ -19,6 +19,7 @@ from broker.domain.grant import Credential, Grant, Issued
 from broker.domain.lease import Lease
 from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, TaskState
 from broker.domain.policy import claimed_text
+from broker.domain.risk import Signal
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
 from broker.services.explaining import Explanation
@@ -192,6 +193,21 @@ class Page(BaseModel):
 
     limit: Annotated[int, BeforeValidator(_written_plainly), Field(ge=1, le=1000)] = 100
     cursor: Annotated[str, Field(max_length=100)] | None = None
+
+
+class SendSignal(Request):
+    """About exactly one of agent and user."""
+
+    agent: Name | None = None
+    user: Name | None = None
+    level: Literal["low", "medium", "high", "critical"]
+    reason: Sentence
+    source: Name
+    expires_s: Annotated[int, Field(ge=1, le=2_592_000)] = 3600
+
+
+class SignalQuery(Page):
+    over: Annotated[Literal["true", "false"], Field(description="Those that are over as well.")] = "false"
 
 
 class TaskQuery(Page):
@@ -585,6 +601,23 @@ class PolicyChangeAnswer(Answer):
     live: Annotated[ForeseenAnswer | None, Field(description="In a dry run: what would change among the live grants.")]
 
 
+class SignalAnswer(Answer):
+    id: str
+    axis: Literal["agent", "user"]
+    value: str
+    level: Literal["low", "medium", "high", "critical"]
+    reason: str
+    source: str
+    sent_at: When
+    sent_by: str
+    expires_at: When
+
+
+class SignalPage(Answer):
+    items: list[SignalAnswer]
+    next_cursor: str | None
+
+
 class TaskPage(Answer):
     items: list[TaskAnswer]
     next_cursor: str | None
@@ -821,6 +854,10 @@ def of_revocation(outcome: BulkOutcome, live: Mapping[str, bool]) -> dict[str, A
         "lockdown": None if outcome.lockdown is None else of_lockdown(outcome.lockdown),
         "receipt": None if outcome.receipt is None else of_receipt(outcome.receipt),
     }
+
+
+def of_signal(signal: Signal) -> dict[str, Any]:
+    return vars(signal) | {"sent_at": rfc3339(signal.sent_at), "expires_at": rfc3339(signal.expires_at)}
 
 
 def of_event(event: Event) -> dict[str, Any]:

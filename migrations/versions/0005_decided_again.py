@@ -52,3 +52,17 @@ def upgrade() -> None:
         ),
         sa.PrimaryKeyConstraint("redecision_id", "number", name=op.f("redecision_shares_pkey")),
     )
+    op.create_table(
+        "signals",
+        sa.Column("id", sa.String(length=32), nullable=False),
+        sa.Column("axis", sa.String(length=16), nullable=False),
+        sa.Column("value", sa.String(length=255), nullable=False),
+        sa.Column("level", sa.String(length=16), nullable=False),
+        sa.Column("reason", sa.String(length=1000), nullable=False),
+        sa.Column("source", sa.String(length=255), nullable=False),
+        sa.Column("sent_at", INSTANT, nullable=False),
+        sa.Column("sent_by", sa.String(length=255), nullable=False),
+        sa.Column("expires_at", INSTANT, nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("signals_pkey")),
+    )
+    op.create_index(op.f("signals_expires_at_idx"), "signals", ["expires_at"])

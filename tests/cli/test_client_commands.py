@@ -383,3 +383,21 @@ def test_text_of_others_cannot_change_the_terminal(capsys, on_terminal):
     shown = "a[bold]b?[31mc?d?e?f"
     assert written.count(shown) == 5 and "[31m" in written
     assert not any(mark in written for mark in ("\x1b[31m", "\u202e", "\te", "d\n"))
+
+
+# --- Signals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_is_sent_and_listed(run):
+    said = ("--level", "medium", "--reason", "odd hours", "--source", "siem", "--expires", "5m")
+    sent = json.loads(run("signal", "send", "--agent", "ledger-clerk", *said, "--json", by="ada").stdout)
+    assert (sent["axis"], sent["value"], sent["level"], sent["source"]) == ("agent", "ledger-clerk", "medium", "siem")
+    assert sent["id"] in run("signal", "list", by="ada").stdout
+    assert sent["id"] in run("signal", "list", "--over", "--limit", "5", by="ada").stdout
+
+
+def test_a_signal_is_about_one_and_no_agent_s_to_send(run):
+    said = ("--level", "high", "--reason", "r")
+    assert "exactly one" in run("signal", "send", *said, by="ada", ends=2).stderr
+    assert "exactly one" in run("signal", "send", *said, "--agent", "a", "--user", "b", by="ada", ends=2).stderr
+    assert "neither admin nor sentinel" in run("signal", "send", *said, "--agent", "scribe", ends=1).stderr

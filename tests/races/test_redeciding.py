@@ -169,3 +169,20 @@ def test_two_brokers_share_the_work_and_no_grant_is_done_twice(race, monkeypatch
     assert sorted(ends(race)) == sorted(each.grant.id for each in issued)
     race.one.broker.redeciding.run()
     assert not race.rows("SELECT id FROM redecisions WHERE finished_at IS NULL")
+
+
+def test_a_grant_that_is_issued_while_a_signal_is_sent_is_covered_or_decided_by_it(race):
+    risky = '@id("risk") forbid (principal, action, resource) when { context.risk == "high" };'
+    apply(race.one, policies={**POLICIES, "risk.cedar": risky})
+    race.one.broker.redeciding.run()
+    task = race.one.open_task()
+    pause = race.stop(issuance, "insert_grants", after=True)
+
+    def signal():
+        said = {"level": "high", "reason": "r", "source": "s", "expires_in": timedelta(seconds=600)}
+        return race.other.broker.signals.send(race.other.caller("ada"), "agent", "summarizer", **said)
+
+    issued, sent = race.run_into(lambda: race.one.issue(task), pause, signal)
+    assert sent.waited and sent.refusal is None
+    assert not race.one.is_active(issued.answer)
+    assert race.state_of(issued.answer) == "revoked"
