@@ -81,6 +81,15 @@ BODIES = {
     shapes.Abandon: {"reason": "drill"},
     shapes.Revoke: {"agent": "nobody", "reason": "drill", "dry_run": False, "lockdown": False},
     shapes.SetLockdown: {"agent": "nobody", "reason": "drill"},
+    shapes.PutPolicies: {"policies": dict(POLICIES), "schema": None},
+    shapes.Replay: {"policies": dict(POLICIES), "schema": None, "period_s": 3600, "limit": 100},
+    shapes.SendSignal: {
+        "agent": "summarizer",
+        "level": "medium",
+        "reason": "drill",
+        "source": "the tests",
+        "expires_s": 60,
+    },
     shapes.Evaluate: {
         "agent": "summarizer",
         "resource": CRM,
@@ -111,7 +120,7 @@ def leaves(value, path=()):
 def objects(value, path=()):
     """The path of each object whose members are fixed."""
     if isinstance(value, dict):
-        if path[-1:] not in (("labels",), ("context",), ("parameters",)):
+        if path[-1:] not in (("labels",), ("context",), ("parameters",), ("policies",)):
             yield path
         for name, below in value.items():
             yield from objects(below, (*path, name))
