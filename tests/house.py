@@ -70,10 +70,9 @@ class House:
     def open_task(self, *agents: str, deadline_s: int = 3600, by: str = "pipeline", **more: object) -> Task:
         request = TaskRequest(
             caller=self.caller(by),
-            purpose="summarise the leads of May",
             agents=agents or ("summarizer",),
             deadline=timedelta(seconds=deadline_s),
-            **more,  # type: ignore[arg-type]
+            **{"purpose": "summarise the leads of May"} | more,  # type: ignore[arg-type]
         )
         return self.broker.tasks.open(request)
 

@@ -50,6 +50,7 @@ def _handing_out(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--task", "task_id", help="Whose task it is for; without it one of its own, where that is allowed.")
 @click.option("--resource", required=True, help="What it shall open: a registered identifier.")
 @click.option("--scope", "scopes", required=True, multiple=True, help="What it shall allow. May be repeated.")
+@click.option("--hand-to", multiple=True, help="An agent that may have a part of it. May be repeated.")
 @click.option("--parent", "parent_grant_id", help="The grant that is handed down to you, or a part of it.")
 @user_token_option
 @click.option("--intent", help="What you are about to do, in a sentence.")

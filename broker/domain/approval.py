@@ -163,12 +163,14 @@ class Requesters:
         names: set[str] = set()
         identities: set[tuple[str, str]] = set()
         for grant in grants:
-            names |= {grant.agent, grant.orchestrator}
+            names |= {grant.agent, grant.orchestrator, *grant.orchestrators_above}
             # The same subject of another issuer may be the same person, and the doubt is not the asker's.
             names |= set() if grant.on_behalf_of is None else {grant.on_behalf_of.partition(":")[2]}
             identities.add((grant.issuer, grant.subject))
         rules = [rule for name in names if (rule := catalogue.rule(name)) is not None]
         owners = frozenset(rule.owner for rule in rules if rule.owner is not None)
+        # One workload may have two names.
+        identities |= {(rule.issuer, rule.subject) for rule in rules if rule.subject is not None}
         return cls(names=frozenset(names), identities=frozenset(identities), owners=owners)
 
     def include(self, voter: Principal) -> bool:

@@ -32,6 +32,8 @@ class Authority:
     kids: tuple[str, ...]  # every key that signed a token of it
     policies: tuple[str, ...]  # every policy by which a token of it was allowed
     chain: tuple[str, ...] = ()  # the agents that handed it down, the root first
+    tasks_above: tuple[str, ...] = ()  # of which its task is a part
+    orchestrators_above: tuple[str, ...] = ()  # who opened those
     expires_at: datetime
 
     @property
@@ -54,14 +56,14 @@ class Authority:
         """What this grant is along an axis of revocation; `broker.domain.refusal` compares it."""
         match axis:
             case "task":
-                return (self.task_id,)
+                return (self.task_id, *self.tasks_above)
             case "agent":
                 # What is refused to an agent is refused to whoever has it from that agent.
                 return (self.agent, *self.chain)
             case "user":
                 return () if self.on_behalf_of is None else (self.on_behalf_of,)
             case "orchestrator":
-                return (self.orchestrator,)
+                return (self.orchestrator, *self.orchestrators_above)
             case "resource":
                 return (self.resource,)
             case "provider":
@@ -96,6 +98,7 @@ class Grant(Authority):
     policy_version: int | None
     terms: Mapping[str, Any] | None  # what else the decision looked at; None where none was kept yet
     trace_id: str | None
+    hand_to: tuple[str, ...] = ()  # the agents that its holder lets have a part of it
     revoked_at: datetime | None = None
     revoked_by: str | None = None
     reason: str | None = None
@@ -120,6 +123,7 @@ class GrantRequest:
     jkt: str | None = None
     parameters: Mapping[str, str] = field(default_factory=dict, repr=False)
     takes_secrets: bool = False
+    hand_to: tuple[str, ...] = ()
     parent_grant_id: str | None = None
     parent_by_token: bool = False
     user: User | None = None

@@ -108,13 +108,15 @@ class Principal:
 class User:
     """A person on whose behalf something is asked for: `<issuer's configured name>:<subject>`, until their token ends.
 
-    `resources` and `scopes` are all that they asked it for; None is no such limit.
+    `resources` and `scopes` are all that they asked it for; None is no such limit. `for_one` says that the token names
+    who may use it, so that nobody else may act by it.
     """
 
     name: str
     expires_at: datetime
     resources: frozenset[str] | None = None
     scopes: frozenset[str] | None = None
+    for_one: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,8 @@ class Task:
     heartbeat_s: int | None = None
     heartbeat_due_at: datetime | None = None
     upheld_until: datetime | None = None  # when the heartbeat of a task above it is lost, if nobody sends it
+    tasks_above: tuple[str, ...] = ()  # of which it is a part, the root first
+    orchestrators_above: tuple[str, ...] = ()  # who opened those
     implicit: bool = False
     ended_at: datetime | None = None
     reason: str | None = None

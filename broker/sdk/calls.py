@@ -135,6 +135,7 @@ def request_grant(
     parameters: Mapping[str, str] | None = None,
     on_behalf_of: str | None = None,
     parent_grant_id: str | None = None,
+    hand_to: Iterable[str] | None = None,
     idempotency_key: str | None = None,
 ) -> Call[tuple[Grant, Credential]]:
     """Ask for a credential. Raises Refused with the decision, or ApprovalPending where people are asked first.
@@ -152,6 +153,7 @@ def request_grant(
         parameters=None if parameters is None else dict(parameters),
         on_behalf_of=on_behalf_of,
         parent_grant_id=parent_grant_id,
+        hand_to=None if hand_to is None else _listed(hand_to, "hand_to"),
     )
     return Call(
         method="POST",

@@ -264,6 +264,7 @@ class Approvals:
                 models.Grant,
                 GrantState.APPROVED,
                 grants.with_id(grant.id),
+                grants.unexpired(now),
                 event=change_of(
                     now, held.caller.name, "grant.approved", trace_id=caller.trace_id, data={"approval_id": approval.id}
                 ),

@@ -80,7 +80,7 @@ def end_with_descendants(
         ended += level
         # Whoever was just handing one of them down held it, and has committed before it could be ended above; each
         # level is a look of its own, so it is seen.
-        below = grants.children_of([row.id for row in level]) & grants.unexpired(now)
+        below = grants.children_of(db, [row.id for row in level]) & grants.unexpired(now)
         handed = {**values, "reason": f"what it was handed down from ended: {values['reason']}"[:1000]}
         level = end_grants(db, GrantState.REVOKED, below, now=now, urgency=urgency, event=event, **handed)
     return ended

@@ -404,6 +404,9 @@ class Issuance:
             decision=found.decision.as_json(),
             policies=policies,
             chain=() if parent is None else (*parent.chain, parent.agent),
+            tasks_above=task.tasks_above,
+            orchestrators_above=task.orchestrators_above,
+            hand_to=tuple(sorted(set(request.hand_to))),
             policy_version=found.decision.policy_version,
             terms=found.as_json(),
             trace_id=request.caller.trace_id,
@@ -435,7 +438,11 @@ class Issuance:
             return None
         parent = moment.parents.get(request.parent_grant_id)
         task = None if parent is None else moment.tasks.get(parent.task_id)
-        if parent is None or task is None or principal.name not in task.agents:
+        # Its id is no secret, so it is its holder who says who may have a part: by the token, or by name.
+        meant = parent is not None and (
+            request.parent_by_token or principal.name in parent.hand_to or parent.is_held_by(principal)
+        )
+        if parent is None or task is None or principal.name not in task.agents or not meant:
             # One answer for a grant that is not there and one of a task that is not theirs (INV-28).
             raise NotFound(
                 f"there is no grant {request.parent_grant_id[:64]!r} that could be handed down to {principal.name}",

@@ -239,7 +239,9 @@ class Redeciding:
                 found.failure = again.failure
             elif again.outcome is Outcome.SHORTENED and row.state == str(GrantState.ACTIVE):
                 found.shortened.append((row, again))
-            elif any(f" {name} " not in row.policies for name in again.policies):
+            if again.outcome in (Outcome.KEPT, Outcome.SHORTENED) and any(
+                f" {name} " not in row.policies for name in again.policies
+            ):
                 found.stands_on_more.append((row, again))
         return found
 

@@ -123,6 +123,8 @@ class Revocation:
             urgency = Urgency.ENDED if holds else Urgency.URGENT
             end_with_descendants(db, *where, now=now, urgency=urgency, event=event, **values)
             grant = grants.find_grant(db, grant_id) or grant
+        # For the answer alone, and however much it is: what ends authority does not wait for it.
+        with self._database.read() as db:
             below = grants.descendants(db, grant.id)
         self._debts.pay_now([one.id for one in (grant, *below) if one.provider != OWES_NOTHING])
         with self._database.read() as db:

@@ -38,7 +38,7 @@ from broker.domain.identity import Caller, GrantId, new_id
 from broker.domain.lease import Lease, RevocationClass, Urgency
 from broker.domain.lifecycle import GrantState, LeaseState
 from broker.providers.base import Handle, IssuedSecret, Provider, SecretRequest, require_foreseeable
-from broker.services.endings import end_grants, lease_event
+from broker.services.endings import end_grants, end_with_descendants, lease_event
 from broker.services.grant_events import grant_event
 from broker.services.reconciliation import Reconciliation
 from broker.services.standing import StandingReader
@@ -184,7 +184,9 @@ class Secrets:
             if standing.catalogue.version != intent.catalogue_version:
                 # What it was decided by is not what stands now (INV-14).
                 raise Unavailable("the configuration changed while this credential was being made: try again")
-            expires_at = min(grant.expires_at, secret.expires_at)
+            row = grants.find_grant(db, grant.id, lock=True)
+            # As the row says by now: a ceiling may have shrunk while the provider was asked (INV-10).
+            expires_at = min(grant.expires_at if row is None else row.expires_at, secret.expires_at)
             given = replace(
                 grant,
                 state=GrantState.ACTIVE,
@@ -243,7 +245,7 @@ class Secrets:
                     why = "its issuing was not confirmed"
                     revoked = change_of(now, caller.name, "grant.revoked", reason=why, trace_id=caller.trace_id)
                     values = {"revoked_at": now, "revoked_by": caller.name, "reason": why}
-                    end_grants(db, GrantState.REVOKED, of_it, now=now, urgency=Urgency.URGENT, event=revoked, **values)
+                    end_with_descendants(db, of_it, now=now, urgency=Urgency.URGENT, event=revoked, **values)
                 if not leases.learn(db, lease_id, next_attempt_at=now, **known) and made.exists:
                     late = replace(
                         intent.lease,

@@ -70,6 +70,12 @@ class TaskService:
             principal = principal_of(request.caller, standing)
             if Role.ORCHESTRATOR not in principal.roles:
                 raise RoleMissing(f"{principal.name} is not an orchestrator: only one of those opens tasks")
+            if request.user is not None and request.user.for_one:
+                raise Invalid(
+                    "on_behalf_of is for one client, or for what it says and no more (may_act, or an identity "
+                    "assertion): a whole task is opened with a token that is not, or each grant is asked for with it",
+                    member="on_behalf_of",
+                )
             if request.deadline > self._limits.max_deadline:
                 raise Invalid(
                     f"deadline_s {int(request.deadline.total_seconds())} is beyond this broker's maximum of "
@@ -115,14 +121,11 @@ class TaskService:
         orchestrator = task.orchestrator
         if parent is None or not (orchestrator == parent.orchestrator or orchestrator in parent.agents):
             raise NotFound(f"there is no task {named[:64]!r} of which you may open a part", member="parent_task_id")
-        strangers = sorted(set(task.agents) - set(parent.agents))
-        if strangers and orchestrator != parent.orchestrator:
-            raise Forbidden(
-                f"task {parent.id} does not name {', '.join(strangers)}: only {parent.orchestrator} brings in others"
-            )
+        if orchestrator != parent.orchestrator:
+            _require_no_more_than_it_was_given(task, parent)
         if not parent.is_open(now):
             raise TaskNotActive(f"task {parent.id} has ended: no part of it can be opened", member="parent_task_id")
-        depth = tasks.depth_of(db, parent) + 1
+        depth = len(parent.tasks_above) + 1
         if depth > self._limits.max_delegation_depth:
             raise Forbidden(
                 f"task {parent.id} is {depth - 1} deep already, which is as deep as this broker allows "
@@ -136,6 +139,8 @@ class TaskService:
         return replace(
             task,
             parent_task_id=parent.id,
+            tasks_above=(*parent.tasks_above, parent.id),
+            orchestrators_above=(*parent.orchestrators_above, parent.orchestrator),
             ceiling=_ceiling_inside(task, parent),
             on_behalf_of=task.on_behalf_of or parent.on_behalf_of,
             upheld_until=min(
@@ -270,7 +275,7 @@ def end_tasks(
     tree = {known for task_id in ids for known in tasks.tree_of(db, task_id, active=True)}
     locks.hold_tasks_alone(db, sorted(tree))
     tasks.hold(db, sorted(tree))
-    where = [tasks.with_ids(ids)]
+    where = [tasks.with_ids(db, ids)]
     if state is TaskState.EXPIRED:
         # A heartbeat that came in between must win.
         where.append(tasks.overdue(now))
@@ -286,13 +291,13 @@ def end_tasks(
             db,
             models.Task,
             part_state,
-            tasks.with_ids(parts),
+            tasks.with_ids(db, parts),
             event=part_ended,
             ended_at=now,
             reason=part_reason,
         )
         every += level
-    below = grants.of_tasks([row.id for row in every])
+    below = grants.of_tasks(db, [row.id for row in every])
     why = f"task {state}"
     expired = change_of(now, ACTOR, "grant.expired", trace_id=trace_id)
     end_grants(db, GrantState.EXPIRED, below, grants.expired(now), now=now, urgency=Urgency.ENDED, event=expired)
@@ -300,6 +305,21 @@ def end_tasks(
     values = {"revoked_at": now, "revoked_by": actor, "reason": why}
     end_grants(db, GrantState.REVOKED, below, now=now, urgency=Urgency.ENDED, event=revoked, **values)
     return len(every)
+
+
+def _require_no_more_than_it_was_given(part: Task, whole: Task) -> None:
+    """An agent that divides its task says nothing new of it: policies would take it for the orchestrator's word."""
+    strangers = sorted(set(part.agents) - set(whole.agents))
+    if strangers:
+        raise Forbidden(
+            f"task {whole.id} does not name {', '.join(strangers)}: only {whole.orchestrator} brings in others"
+        )
+    said = sorted(name for name, value in part.labels.items() if whole.labels.get(name) != value)
+    if said or part.purpose != whole.purpose:
+        raise Forbidden(
+            f"only {whole.orchestrator} says what a part of task {whole.id} is for: give it the same purpose and no "
+            f"labels but those of the whole{f' (not {said[0]})' if said else ''}"
+        )
 
 
 def _ceiling_inside(task: Task, parent: Task) -> Mapping[str, list[str]] | None:

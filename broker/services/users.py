@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
 from broker.domain.catalogue import Catalogue
 from broker.domain.errors import Unauthenticated
@@ -39,7 +38,10 @@ def acting_for(
     is_grant = jose.unverified(token).typ == _ID_JAG
 
     def admit(identity: WorkloadIdentity) -> None:
-        _require_may_act(identity.claims, actor, catalogue)
+        if "cnf" in identity.claims:
+            # INV-21: whoever presents it here has not shown its key.
+            raise Unauthenticated("the user's token is bound to a key")
+        _require_may_act(identity, actor, catalogue)
         if is_grant and identity.claims.get("client_id") not in (actor.name, actor.subject):
             raise Unauthenticated("the identity assertion was made for another client")
 
@@ -52,11 +54,13 @@ def acting_for(
         expires_at=identity.expires_at,
         resources=_several(identity, "resource") if is_grant else None,
         scopes=_words(identity, "scope") if is_grant else None,
+        for_one=is_grant or "may_act" in identity.claims,
     )
 
 
-def _require_may_act(claims: Mapping[str, Any], actor: Principal, catalogue: Catalogue) -> None:
+def _require_may_act(identity: WorkloadIdentity, actor: Principal, catalogue: Catalogue) -> None:
     """RFC 8693 section 4.4: who names one that may act names all that may."""
+    claims = identity.claims
     if "may_act" not in claims:
         return
     named = claims["may_act"]
@@ -64,7 +68,7 @@ def _require_may_act(claims: Mapping[str, Any], actor: Principal, catalogue: Cat
         raise Unauthenticated("may_act names somebody else")
     issuers = {trusted.name: trusted.issuer for trusted in catalogue.issuers}
     # A subject means nothing without its issuer (INV-17); left out, it is the issuer of the token (RFC 8693).
-    if named.get("iss", issuers.get(actor.issuer)) != issuers.get(actor.issuer):
+    if named.get("iss", issuers[identity.issuer]) != issuers.get(actor.issuer):
         raise Unauthenticated("may_act names somebody of another issuer")
     if set(named) - {"sub", "iss"}:
         raise Unauthenticated("may_act says more than who: what is not understood is not met")

@@ -36,7 +36,7 @@ from broker.domain.lifecycle import GrantState, TaskState, sources
 from broker.domain.receipt import RECEIPT_FACTS
 from broker.domain.refusal import Refusal
 from broker.store import models
-from broker.store.rows import insert_rows
+from broker.store.rows import among, insert_rows
 
 _grants = models.table_of(models.Grant)
 _tasks = models.table_of(models.Task)
@@ -45,7 +45,14 @@ _NAMES = tuple(entry.name for entry in fields(Grant))
 _values_of = attrgetter(*_NAMES)
 _SELECT = select(*(_grants.c[name] for name in _NAMES))
 _OWES = _grants.c.provider != "jwt"
-LISTS_OF_NAMES = ("kids", "policies", "chain")  # each in one column of text
+LISTS_OF_NAMES = (
+    "kids",
+    "policies",
+    "chain",
+    "tasks_above",
+    "orchestrators_above",
+    "hand_to",
+)  # each in one column of text
 _RECEIPT_FACTS = select(*(_grants.c[name] for name in RECEIPT_FACTS))
 
 UNENDED = [str(state) for state in (GrantState.PENDING, GrantState.APPROVED, GrantState.ACTIVE)]
@@ -114,19 +121,20 @@ def hold_parents(db: Connection, ids: Collection[str]) -> dict[str, Grant]:
 
 
 def has_children(db: Connection, grant_id: str) -> bool:
-    return db.execute(select(_grants.c.id).where(children_of([grant_id])).limit(1)).first() is not None
+    return db.execute(select(_grants.c.id).where(children_of(db, [grant_id])).limit(1)).first() is not None
 
 
-def children_of(grant_ids: Collection[str]) -> ColumnElement[bool]:
-    return _grants.c.parent_grant_id.in_(grant_ids)
+def children_of(db: Connection, grant_ids: Collection[str]) -> ColumnElement[bool]:
+    return among(db, _grants.c.parent_grant_id, grant_ids)
 
 
 def descendants(db: Connection, grant_id: str) -> list[Grant]:
-    """Everything that was ever handed down from a grant, those nearer to it first."""
+    """Everything that was ever handed down from a grant, those nearer to it first; not what was denied."""
+    given = _grants.c.state != str(GrantState.DENIED)
     found: list[Grant] = []
     level = [grant_id]
     while level:
-        rows = db.execute(_SELECT.where(children_of(level)).order_by(_grants.c.id)).fetchall()
+        rows = db.execute(_SELECT.where(children_of(db, level), given).order_by(_grants.c.id)).fetchall()
         found += map(grant_of, rows)
         level = [row.id for row in rows]
     return found
@@ -136,7 +144,7 @@ def hand_down(db: Connection, grant: Grant) -> None:
     """Have what is below a renewed grant die with every key and policy that the grant now dies with (INV-11)."""
     below = [grant.id]
     while below:
-        rows = db.execute(_SELECT.where(children_of(below), unended()).order_by(_grants.c.id).with_for_update())
+        rows = db.execute(_SELECT.where(children_of(db, below), unended()).order_by(_grants.c.id).with_for_update())
         children = [grant_of(row) for row in rows]
         for child in children:
             more = {
@@ -245,13 +253,13 @@ def issued_under(db: Connection, task_ids: Collection[str]) -> Sequence[Row[Any]
     # A secret of a grant may exist only if it was begun, and that is a lease: what people never allowed has none.
     begun = exists(select(_leases.c.id).where(_leases.c.grant_id == _grants.c.id))
     may_exist = or_(_grants.c.issued_at.is_not(None), _OWES & begun)
-    statement = _RECEIPT_FACTS.where(of_tasks(task_ids), may_exist)
+    statement = _RECEIPT_FACTS.where(of_tasks(db, task_ids), may_exist)
     return db.execute(statement.order_by(_grants.c.id)).fetchall()
 
 
 def owing_under(db: Connection, task_ids: Collection[str]) -> list[str]:
     """The grants under these tasks for which something may be owed outside."""
-    return list(db.execute(select(_grants.c.id).where(of_tasks(task_ids), _OWES)).scalars())
+    return list(db.execute(select(_grants.c.id).where(of_tasks(db, task_ids), _OWES)).scalars())
 
 
 def seen_by(name: str) -> ColumnElement[bool]:
@@ -279,8 +287,8 @@ def with_ids(grant_ids: Collection[str]) -> ColumnElement[bool]:
     return _grants.c.id.in_(grant_ids)
 
 
-def of_tasks(task_ids: Collection[str]) -> ColumnElement[bool]:
-    return _grants.c.task_id.in_(task_ids)
+def of_tasks(db: Connection, task_ids: Collection[str]) -> ColumnElement[bool]:
+    return among(db, _grants.c.task_id, task_ids)
 
 
 def expired(now: datetime) -> ColumnElement[bool]:
@@ -299,11 +307,16 @@ def any_due(db: Connection, *, now: datetime) -> bool:
 
 def covered_by(refusal: Refusal) -> ColumnElement[bool]:
     """The same question as `Refusal.covers`, asked of every row; a test holds the two together."""
+    # As their indexes spell it.
+    in_part, handed_down = _grants.c.tasks_above != literal_column("''"), _grants.c.chain != literal_column("''")
     match refusal.axis:
         case "all":
             on_axis: ColumnElement[bool] = true()
         case "task":
-            on_axis = _grants.c.task_id == refusal.value
+            on_axis = or_(_grants.c.task_id == refusal.value, in_part & _names(_grants.c.tasks_above, refusal.value))
+        case "orchestrator":
+            above = in_part & _names(_grants.c.orchestrators_above, refusal.value)
+            on_axis = or_(_grants.c.orchestrator == refusal.value, above)
         case "user":
             on_axis = _grants.c.on_behalf_of == refusal.value
         case "policy":
@@ -311,9 +324,8 @@ def covered_by(refusal: Refusal) -> ColumnElement[bool]:
         case "key":
             on_axis = _names(_grants.c.kids, refusal.value)
         case "agent":
-            handed_down = _grants.c.chain != literal_column("''")  # as the index spells it
             on_axis = or_(_grants.c.agent == refusal.value, handed_down & _names(_grants.c.chain, refusal.value))
-        case "orchestrator" | "resource" | "provider":
+        case "resource" | "provider":
             on_axis = _grants.c[refusal.axis] == refusal.value
         case _:
             raise ValueError(f"{refusal.axis!r} is not an axis of revocation")
@@ -341,7 +353,9 @@ def claimed(*where: ColumnElement[bool], limit: int) -> ColumnElement[bool]:
 
 def unended_of_tasks(db: Connection, task_ids: Collection[str]) -> dict[str, int]:
     """How many unended grants there are below each task that has any."""
-    statement = select(_grants.c.task_id, func.count()).where(unended(), of_tasks(task_ids)).group_by(_grants.c.task_id)
+    statement = (
+        select(_grants.c.task_id, func.count()).where(unended(), of_tasks(db, task_ids)).group_by(_grants.c.task_id)
+    )
     return {task_id: count for task_id, count in db.execute(statement)}  # noqa: C416 - rows are not quite pairs
 
 

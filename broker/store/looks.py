@@ -68,7 +68,7 @@ def _found(database: Database, row: tuple[Any, ...]) -> Found:
     # SQLite has no JSON of its own, and gives the text.
     scopes = values["scopes"]
     values["scopes"] = tuple(json.loads(scopes) if database.is_sqlite else scopes)
-    values |= {name: tuple(values[name].split()) for name in LISTS_OF_NAMES}
+    values |= {name: tuple(values[name].split()) for name in LISTS_OF_NAMES if name in values}
     values["expires_at"] = moment(values["expires_at"], dialect)
     ends = [moment(at, dialect) for at in (deadline_at, heartbeat_due_at, upheld_until) if at is not None]
     return Authority(**values), TaskState(task_state), min(at for at in ends if at is not None)

@@ -134,6 +134,8 @@ class Task(Base):
     heartbeat_s: Mapped[int | None] = mapped_column(Integer)
     heartbeat_due_at: Mapped[datetime | None] = mapped_column(Instant)
     upheld_until: Mapped[datetime | None] = mapped_column(Instant)
+    tasks_above: Mapped[str] = mapped_column(Text, server_default=text("''"))
+    orchestrators_above: Mapped[str] = mapped_column(Text, server_default=text("''"))
     implicit: Mapped[bool] = mapped_column(Boolean)
     ended_at: Mapped[datetime | None] = mapped_column(Instant)
     reason: Mapped[str | None] = mapped_column(String(1000))
@@ -171,6 +173,12 @@ class Grant(Base):
         ),
         Index("grants_status_idx", "status_list", "status_index", unique=True),
         Index(
+            "grants_in_parts_idx",
+            "tasks_above",
+            postgresql_where=text("tasks_above <> ''"),
+            sqlite_where=text("tasks_above <> ''"),
+        ),
+        Index(
             "grants_handed_down_idx", "chain", postgresql_where=text("chain <> ''"), sqlite_where=text("chain <> ''")
         ),
     )
@@ -206,6 +214,9 @@ class Grant(Base):
     decision: Mapped[dict[str, Any]] = mapped_column(Json)
     policies: Mapped[str] = mapped_column(Text)
     chain: Mapped[str] = mapped_column(Text, server_default=text("''"))
+    tasks_above: Mapped[str] = mapped_column(Text, server_default=text("''"))
+    orchestrators_above: Mapped[str] = mapped_column(Text, server_default=text("''"))
+    hand_to: Mapped[str] = mapped_column(Text, server_default=text("''"))
     policy_version: Mapped[int | None] = mapped_column(Integer)
     terms: Mapped[dict[str, Any] | None] = mapped_column(Json)
     trace_id: Mapped[str | None] = mapped_column(String(32))

@@ -202,25 +202,28 @@ def hold_below(db: Connection, held: dict[str, Any]) -> dict[str, list[Row[Any]]
 
     Nobody is waited for: a task that ends takes its grants in an order of its own.
     """
-    root_of = {grant_id: grant_id for grant_id in held}
-    below: dict[str, list[Row[Any]]] = {}
+    above: dict[str, set[str]] = {grant_id: {grant_id} for grant_id in held}
+    below: dict[str, dict[str, Row[Any]]] = {}
     level = list(held)
     facts = (*(_grants.c[name] for name in GRANT_FACTS), _grants.c.parent_grant_id, _grants.c.expires_at)
     while level:
         parts = (among(db, _grants.c.parent_grant_id, level), unended())
-        there = set(db.execute(select(_grants.c.id).where(*parts)).scalars())
+        there = db.execute(select(_grants.c.id, _grants.c.parent_grant_id).where(*parts)).fetchall()
         if not there:
             break
         rows = db.execute(select(*facts).where(*parts).order_by(_grants.c.id).with_for_update(skip_locked=True)).all()
-        parents = {row.id: row.parent_grant_id for row in rows}
         for row in rows:
-            root_of[row.id] = root_of[row.parent_grant_id]
-            below.setdefault(root_of[row.id], []).append(row)
-        for grant_id in there - parents.keys():
-            lost = select(_grants.c.parent_grant_id).where(_grants.c.id == grant_id)
-            held.pop(root_of[db.execute(lost).scalar_one()], None)
-        level = list(parents)
-    return {root: rows for root, rows in below.items() if root in held}
+            # Some of them may be held for themselves too: then what is below is below both.
+            above[row.id] = above.get(row.id, set()) | above[row.parent_grant_id]
+            for root in above[row.parent_grant_id]:
+                below.setdefault(root, {})[row.id] = row
+        ours = {row.id for row in rows}
+        for row in there:
+            if row.id not in ours:
+                for root in above[row.parent_grant_id]:
+                    held.pop(root, None)
+        level = sorted(ours)
+    return {root: list(rows.values()) for root, rows in below.items() if root in held}
 
 
 def among_ids(db: Connection, ids: Collection[str]) -> ColumnElement[bool]:

@@ -14,9 +14,11 @@ from sqlalchemy.sql.functions import FunctionElement
 from broker.domain.lifecycle import TaskState
 from broker.domain.task import Task
 from broker.store import models
-from broker.store.rows import insert_rows
+from broker.store.grants import padded
+from broker.store.rows import among, insert_rows
 
 _COLUMNS = tuple(entry.name for entry in fields(Task) if entry.name != "agents")
+_LISTS_OF_NAMES = ("tasks_above", "orchestrators_above")
 _tasks = models.table_of(models.Task)
 _agents = models.table_of(models.TaskAgent)
 _grants = models.table_of(models.Grant)
@@ -25,9 +27,15 @@ _SELECT = select(*(_tasks.c[name] for name in _COLUMNS))
 
 def insert_tasks(db: Connection, tasks: Iterable[Task]) -> None:
     made = list(tasks)
-    insert_rows(db, models.Task, [{name: getattr(task, name) for name in _COLUMNS} for task in made])
+    insert_rows(db, models.Task, [_row_of(task) for task in made])
     pairs = [{"task_id": task.id, "agent": agent} for task in made for agent in task.agents]
     insert_rows(db, models.TaskAgent, pairs)
+
+
+def _row_of(task: Task) -> dict[str, Any]:
+    row = {name: getattr(task, name) for name in _COLUMNS}
+    # As in `broker.store.grants`, where they are looked for.
+    return row | {name: padded(row[name]) for name in _LISTS_OF_NAMES}
 
 
 def find_task(db: Connection, task_id: str) -> Task | None:
@@ -75,12 +83,12 @@ class Tasks:
 
 def hold(db: Connection, ids: Collection[str]) -> None:
     """Lock these tasks in the order in which issuing does, so that the two cannot wait for each other."""
-    db.execute(select(_tasks.c.id).where(_tasks.c.id.in_(ids)).order_by(_tasks.c.id).with_for_update()).fetchall()
+    db.execute(select(_tasks.c.id).where(with_ids(db, ids)).order_by(_tasks.c.id).with_for_update()).fetchall()
 
 
 def active_below(db: Connection, ids: Collection[str]) -> list[str]:
     """The active tasks one level below these."""
-    where = (_tasks.c.parent_task_id.in_(ids), _tasks.c.state == str(TaskState.ACTIVE))
+    where = (among(db, _tasks.c.parent_task_id, ids), _tasks.c.state == str(TaskState.ACTIVE))
     return list(db.execute(select(_tasks.c.id).where(*where).order_by(_tasks.c.id)).scalars())
 
 
@@ -89,19 +97,10 @@ def tree_of(db: Connection, task_id: str, *, active: bool = False) -> list[str]:
     found, level = [task_id], [task_id]
     state = (_tasks.c.state == str(TaskState.ACTIVE),) if active else ()
     while level:
-        statement = select(_tasks.c.id).where(_tasks.c.parent_task_id.in_(level), *state).order_by(_tasks.c.id)
+        statement = select(_tasks.c.id).where(among(db, _tasks.c.parent_task_id, level), *state).order_by(_tasks.c.id)
         level = list(db.execute(statement).scalars())
         found += level
     return found
-
-
-def depth_of(db: Connection, task: Task) -> int:
-    """How many tasks there are above one."""
-    depth, above = 0, task.parent_task_id
-    while above is not None:
-        depth += 1
-        above = db.execute(select(_tasks.c.parent_task_id).where(_tasks.c.id == above)).scalar_one()
-    return depth
 
 
 def uphold(db: Connection, task: Task) -> None:
@@ -109,7 +108,7 @@ def uphold(db: Connection, task: Task) -> None:
     level = {task.id: _upholds(task.heartbeat_due_at, task.upheld_until)}
     while level:
         below = select(_tasks.c.id, _tasks.c.parent_task_id, _tasks.c.heartbeat_due_at).where(
-            _tasks.c.parent_task_id.in_(list(level)), _tasks.c.state == str(TaskState.ACTIVE)
+            among(db, _tasks.c.parent_task_id, list(level)), _tasks.c.state == str(TaskState.ACTIVE)
         )
         next_level: dict[str, datetime | None] = {}
         for row in db.execute(below.order_by(_tasks.c.id)).fetchall():
@@ -216,8 +215,8 @@ def with_id(task_id: str) -> ColumnElement[bool]:
     return _tasks.c.id == task_id
 
 
-def with_ids(task_ids: Collection[str]) -> ColumnElement[bool]:
-    return _tasks.c.id.in_(task_ids)
+def with_ids(db: Connection, task_ids: Collection[str]) -> ColumnElement[bool]:
+    return among(db, _tasks.c.id, task_ids)
 
 
 def overdue(now: datetime) -> ColumnElement[bool]:
@@ -226,6 +225,7 @@ def overdue(now: datetime) -> ColumnElement[bool]:
 
 def task_of(row: Row[Any], agents: tuple[str, ...]) -> Task:
     values = {name: getattr(row, name) for name in _COLUMNS}
+    values |= {name: tuple(values[name].split()) for name in _LISTS_OF_NAMES}
     return Task(**values | {"state": TaskState(row.state), "agents": agents})
 
 

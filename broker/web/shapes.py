@@ -88,8 +88,12 @@ class RequestGrant(Request):
     ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
     intent: Sentence | None = None
     on_behalf_of: Annotated[UserToken | None, Field(repr=False)] = None
+    hand_to: Annotated[
+        list[Name], Field(max_length=100, description="Agents that may name this grant as their parent.")
+    ] = Field(default_factory=list)
     parent_grant_id: Annotated[
-        Name | None, Field(description="A grant in the same task that is handed down to the caller, or a part of it.")
+        Name | None,
+        Field(description="A grant in the same task of which the caller wants a part; its holder said so by hand_to."),
     ] = None
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
     parameters: Annotated[dict[Name, Parameter], Field(max_length=8)] = Field(

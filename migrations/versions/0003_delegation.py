@@ -17,7 +17,17 @@ INSTANT = sa.DateTime(timezone=True).with_variant(sa.Integer(), "sqlite")
 
 def upgrade() -> None:
     handed_down = sa.text("chain <> ''")
-    op.add_column("grants", sa.Column("chain", sa.Text(), nullable=False, server_default=sa.text("''")))
+    in_parts = sa.text("tasks_above <> ''")
+    for table, name in (
+        ("grants", "chain"),
+        ("grants", "tasks_above"),
+        ("grants", "orchestrators_above"),
+        ("grants", "hand_to"),
+        ("tasks", "tasks_above"),
+        ("tasks", "orchestrators_above"),
+    ):
+        op.add_column(table, sa.Column(name, sa.Text(), nullable=False, server_default=sa.text("''")))
+    op.create_index("grants_in_parts_idx", "grants", ["tasks_above"], postgresql_where=in_parts, sqlite_where=in_parts)
     op.add_column("tasks", sa.Column("upheld_until", INSTANT, nullable=True))
     op.create_index(
         "grants_handed_down_idx", "grants", ["chain"], postgresql_where=handed_down, sqlite_where=handed_down
@@ -26,5 +36,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_index("grants_handed_down_idx", table_name="grants")
-    op.drop_column("tasks", "upheld_until")
-    op.drop_column("grants", "chain")
+    op.drop_index("grants_in_parts_idx", table_name="grants")
+    for name in ("upheld_until", "tasks_above", "orchestrators_above"):
+        op.drop_column("tasks", name)
+    for name in ("chain", "tasks_above", "orchestrators_above", "hand_to"):
+        op.drop_column("grants", name)

@@ -1,7 +1,7 @@
 """What somebody hostile writes into a request, and one good request of each kind to write it into."""
 
 from broker.web import shapes
-from tests.house import CRM
+from tests.house import CRM, POLICIES
 
 # No text that people and logs will see may hold any of these, wherever it comes in.
 MALFORMED = (
@@ -74,6 +74,7 @@ BODIES = {
         "parameters": {},
         "on_behalf_of": None,
         "parent_grant_id": None,
+        "hand_to": [],
     },
     shapes.RenewGrant: {"ttl_s": 60},
     shapes.CollectGrant: {"parameters": {}},

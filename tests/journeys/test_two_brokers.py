@@ -81,6 +81,9 @@ def test_a_key_condemned_by_command_is_believed_by_neither_and_takes_its_tokens_
         assert current_kid(broker, task_id) != kid
 
 
+NOTHING = {"none.cedar": '@id("none") forbid (principal, action, resource);'}
+
+
 def apply(broker, **changed):
     """By command, so that neither broker was told."""
     broker.deployment.configure(**changed)
@@ -109,7 +112,7 @@ class TestConfiguration:
         """Not for asking, and not for what an admin may do: withdrawn authority waits for no timer."""
         here, there, task_id, grant = here_and_there
         lockdown = there.post("/v1/lockdowns", "grace", {"agent": "scribe", "reason": "drill"}).json()
-        apply(here, without=("grace", "scribe", "audrey"), policies={"none.cedar": ""})
+        apply(here, without=("grace", "scribe", "audrey"), policies=NOTHING)
         assert there.client.delete(f"/v1/lockdowns/{lockdown['id']}", headers=there.as_("grace")).status_code == 401
         assert there.get("/v1/audit", "audrey").status_code == 401
         assert there.ask(task_id, "scribe").status_code == 401

@@ -17,7 +17,7 @@ def task(race):
 def hand_down(house, parent):
     # To whichever of the two has it not.
     to = AGENTS[len(parent.grant.chain) % 2 == 0]
-    return house.issue(None, by=to, parent_grant_id=parent.grant.id)
+    return house.issue(None, by=to, parent_grant_id=parent.grant.id, parent_by_token=True)
 
 
 def revoke(house, issued):

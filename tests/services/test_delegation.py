@@ -19,7 +19,9 @@ from broker.domain.errors import (
     PolicyDenied,
     RoleMissing,
 )
+from broker.domain.identity import User
 from broker.domain.lifecycle import GrantState, TaskState
+from broker.store.grants import insert_grants
 from tests.house import CRM, LEDGER, catalogue_for
 
 AGENTS = ("summarizer", "scribe", "clerk", "intern", "trainee")
@@ -59,7 +61,8 @@ def task(open_house):
 
 
 def hand_down(house, parent, *, to, scope="contacts:read", **more):
-    return house.issue(None, by=to, scope=scope, parent_grant_id=parent.grant.id, **more)
+    named = {"parent_grant_id": parent.grant.id, "parent_by_token": True}
+    return house.issue(None, by=to, scope=scope, **named | more)
 
 
 def claims_of(issued):
@@ -187,12 +190,34 @@ def test_not_what_policy_does_not_allow_the_sub_agent(open_house, root):
 
 def test_what_is_bound_to_a_key_is_handed_down_bound(open_house, task):
     """INV-21."""
-    root = open_house.issue(task, jkt="k" * 43)
+    root = open_house.issue(task, jkt="k" * 43, hand_to=("scribe",))
     with pytest.raises(Invalid, match="bind yours too"):
-        hand_down(open_house, root, to="scribe")
+        hand_down(open_house, root, to="scribe", parent_by_token=False)
     with pytest.raises(Invalid, match="only with that key of any use"):
-        hand_down(open_house, root, to="scribe", parent_by_token=True)
-    assert claims_of(hand_down(open_house, root, to="scribe", jkt="l" * 43))["cnf"] == {"jkt": "l" * 43}
+        hand_down(open_house, root, to="scribe")
+    bound = hand_down(open_house, root, to="scribe", parent_by_token=False, jkt="l" * 43)
+    assert claims_of(bound)["cnf"] == {"jkt": "l" * 43}
+
+
+def test_not_to_whom_its_holder_did_not_name(open_house, task):
+    """Its id stands in receipts, and must not be what opens it; least of all what is for a user."""
+    alice = User(name="people:alice", expires_at=open_house.clock() + timedelta(hours=1))
+    root = open_house.issue(task, user=alice, hand_to=("clerk",))
+    with pytest.raises(NotFound, match="could be handed down to scribe"):
+        hand_down(open_house, root, to="scribe", parent_by_token=False)
+    assert hand_down(open_house, root, to="clerk", parent_by_token=False).grant.on_behalf_of == "people:alice"
+    # Its holder needs nobody's leave.
+    assert hand_down(open_house, root, to="summarizer", parent_by_token=False).grant.chain == ("summarizer",)
+
+
+def test_however_many_were_denied_it_can_be_revoked(open_house, task, root):
+    with open_house.broker.database.begin() as db:
+        denied = replace(root.grant, state=GrantState.DENIED, parent_grant_id=root.grant.id, status_list=None)
+        many = [replace(denied, id=f"grt_0{number:025d}", status_index=None) for number in range(70_000)]
+        insert_grants(db, many)
+    receipt = open_house.broker.revocation.revoke_grant(open_house.caller("ada"), root.grant.id).receipt
+    assert [line.grant_id for line in receipt.lines] == [root.grant.id]
+    assert not open_house.is_active(root)
 
 
 @pytest.mark.parametrize("end", ["revoked", "expired", "task"])

@@ -36,7 +36,7 @@ def test_what_was_handed_down_ends_at_the_ceiling_that_shrank_for_its_parent(hou
     task = house.open_task(*AGENTS)
     older = house.issue(task)
     house.clock.forward(seconds=30)
-    younger = house.issue(None, by="scribe", parent_grant_id=older.grant.id)
+    younger = house.issue(None, by="scribe", parent_grant_id=older.grant.id, parent_by_token=True)
     apply(house, resources=resources(house, older.grant.resource, max_ttl_s=100))
     house.broker.redeciding.run()
     parent, child = grant_of(house, older), grant_of(house, younger)
@@ -111,3 +111,28 @@ def test_what_was_collected_is_decided_again_like_any_other(house):
     apply(house, policies=POLICIES)
     house.broker.redeciding.run()
     assert not house.is_active(issued)
+
+
+def test_what_is_shortened_in_the_middle_shortens_what_is_below_it(house):
+    """The root changes too, and what is below both is below each."""
+    with_everybody(house)
+    house.broker.redeciding.run()
+    root, child, grandchild = chain_of(house, house.open_task(*AGENTS), *AGENTS[:3])
+    text = house.broker.standing.now().catalogue.policies["open.cedar"]
+    free = 'permit (principal, action == Action::"contacts:read"'
+    assert free in text
+    others = text.replace(free, 'permit (principal == Agent::"clerk", action == Action::"contacts:read"')
+    resource = 'resource == Resource::"https://crm.example/api");'
+    more = f"""
+@id("root") permit (principal == Agent::"summarizer", action == Action::"contacts:read", {resource}
+@id("middle") @max_ttl("60") permit (principal == Agent::"scribe", action == Action::"contacts:read", {resource}
+"""
+    apply(house, policies={"open.cedar": others + more})
+    house.broker.redeciding.run()
+    middle = grant_of(house, child)
+    assert middle.expires_at == middle.created_at + timedelta(seconds=60)
+    assert grant_of(house, grandchild).expires_at <= middle.expires_at
+    assert grant_of(house, root).expires_at == root.grant.expires_at
+    # What is shortened stands on what shortened it, and what is below it too.
+    house.broker.revocation.revoke_along(house.caller("ada"), "policy", "middle", reason="drill")
+    assert not house.is_active(child) and not house.is_active(grandchild) and house.is_active(root)

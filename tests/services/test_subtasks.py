@@ -10,6 +10,7 @@ from broker.domain.errors import (
     Forbidden,
     Invalid,
     InvalidScope,
+    LockedDown,
     NotFound,
     TaskNotActive,
 )
@@ -152,6 +153,10 @@ def test_an_agent_that_orchestrates_divides_its_task_among_those_it_names(house,
     )
     house.broker.administration.apply(replace(catalogue, principals=leading), by="tests")
     part = part_of(house, task, "summarizer", by="scribe")
+    with pytest.raises(Forbidden, match="no labels but those of the whole"):
+        part_of(house, task, "summarizer", by="scribe", labels={"tier": "gold"})
+    with pytest.raises(Forbidden, match="the same purpose"):
+        part_of(house, task, "summarizer", by="scribe", purpose="something else")
     assert (part.orchestrator, part.parent_task_id) == ("scribe", task.id)
     with pytest.raises(Forbidden, match="does not name ada"):
         part_of(house, task, "summarizer", "ada", by="scribe")
@@ -169,3 +174,25 @@ def test_what_is_handed_down_stays_in_its_task(house, task):
     issued = house.issue(task)
     with pytest.raises(BrokerError, match="of another task"):
         hand_down(house, issued, to="scribe", task_id=part_of(house, task).id)
+
+
+@pytest.mark.parametrize("lockdown", [False, True], ids=["revocation", "lockdown"])
+@pytest.mark.parametrize("axis", ["task", "orchestrator"])
+def test_what_is_revoked_of_the_whole_reaches_its_parts(house, task, axis, lockdown):
+    catalogue = catalogue_for(house.issuer)
+    leading = tuple(
+        replace(rule, roles=("agent", "orchestrator")) if rule.name == "scribe" else rule
+        for rule in catalogue.principals
+    )
+    house.broker.administration.apply(replace(catalogue, principals=leading), by="tests")
+    part = part_of(house, task, "summarizer", by="scribe")
+    deeper = part_of(house, part, "summarizer", by="scribe", deadline_s=60)
+    issued, beside = house.issue(deeper), house.issue(house.open_task(by="other-pipeline"))
+    value = task.id if axis == "task" else "pipeline"
+    done = house.broker.revocation.revoke_along(house.caller("ada"), axis, value, reason="drill", lockdown=lockdown)
+    assert done.total == 1
+    assert not house.is_active(issued) and house.is_active(beside)
+    if lockdown:
+        for each in (part, deeper, part_of(house, task, "summarizer", by="scribe", deadline_s=30)):
+            with pytest.raises(LockedDown):
+                house.issue(each)

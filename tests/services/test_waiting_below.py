@@ -34,7 +34,7 @@ def parent(house):
 
 
 def ask_below(house, parent, **more):
-    return ask(house, None, by="scribe", parent_grant_id=parent.grant.id, **more)
+    return ask(house, None, by="scribe", parent_grant_id=parent.grant.id, parent_by_token=True, **more)
 
 
 def test_a_part_is_collected_inside_its_parent(house, parent):
@@ -93,3 +93,18 @@ def test_what_a_user_was_asked_for_alone_is_what_waits(house):
         ask(house, task, user=replace(user, name="people:carol"))
     approve(house, mine)
     assert collect(house, mine).grant.on_behalf_of == "people:bob"
+
+
+def test_who_opened_the_whole_does_not_approve_a_part_of_it(house):
+    """INV-15, through a task that somebody else opened inside it."""
+    catalogue = asking(house, people=(*PEOPLE, person("boss", "security", roles=("approver", "orchestrator"))))
+    leading = tuple(
+        replace(rule, roles=("agent", "orchestrator")) if rule.name == "scribe" else rule
+        for rule in catalogue.principals
+    )
+    apply(house, replace(catalogue, principals=leading))
+    whole = house.open_task("summarizer", "scribe", by="boss")
+    part = house.open_task("summarizer", by="scribe", parent_task_id=whole.id, deadline_s=600)
+    case = ask(house, part)
+    with pytest.raises(Forbidden, match="itself"):
+        approve(house, case, by="boss")

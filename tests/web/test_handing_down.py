@@ -109,7 +109,10 @@ def test_more_than_the_parent_has_is_refused(web, parent, asked, error):
 def test_a_grant_is_named_as_the_parent(web_on_both):
     web = web_on_both
     task = web.open_task("summarizer", "scribe")
-    parent = web.grant(task).json
+    parent = web.grant(task, hand_to=["scribe"]).json
+    unnamed = web.grant(task).json["grant"]["id"]
+    refused = web.grant(task, by="scribe", parent_grant_id=unnamed)
+    assert (refused.status_code, refused.json["member"]) == (404, "parent_grant_id")
     answer = web.grant(task, by="scribe", parent_grant_id=parent["grant"]["id"])
     assert answer.status_code == 201, answer.json
     assert answer.json["grant"]["parent_grant_id"] == parent["grant"]["id"]

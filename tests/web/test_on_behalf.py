@@ -125,14 +125,14 @@ def test_a_task_is_opened_for_a_user_and_all_of_it_is_theirs(people_on_both):
 def test_what_is_handed_down_stays_the_users(people_on_both):
     web = people_on_both
     task = web.open_task("summarizer", "scribe")
-    parent = web.grant(task, on_behalf_of=user_token(web)).json
+    parent = web.grant(task, on_behalf_of=user_token(web), hand_to=["scribe"]).json
     named = {"parent_grant_id": parent["grant"]["id"]}
     child = web.grant(task, by="scribe", **named).json
     assert child["grant"]["on_behalf_of"] == ALICE
     claims = claims_of(child["credential"]["token"])
     assert (claims["sub"], claims["act"]) == (ALICE, {"sub": "scribe", "act": {"sub": "summarizer"}})
     assert web.grant(task, by="scribe", **named, on_behalf_of=user_token(web, "bob")).status_code == 403
-    nobodys = web.grant(task).json["grant"]["id"]
+    nobodys = web.grant(task, hand_to=["scribe"]).json["grant"]["id"]
     added = web.grant(task, by="scribe", parent_grant_id=nobodys, on_behalf_of=user_token(web))
     assert added.status_code == 403 and "nobody's behalf" in added.json["detail"]
 
@@ -166,7 +166,7 @@ def test_a_policy_sees_the_user(web):
 def test_all_of_a_user_is_revoked_and_nothing_of_another(people_on_both, lockdown):
     web = people_on_both
     task = web.open_task("summarizer", "scribe")
-    alices = web.grant(task, on_behalf_of=user_token(web)).json
+    alices = web.grant(task, on_behalf_of=user_token(web), hand_to=["scribe"]).json
     handed = web.grant(task, by="scribe", parent_grant_id=alices["grant"]["id"]).json
     bobs = web.grant(task, on_behalf_of=user_token(web, "bob")).json
     body = {"user": ALICE, "reason": "left the company", "lockdown": lockdown}
@@ -193,6 +193,8 @@ def test_all_of_a_user_is_revoked_and_nothing_of_another(people_on_both, lockdow
         {"may_act": {"sub": "dev:summarizer", "and": "only on Mondays"}},
         {"may_act": "dev:summarizer"},
         {"may_act": None},
+        {"may_act": {"sub": "dev:summarizer"}},
+        {"cnf": {"jkt": "k" * 43}},
     ],
     ids=str,
 )
@@ -215,6 +217,15 @@ def test_who_may_act_is_who_the_token_names(people):
     task = people.open_task("summarizer", "scribe")
     assert people.grant(task, on_behalf_of=user_token(people, may_act=named)).status_code == 201
     assert people.grant(task, by="scribe", on_behalf_of=user_token(people, may_act=named)).status_code == 400
+
+
+def test_a_whole_task_is_not_opened_with_what_is_for_one(people):
+    """Everybody in the task would act by it, for anything."""
+    named = {"sub": "dev:pipeline", "iss": "http://dev.localhost"}
+    body = {"purpose": "p", "agents": ["summarizer"], "deadline_s": 60}
+    for token in (user_token(people, may_act=named), assertion(people, client_id="pipeline")):
+        refused = people.post("/v1/tasks", "pipeline", json=body | {"on_behalf_of": token})
+        assert (refused.status_code, refused.json["member"]) == (400, "on_behalf_of"), refused.json
 
 
 def test_act_in_a_users_token_is_not_believed(people):

@@ -262,7 +262,9 @@ def _bearer(given: Mapping[str, str], member: str, client: Caller | None) -> Cal
     workload_token = _required(given, member)
     if _sends_a_secret(given):
         raise Unauthenticated("a client secret was sent")
-    proven = {given.get(other) for other in ("client_assertion", "actor_token") if other != member}
+    # An actor_token is one only in an exchange, and only after it was read itself.
+    others = ("client_assertion", "actor_token") if member == "subject_token" else ("client_assertion",)
+    proven = {given.get(other) for other in others}
     if client is not None and workload_token in proven:
         # It is proven, and where its issuer's tokens are for one use, used.
         return client
