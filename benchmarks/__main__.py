@@ -23,7 +23,7 @@ import httpx
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks import load, openbao, rows, secrets
+from benchmarks import decided_again, load, openbao, rows, secrets
 from benchmarks.servers import (
     AGENTS,
     RESOURCE,
@@ -46,6 +46,7 @@ _SECRETS_ONE_BY_ONE = 300
 _SECRETS_ENDED_TOGETHER = 200
 _CLOSINGS = 3
 _DEBTS = 10_000
+_DECIDED_AGAIN = 100_000
 _URGENT = 5  # of each kind
 
 
@@ -160,6 +161,20 @@ def measure_sweep(report: Report, bench: Bench) -> None:
     report.value("empty sweep over a million live grants", f"{rows.empty_sweep(bench, 1_000_000) * 1000:.1f} ms")
 
 
+def measure_decisions(report: Report, bench: Bench, seconds: float) -> None:
+    """Live grants decided again, and a draft replayed; the figures of both are of whole rows read from the store."""
+    report.value("a draft replayed", f"{decided_again.replaying(bench, _DECIDED_AGAIN):,.0f} recorded requests/s")
+    unchanged, some_end = decided_again.deciding_again(bench, _DECIDED_AGAIN)
+    report.value("decided again, and nothing changes", unchanged.told)
+    report.value("decided again, and some end", some_end.told)
+    with broker_on(bench):
+        requests = fleet_requests(bench)[: decided_again.IDLE]
+        load.run(bench.port, requests, count=AGENTS, expect=b"201")
+        before, meanwhile, took = decided_again.beside_issuing(bench, requests, _DECIDED_AGAIN, seconds)
+        value = f"{meanwhile:,.0f} grants/s, {meanwhile / before:.2f} × before"
+        report.value(f"  by a broker that issues, in {took:.0f} s", value)
+
+
 def measure_two_workers(report: Report, bench: Bench, seconds: float) -> None:
     two = replace(bench, settings=replace(bench.settings, server=replace(bench.settings.server, workers=2)))
     with broker_on(two):
@@ -189,6 +204,7 @@ def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> 
             report.value("  a task beside it", openbao.ends_beside(ended, revoked))
     if not options.quick:
         measure_sweep(report, bench)
+        measure_decisions(report, bench, options.seconds)
 
 
 def measure_secrets(report: Report, root: Path, options: argparse.Namespace) -> None:

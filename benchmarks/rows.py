@@ -21,12 +21,12 @@ def sweep_of_due_grants(bench: Bench, count: int) -> tuple[int, float]:
     broker = build(bench.settings)
     try:
         _drain(broker)
-        _copy_grants(broker, count, expires_at=_PAST + timedelta(seconds=60))
+        copy_grants(broker, count, expires_at=_PAST + timedelta(seconds=60))
         started = time.perf_counter()
         moved = broker.sweeper.sweep().grants_expired
         return moved, time.perf_counter() - started
     finally:
-        _remove(broker)
+        remove_copies(broker)
         broker.close()
 
 
@@ -35,14 +35,14 @@ def empty_sweep(bench: Bench, live: int) -> float:
     broker = build(bench.settings)
     try:
         _drain(broker)
-        _copy_grants(broker, live, expires_at=system_clock() + timedelta(days=365))
+        copy_grants(broker, live, expires_at=system_clock() + timedelta(days=365))
         _drain(broker)
         started = time.perf_counter()
         for _ in range(10):
             broker.sweeper.sweep()
         return (time.perf_counter() - started) / 10
     finally:
-        _remove(broker)
+        remove_copies(broker)
         broker.close()
 
 
@@ -55,8 +55,8 @@ def _drain(broker: Broker) -> None:
             connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM ANALYZE grants"))
 
 
-def _copy_grants(broker: Broker, count: int, *, expires_at: datetime) -> None:
-    """Copies of one issued grant, active, with ids of their own."""
+def copy_grants(broker: Broker, count: int, *, expires_at: datetime, **differing: str) -> None:
+    """Copies of one issued grant, active, with ids of their own; `differing` are columns, as SQL that knows `n`."""
     sqlite = broker.database.is_sqlite
 
     def moment(at: datetime) -> str:
@@ -72,6 +72,7 @@ def _copy_grants(broker: Broker, count: int, *, expires_at: datetime) -> None:
         "revoked_at": "NULL",
         "issued_at": moment(_PAST),
         "expires_at": moment(expires_at),
+        **differing,
     }
     columns = [column.name for column in models.table_of(models.Grant).columns]
     names = ", ".join(f'"{name}"' for name in columns)
@@ -89,7 +90,8 @@ def _copy_grants(broker: Broker, count: int, *, expires_at: datetime) -> None:
             connection.execution_options(isolation_level="AUTOCOMMIT").execute(text("VACUUM ANALYZE grants"))
 
 
-def _remove(broker: Broker) -> None:
+def remove_copies(broker: Broker) -> None:
+    """And what is on record of them."""
     with broker.database.begin() as db:
         db.execute(text(f"DELETE FROM events WHERE grant_id LIKE '{_OF_OURS}0%'"))
         db.execute(text(f"DELETE FROM grants WHERE id LIKE '{_OF_OURS}0%'"))

@@ -97,7 +97,7 @@ def catalogue_for(issuer: DevIssuer, **more: object) -> Catalogue:
         return PrincipalRule(name=name, kind=kind, issuer="dev", subject=f"dev:{name}", roles=roles, **also)  # type: ignore[arg-type]
 
     catalogue = Catalogue(
-        issuers=(issuer.trusted(),),
+        issuers=(issuer.trusted(), replace(issuer.of_people().trusted("people"), users=True)),
         principals=(
             principal("pipeline", "orchestrator", "orchestrator", owner="crm-team"),
             principal("other-pipeline", "orchestrator", "orchestrator"),

@@ -153,7 +153,7 @@ def request_grant(
         parameters=None if parameters is None else dict(parameters),
         on_behalf_of=on_behalf_of,
         parent_grant_id=parent_grant_id,
-        hand_to=None if hand_to is None else _listed(hand_to, "hand_to"),
+        hand_to=None if hand_to is None else _listed(hand_to, "hand_to") or None,
     )
     return Call(
         method="POST",

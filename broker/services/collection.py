@@ -42,7 +42,7 @@ from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, current_caller
 from broker.services.status_indexes import StatusIndexes
-from broker.services.terms import Terms, require_may_ask, terms
+from broker.services.terms import Terms, require_known_user, require_may_ask, terms
 from broker.store import approvals, gate, grants, locks, models
 from broker.store.database import Database
 from broker.store.leases import insert_leases
@@ -180,6 +180,7 @@ class Collection:
         """What may be issued of what was approved, decided again: INV-14 and INV-16 are kept here."""
         grant, approval, standing = held.grant, held.approval, held.standing
         principal: Principal = held.caller.principal
+        require_known_user(grant.on_behalf_of, standing.catalogue)
         left = narrowed(approval, held.votes)
         require_may_ask(principal, resource, left.scopes, grant.jkt)
         found = terms(

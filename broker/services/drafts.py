@@ -26,7 +26,7 @@ def drafted(catalogue: Catalogue, draft: Draft) -> tuple[Catalogue, PolicySet]:
         return found, fit(found)
     except ConfigurationError as problem:
         # Its author is the caller here, and not the operator.
-        raise Invalid(problem.detail, member="policies") from None
+        raise Invalid(f"policies: {problem.detail}", member="policies") from None
 
 
 def fit(catalogue: Catalogue) -> PolicySet:

@@ -49,7 +49,7 @@ from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
-from broker.services.terms import Terms, require_may_ask, terms, user_of
+from broker.services.terms import Terms, require_known_user, require_may_ask, terms, user_of
 from broker.store import gate, locks
 from broker.store.approvals import approval_of_grant, insert_approvals
 from broker.store.database import Database
@@ -244,6 +244,7 @@ class Issuance:
                 retry_after_s=5,
             )
         user = user_of(request, task, parent)
+        require_known_user(user, standing.catalogue)
         found = terms(
             request,
             principal=principal,
@@ -650,6 +651,7 @@ class Issuance:
         _require_live(grant, task, standing, now)
         if parent is not None:
             _require_live(parent, task, standing, now)
+        require_known_user(grant.on_behalf_of, standing.catalogue)
         if grant.provider != OWES_NOTHING:
             raise Invalid(f"a secret of {grant.resource} is not renewed: ask for a new one, and hand this one back")
         if grant.jkt is not None and jkt != grant.jkt:

@@ -34,7 +34,7 @@ from broker.domain.risk import Risks
 from broker.services.asked import Versions
 from broker.services.drafts import fit
 from broker.services.endings import ACTOR, end_with_descendants
-from broker.services.reasking import Again, Outcome, Reasking
+from broker.services.reasking import Again, Outcome, Reasking, unhurried
 from broker.services.standing import Standing, StandingReader
 from broker.store import gate, grants, redecisions
 from broker.store.database import Database
@@ -47,8 +47,8 @@ UNDECIDED_FOR = timedelta(minutes=5)
 _ASKED_AGAIN_AFTER = timedelta(seconds=10)
 _LET_GO_AFTER = timedelta(seconds=1)  # by whoever holds a grant just now
 _CLAIMED_FOR = timedelta(seconds=60)  # longer than a share takes on the slowest machine
-_SHARE = 1000  # grants: ending them all is a transaction of a tenth of a second
-_SHARES_A_PASS = 12  # with the next pass a second later, issuing keeps most of the machine
+_SHARE = 2000  # grants, as many as the sweeper ends in one transaction
+_SHARES_A_PASS = 6  # with the next pass a second later, issuing keeps most of the machine
 _FORESEEN_AT_ONCE = 2000
 _FORESEEN = 100_000
 _SAMPLES = 20
@@ -193,7 +193,7 @@ class Redeciding:
             wanted = min(_FORESEEN_AT_ONCE, at_most - looked_at)
             with self._database.read() as db:
                 page = redecisions.live(db, now=now, after=after, limit=wanted)
-            for row in page:
+            for row in unhurried(page):
                 again = reasking.again(row, now)
                 counts[again.outcome] += 1
                 if again.outcome is Outcome.KEPT:
@@ -229,7 +229,7 @@ class Redeciding:
     def _asked(self, rows: Iterable[Row[Any]], standing: Standing, now: datetime, *, final: bool) -> _Found:
         """What has to be done about each; `final`: what cannot be answered now is a no."""
         reasking, found = self._by(standing), _Found()
-        for row in rows:
+        for row in unhurried(rows):
             found.looked_at += 1
             again = reasking.again(row, now)
             if again.outcome is Outcome.ENDED or (again.outcome is Outcome.UNDECIDED and final):

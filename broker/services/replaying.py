@@ -24,7 +24,7 @@ from broker.domain.policy import ALLOW, DENY, NEEDS_APPROVAL, PolicySet
 from broker.services.administration import require_reader
 from broker.services.asked import Versions
 from broker.services.drafts import Draft, drafted
-from broker.services.reasking import Reasking, decided_at_of, why_not
+from broker.services.reasking import Reasking, decided_at_of, unhurried, why_not
 from broker.services.redeciding import Foreseen, Redeciding
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader
@@ -113,7 +113,7 @@ class Replaying:
             wanted = min(_ROWS_AT_ONCE, at_most - tally.requests)
             with self._database.read() as db:
                 page = redecisions.asked_since(db, since, before=before, limit=wanted)
-            for row in page:
+            for row in unhurried(page):
                 tally.add(row, reasking)
             complete = len(page) < wanted
             before = page[-1].id if page else None

@@ -224,14 +224,15 @@ class TaskService:
     def receipt(self, caller: Caller, task_id: str) -> SignedReceipt:
         """The receipt as it stands now."""
         with self._database.read() as db:
-            _visible(db, caller, task_id)
-        return self.receipt_for(task_id)
+            task = _visible(db, caller, task_id)
+        # INV-28: of the parts an agent may not even see, it hears nothing.
+        return self.receipt_for(task_id, parts=_sees_all(caller) or caller.name == task.orchestrator)
 
-    def receipt_for(self, task_id: str) -> SignedReceipt:
+    def receipt_for(self, task_id: str, *, parts: bool = True) -> SignedReceipt:
         now = self._clock()
         with self._database.read() as db:
             task = tasks.find_task(db, task_id)
-            below = grants.issued_under(db, tasks.tree_of(db, task_id))
+            below = grants.issued_under(db, tasks.tree_of(db, task_id) if parts else [task_id])
             owed = leases.leases_of(db, [grant.id for grant in below if grant.provider != OWES_NOTHING])
         if task is None:
             raise NotFound(f"there is no task {task_id[:64]!r}")

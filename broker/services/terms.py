@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from broker.domain.catalogue import Limits, Resource
+from broker.domain.catalogue import Catalogue, Limits, Resource
 from broker.domain.clock import epoch
 from broker.domain.errors import Conflict, Forbidden, Invalid, RoleMissing, Unauthenticated
 from broker.domain.grant import Grant, GrantRequest
@@ -63,6 +63,16 @@ def user_of(request: GrantRequest, task: Task, parent: Grant | None) -> str | No
     if len(bound | given) > 1:
         raise Forbidden("the task or the grant that is handed down is on behalf of another user")
     return next(iter(bound | given), None)
+
+
+def require_known_user(user: str | None, catalogue: Catalogue) -> None:
+    """INV-17: who vouched for a user is configured still; what is called so since may speak of other people."""
+    if user is not None and not is_known_user(user, catalogue):
+        raise Forbidden(f"the issuer of {user!r} is not configured any more: nothing is given on that user's behalf")
+
+
+def is_known_user(user: str, catalogue: Catalogue) -> bool:
+    return user.partition(":")[0] in {issuer.name for issuer in catalogue.issuers if issuer.users}
 
 
 def require_may_ask(principal: Principal, resource: Resource, scopes: frozenset[str], jkt: str | None) -> None:

@@ -88,9 +88,13 @@ class RequestGrant(Request):
     ttl_s: Annotated[int, Field(ge=1, le=86_400)] | None = None
     intent: Sentence | None = None
     on_behalf_of: Annotated[UserToken | None, Field(repr=False)] = None
-    hand_to: Annotated[
-        list[Name], Field(max_length=100, description="Agents that may name this grant as their parent.")
-    ] = Field(default_factory=list)
+    hand_to: (
+        Annotated[
+            list[Name],
+            Field(min_length=1, max_length=100, description="Agents that may name this grant as their parent."),
+        ]
+        | None
+    ) = None
     parent_grant_id: Annotated[
         Name | None,
         Field(description="A grant in the same task of which the caller wants a part; its holder said so by hand_to."),

@@ -74,7 +74,7 @@ BODIES = {
         "parameters": {},
         "on_behalf_of": None,
         "parent_grant_id": None,
-        "hand_to": [],
+        "hand_to": ["scribe"],
     },
     shapes.RenewGrant: {"ttl_s": 60},
     shapes.CollectGrant: {"parameters": {}},

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from broker.domain.errors import Conflict, PolicyDenied
 from broker.domain.policy import DENY, Decision, PolicySet, engine
 from broker.services import reasking, redeciding
+from broker.store import redecisions
 from broker.store.models import Grant, Redecision, RedecisionShare
 from tests.house import CRM, LEDGER, POLICIES
 
@@ -425,6 +426,26 @@ def test_a_broker_that_was_superseded_changes_nothing(house, second_house, monke
     assert (late[0].ended, done.ended) == (1, 0)
     assert len(events(house, "grant.revoked")) == 1
     assert len(events(house, "redecision.finished")) == 1
+
+
+def test_a_broker_whose_share_was_taken_over_leaves_it_to_whoever_has_it(house, second_house, monkeypatch):
+    """INV-07: also where that one has changed nothing yet."""
+    issued = house.issue(house.open_task())
+    with_policies(house, no_cedar='@id("no") forbid (principal, action, resource);')
+    asked, took = house.broker.redeciding._asked, []
+
+    def slowly(*arguments, **more):
+        found = asked(*arguments, **more)
+        now = house.clock.forward(seconds=60)
+        with second_house.broker.database.begin() as db:
+            took.append(redecisions.claim(db, now=now, again_at=now + timedelta(seconds=60)))
+        return found
+
+    monkeypatch.setattr(house.broker.redeciding, "_asked", slowly)
+    assert house.broker.redeciding.run().ended == 0
+    assert took[0] is not None and house.is_active(issued)
+    second_house.broker.redeciding._follow(took[0])
+    assert not house.is_active(issued)
 
 
 def test_an_idle_pass_only_looks(house, monkeypatch):

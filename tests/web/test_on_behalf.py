@@ -21,8 +21,7 @@ ALICE = "people:alice"
 
 def with_people(web, **more):
     catalogue = catalogue_for(web.house.issuer)
-    people = replace(web.house.issuer.of_people().trusted("people"), users=True)
-    web.house.broker.administration.apply(replace(catalogue, issuers=(*catalogue.issuers, people), **more), by="tests")
+    web.house.broker.administration.apply(replace(catalogue, **more), by="tests")
     return web
 
 
@@ -285,3 +284,16 @@ def test_no_token_of_a_user_is_kept(people, caplog):
         stored = "\n".join(db.connection.driver_connection.iterdump())
     for part in token.split(".")[1:]:
         assert part not in stored and part not in caplog.text
+
+
+def test_nothing_is_given_for_a_user_whose_issuer_was_taken_out(people_on_both):
+    web = people_on_both
+    task = web.open_task(on_behalf_of=user_token(web))
+    out = web.grant(task).json
+    catalogue = catalogue_for(web.house.issuer)
+    web.house.broker.administration.apply(replace(catalogue, issuers=catalogue.issuers[:1]), by="tests")
+    refused = web.grant(task)
+    assert (refused.status_code, refused.json["code"]) == (403, "forbidden")
+    assert web.post(f"/v1/grants/{out['grant']['id']}/renew", "summarizer", json={}).status_code == 403
+    web.house.broker.redeciding.run()
+    assert web.introspect(out["credential"]["token"]) == {"active": False}

@@ -43,7 +43,7 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any] 
         claimed=body.context,
         parameters=body.parameters,
         takes_secrets=True,
-        hand_to=tuple(body.hand_to),
+        hand_to=tuple(body.hand_to or ()),
         parent_grant_id=body.parent_grant_id,
         user=user_in_body(body.on_behalf_of, caller),
         may_wait=True,
