@@ -347,9 +347,9 @@ def _held(db: Connection, grant_id: str) -> Grant | None:
     if not is_id(grant_id, "grt"):
         return None
     unlocked = grants.find_grant(db, grant_id)
-    if unlocked is not None and grants.has_children(db, grant_id):
-        # Its task is ended from all sides at once, and this from above: one after the other, they wait for nobody.
-        locks.hold_tasks_alone(db, [unlocked.task_id])
+    if unlocked is not None:
+        # Its task ends everything in an order of its own, and this ends from above: so not at the same time.
+        locks.hold_for_issuing(db, agents=(), tasks=[unlocked.task_id])
     return grants.find_grant(db, grant_id, lock=True)
 
 

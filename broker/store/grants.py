@@ -120,10 +120,6 @@ def hold_parents(db: Connection, ids: Collection[str]) -> dict[str, Grant]:
     return {row.id: grant_of(row) for row in db.execute(statement)}
 
 
-def has_children(db: Connection, grant_id: str) -> bool:
-    return db.execute(select(_grants.c.id).where(children_of(db, [grant_id])).limit(1)).first() is not None
-
-
 def children_of(db: Connection, grant_ids: Collection[str]) -> ColumnElement[bool]:
     return among(db, _grants.c.parent_grant_id, grant_ids)
 

@@ -79,6 +79,7 @@ PROVOKED = {
 }
 
 
+ATTEMPTS = 3
 # These keep PostgreSQL from making logins, and others would wait for them.
 ALONE = {"a 204 is death", "nothing arrives late"}
 IN_TURN = (PROVOKED.keys() & ALONE, PROVOKED.keys() - ALONE)
@@ -87,10 +88,19 @@ IN_TURN = (PROVOKED.keys() & ALONE, PROVOKED.keys() - ALONE)
 def test_the_oracle_sees_every_seeded_bug(side_by_side):
     assert PROVOKED.keys() == BUGS.keys()
     for bugs in map(sorted, IN_TURN):
-        verdicts = side_by_side([functools.partial(_provoked, bug, PROVOKED[bug][0]) for bug in bugs])
-        for bug, verdict in zip(bugs, verdicts, strict=True):
-            sign = PROVOKED[bug][1]
-            assert any(sign in line for line in verdict.wrong), f"{bug} was not seen; {verdict}"
+        unseen, told = list(bugs), []
+        # What is provoked is a matter of moments, and a moment may be missed: then it is provoked once more.
+        for _ in range(ATTEMPTS):
+            verdicts = side_by_side([functools.partial(_provoked, bug, PROVOKED[bug][0]) for bug in unseen])
+            told = [
+                (bug, verdict)
+                for bug, verdict in zip(unseen, verdicts, strict=True)
+                if not any(PROVOKED[bug][1] in line for line in verdict.wrong)
+            ]
+            unseen = [bug for bug, _verdict in told]
+            if not unseen:
+                break
+        assert not told, "\n".join(f"{bug} was not seen; {verdict}" for bug, verdict in told)
 
 
 def test_the_oracle_sees_nothing_where_the_same_happens_to_a_broker_without_bugs(side_by_side):
