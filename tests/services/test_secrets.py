@@ -20,6 +20,7 @@ from broker.domain.errors import (
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.lifecycle import GrantState, LeaseState, TaskState
 from broker.services.secrets import ISSUE_WITHIN
+from broker.store import models
 from tests.fakes.outside import AGENTS, LONGEST, ORDERS, PASSWORD, house_on_outside
 from tests.house import CRM
 from tests.leases import require_consistent, states
@@ -434,3 +435,19 @@ def test_the_secret_itself_is_in_no_row(house):
         for table in ("grants", "leases", "events", "idempotency_keys", "configuration_versions"):
             assert PASSWORD not in repr(db.exec_driver_sql(f"SELECT * FROM {table}").fetchall())
     assert PASSWORD not in repr(issued)
+
+
+def test_a_ceiling_that_shrank_while_the_provider_was_asked_stays_shrunk(house):
+    """INV-10: the row says when it ends, and not what was intended."""
+    until = house.clock() + timedelta(seconds=30)
+    task = house.open_task()
+
+    def shrink():
+        table = models.table_of(models.Grant)
+        with house.broker.database.begin() as db:
+            db.execute(table.update().where(table.c.task_id == task.id).values(expires_at=until))
+
+    at(house, ("issue", "after"), shrink)
+    issued = ask(house, task)
+    assert issued.grant.expires_at == until
+    assert house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)[0].expires_at == until

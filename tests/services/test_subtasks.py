@@ -196,3 +196,16 @@ def test_what_is_revoked_of_the_whole_reaches_its_parts(house, task, axis, lockd
         for each in (part, deeper, part_of(house, task, "summarizer", by="scribe", deadline_s=30)):
             with pytest.raises(LockedDown):
                 house.issue(each)
+
+
+def test_an_agent_hears_nothing_of_parts_it_is_not_named_in(house):
+    """INV-28."""
+    whole = house.open_task("summarizer", "scribe")
+    part = part_of(house, whole, "scribe")
+    above, inside = house.issue(whole), house.issue(part, by="scribe")
+
+    def seen_by(name):
+        return {line.grant_id for line in house.broker.tasks.receipt(house.caller(name), whole.id).receipt.lines}
+
+    assert seen_by("summarizer") == {above.grant.id}
+    assert seen_by("pipeline") == seen_by("ada") == {above.grant.id, inside.grant.id}

@@ -7,6 +7,7 @@ import pytest
 
 from broker.domain.errors import Conflict, Forbidden
 from broker.domain.identity import User
+from broker.services.approval import requesters_of
 from tests.approvals import ASKING, PEOPLE, apply, approve, ask, asking, collect, person, states
 
 HANDED = (
@@ -108,3 +109,21 @@ def test_who_opened_the_whole_does_not_approve_a_part_of_it(house):
     case = ask(house, part)
     with pytest.raises(Forbidden, match="itself"):
         approve(house, case, by="boss")
+
+
+def test_one_workload_under_two_names_does_not_approve_what_it_asks_for(house):
+    """INV-15, INV-17."""
+    catalogue = asking(house)
+    twice = replace(
+        next(rule for rule in catalogue.principals if rule.name == "pipeline"),
+        name="pipeline-the-approver",
+        roles=("approver",),
+        groups=("security",),
+        owner=None,
+        claims={"email": "pipeline@example.org"},
+    )
+    apply(house, replace(catalogue, principals=(*catalogue.principals, twice)))
+    case = ask(house, house.open_task())
+    voter = replace(house.caller("sam").principal, name=twice.name, issuer="dev", subject="dev:pipeline", owner=None)
+    with house.broker.database.read() as db:
+        assert requesters_of(db, case.grant, catalogue).include(voter)
