@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from sqlalchemy import text
 from benchmarks import load, rows
 from benchmarks.servers import AGENTS, Bench
 from broker.domain.catalogue import Catalogue
-from broker.domain.clock import from_epoch, system_clock
+from broker.domain.clock import epoch, from_epoch, system_clock
 from broker.services.drafts import fit
 from broker.wiring import Broker, build
 
@@ -111,7 +112,11 @@ def _copied(bench: Bench, count: int) -> Iterator[Broker]:
         # Of those who do not issue meanwhile: their limit counts what was copied too.
         number = f"{IDLE} + CAST(n AS integer) % {AGENTS - IDLE}"
         names = {"agent": f"'agent-' || ({number})", "subject": f"'dev:agent-' || ({number})"}
-        rows.copy_grants(broker, count, expires_at=system_clock() + timedelta(seconds=_LIVE_S), **names)
+        now = system_clock()
+        # Decided now, and not when what they are copies of was: policies ask how long a grant may live from then on.
+        terms = json.dumps({"decided_at": epoch(now), "ceilings_s": {}, "ttl_s": _LIVE_S, "delegation_depth": 0})
+        names["terms"] = f"'{terms}'" if broker.database.is_sqlite else f"CAST('{terms}' AS jsonb)"
+        rows.copy_grants(broker, count, expires_at=now + timedelta(seconds=_LIVE_S), **names)
         yield broker
     finally:
         rows.remove_copies(broker)
