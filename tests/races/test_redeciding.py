@@ -186,3 +186,17 @@ def test_a_grant_that_is_issued_while_a_signal_is_sent_is_covered_or_decided_by_
     assert sent.waited and sent.refusal is None
     assert not race.one.is_active(issued.answer)
     assert race.state_of(issued.answer) == "revoked"
+
+
+def test_what_somebody_holds_a_part_of_is_come_back_to_and_nobody_is_waited_for(postgres_race):
+    """A task that ends takes its grants in an order of its own, and two that wait could wait for each other."""
+    race = postgres_race
+    root = race.one.issue(race.one.open_task("summarizer", "scribe"))
+    part = race.one.issue(None, by="scribe", parent_grant_id=root.grant.id, parent_by_token=True)
+    forbid(race.one)
+    with race.holding("SELECT id FROM grants WHERE id = :id FOR UPDATE", id=part.grant.id):
+        assert race.one.broker.redeciding.run().ended == 0
+        assert race.one.is_active(root)
+    race.one.clock.forward(seconds=60)
+    assert race.one.broker.redeciding.run().ended == 2
+    assert {race.state_of(each) for each in (root, part)} == {"revoked"}

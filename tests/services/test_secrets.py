@@ -19,7 +19,7 @@ from broker.domain.errors import (
 )
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.lifecycle import GrantState, LeaseState, TaskState
-from broker.services.secrets import ISSUE_WITHIN
+from broker.services.secrets import ISSUE_WITHIN, Secrets
 from broker.store import models
 from tests.fakes.outside import AGENTS, LONGEST, ORDERS, PASSWORD, house_on_outside
 from tests.house import CRM
@@ -451,3 +451,21 @@ def test_a_ceiling_that_shrank_while_the_provider_was_asked_stays_shrunk(house):
     issued = ask(house, task)
     assert issued.grant.expires_at == until
     assert house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)[0].expires_at == until
+
+
+def test_what_was_handed_down_of_a_secret_whose_confirmation_nobody_heard_ends_with_it(house, monkeypatch):
+    """INV-05, INV-11: it counts as made, so a part of it may be out."""
+    task, parts = house.open_task(), []
+    confirm = Secrets._confirm
+
+    def unheard(self, intent, *arguments):
+        issued = confirm(self, intent, *arguments)
+        monkeypatch.setattr(Secrets, "_confirm", confirm)
+        parts.append(ask(house, task, parent_grant_id=issued.grant.id))
+        raise Unavailable("the connection broke")
+
+    monkeypatch.setattr(Secrets, "_confirm", unheard)
+    with pytest.raises(BrokerError):
+        ask(house, task)
+    grant = house.broker.verification.find_grant(house.caller("ada"), parts[0].grant.id)[0]
+    assert grant.parent_grant_id is not None and grant.state is GrantState.REVOKED

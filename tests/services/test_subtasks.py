@@ -16,8 +16,10 @@ from broker.domain.errors import (
 )
 from broker.domain.identity import User
 from broker.domain.lifecycle import GrantState, TaskState
+from broker.store import tasks
 from tests.house import CRM, LEDGER, catalogue_for
 from tests.services.test_delegation import hand_down
+from tests.services.test_verification import status_of
 
 
 @pytest.fixture
@@ -68,11 +70,14 @@ def test_a_part_that_ends_leaves_the_whole(house, task):
 @pytest.mark.parametrize("by", ["sweep", "complete"])
 def test_a_part_ends_when_time_ends_the_whole(house, by):
     whole = house.open_task(heartbeat=timedelta(seconds=60))
-    part = part_of(house, whole, "summarizer")
+    part = part_of(house, whole, "summarizer", heartbeat=timedelta(seconds=600))
     issued = house.issue(part)
     house.clock.forward(seconds=60)
     # Before any row says so.
     assert not house.is_active(issued)
+    assert status_of(house, issued) == 1
+    with house.broker.database.begin() as db:
+        assert not tasks.beat(db, part.id, now=house.clock(), heartbeat_s=60)
     assert grant_state(house, issued) is GrantState.ACTIVE
     with pytest.raises(TaskNotActive):
         house.issue(part)

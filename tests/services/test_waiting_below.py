@@ -8,6 +8,7 @@ import pytest
 from broker.domain.errors import Conflict, Forbidden
 from broker.domain.identity import User
 from broker.services.approval import requesters_of
+from broker.store import models
 from tests.approvals import ASKING, PEOPLE, apply, approve, ask, asking, collect, person, states
 
 HANDED = (
@@ -127,3 +128,36 @@ def test_one_workload_under_two_names_does_not_approve_what_it_asks_for(house):
     voter = replace(house.caller("sam").principal, name=twice.name, issuer="dev", subject="dev:pipeline", owner=None)
     with house.broker.database.read() as db:
         assert requesters_of(db, case.grant, catalogue).include(voter)
+
+
+def test_what_waits_below_an_ended_parent_is_not_collected_whatever_its_own_row_says(house, parent):
+    """INV-11."""
+    case = ask_below(house, parent)
+    approve(house, case)
+    grants = models.table_of(models.Grant)
+    ended = {"state": "revoked", "revoked_at": house.clock(), "revoked_by": "nobody", "reason": "drill"}
+    with house.broker.database.begin() as db:
+        db.execute(grants.update().where(grants.c.id == parent.grant.id).values(**ended))
+    with pytest.raises(Conflict, match="was to be handed down, has ended"):
+        collect(house, case, by="scribe")
+
+
+def test_what_waits_for_a_user_whose_issuer_was_taken_out_is_not_collected(house):
+    user = User(name="people:bob", expires_at=house.clock() + timedelta(hours=1))
+    case = ask(house, house.open_task(), user=user)
+    approve(house, case)
+    catalogue = house.broker.standing.now().catalogue
+    apply(house, replace(catalogue, issuers=catalogue.issuers[:1]))
+    with pytest.raises(Forbidden, match="is not configured any more"):
+        collect(house, case)
+
+
+def test_why_a_part_and_what_is_for_a_user_were_decided_so_is_told_whole(house, parent):
+    """The request that is put together again is the one that was asked: nothing of it is missing."""
+    user = User(name="people:bob", expires_at=house.clock() + timedelta(hours=1))
+    task = house.open_task("summarizer", "scribe")
+    theirs = house.issue(task, user=user)
+    part = house.issue(None, by="scribe", parent_grant_id=theirs.grant.id, parent_by_token=True)
+    for issued in (parent, theirs, part):
+        told = house.broker.explaining.explain(house.caller("ada"), issued.grant.id)
+        assert told.missing == (), told.missing
