@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -170,3 +170,8 @@ class Issued:
         if not isinstance(self.credential, Credential):
             raise TypeError(f"the credential of {self.grant.id} is no token")
         return self.credential
+
+
+def joined(names: Iterable[str], *more: str) -> tuple[str, ...]:
+    """Names of keys or policies with more of them, each once: what a grant dies with only grows."""
+    return tuple(dict.fromkeys([*names, *more]))

@@ -118,10 +118,6 @@ def decided_before_terms(created_at: datetime, expires_at: datetime, ttl_s: int)
     return max(created_at, expires_at - timedelta(seconds=ttl_s))
 
 
-def rule_named(catalogue: Catalogue, name: str) -> PrincipalRule | None:
-    return next((rule for rule in catalogue.principals if rule.name == name), None)
-
-
 def holder(rule: PrincipalRule, issuer: str, subject: str, decided_at: datetime) -> Principal:
     """Who holds a grant, as this rule describes them; that the rule is theirs was found out before."""
     return rule.principal(WorkloadIdentity(issuer=issuer, subject=subject, claims={}, expires_at=decided_at))

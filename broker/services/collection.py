@@ -29,7 +29,7 @@ from broker.domain.errors import (
     TaskNotActive,
     Unavailable,
 )
-from broker.domain.grant import Grant, GrantRequest, Issued
+from broker.domain.grant import Grant, GrantRequest, Issued, joined
 from broker.domain.identity import Caller, Principal, is_id, new_id
 from broker.domain.lifecycle import GrantState
 from broker.domain.policy import DENY, NEEDS_APPROVAL, Decision
@@ -254,7 +254,7 @@ class Collection:
             ttl_s=int(found.ttl.total_seconds()),
             ttl_decided_by=found.decided_by,
             decision=decision.as_json(),
-            policies=_with(() if parent is None else parent.policies, *grant.policies, *decision.policies),
+            policies=joined(() if parent is None else parent.policies, *grant.policies, *decision.policies),
             policy_version=decision.policy_version,
             terms=found.as_json(),
         )
@@ -265,7 +265,7 @@ class Collection:
             collected,
             state=GrantState.ACTIVE,
             jti=random.token_urlsafe(16),
-            kids=_with(
+            kids=joined(
                 () if parent is None else parent.kids, held.standing.keys.current(resource.signing_algorithm).kid
             ),
             status_list=status_list,
@@ -323,10 +323,6 @@ def _require_collectable(held: _Held, jkt: str | None) -> None:
     if grant.state is not GrantState.APPROVED or expired:
         state = GrantState.EXPIRED if grant.state in (GrantState.PENDING, GrantState.APPROVED) else grant.state
         raise Conflict(f"grant {grant.id} is {state}: ask for a new one")
-
-
-def _with(names: Sequence[str], *more: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([*names, *more]))
 
 
 def _collected_before(grant: Grant) -> Conflict:

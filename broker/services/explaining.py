@@ -25,7 +25,7 @@ from broker.domain.policy import (
     resource_facts,
 )
 from broker.domain.task import Task
-from broker.services.asked import Kept, Version, Versions, asked, holder, kept_of, rule_named
+from broker.services.asked import Kept, Version, Versions, asked, holder, kept_of
 from broker.services.revocation import may_see
 from broker.store.database import Database
 from broker.store.grants import find_grant
@@ -134,7 +134,7 @@ def _explained(grant: Grant, task: Task, version: Version | None) -> Explanation
 
 def _question(grant: Grant, task: Task, found: Kept, version: Version | None) -> AccessRequest | None:
     """What was asked, as policy saw it; None where the configuration of then does not tell."""
-    rule = None if version is None else rule_named(version.catalogue, grant.agent)
+    rule = None if version is None else version.catalogue.rule(grant.agent)
     if version is None or rule is None:
         return None
     try:

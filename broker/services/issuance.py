@@ -33,7 +33,7 @@ from broker.domain.errors import (
     TaskNotActive,
     Unavailable,
 )
-from broker.domain.grant import Authority, Grant, GrantRequest, Issued
+from broker.domain.grant import Authority, Grant, GrantRequest, Issued, joined
 from broker.domain.identity import Caller, Principal, is_id, new_id
 from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import GrantState, TaskState
@@ -368,7 +368,7 @@ class Issuance:
         renewable_until = task.deadline_at if waits else min(now + self._limits.max_ttl, task.deadline_at)
         if parent is not None and allowed:
             # What ends the parent along any axis covers this one too, without a look at the parent (INV-11).
-            kids, policies = _with(parent.kids, *kids), _with(parent.policies, *policies)
+            kids, policies = joined(parent.kids, *kids), joined(parent.policies, *policies)
         if parent is not None:
             renewable_until = min(renewable_until, parent.renewable_until or parent.expires_at)
         if request.user is not None:
@@ -568,7 +568,7 @@ class Issuance:
         another = replace(
             grant,
             jti=secrets.token_urlsafe(16),
-            kids=_with(grant.kids, moment.standing.keys.current(resource.signing_algorithm).kid),
+            kids=joined(grant.kids, moment.standing.keys.current(resource.signing_algorithm).kid),
         )
         issued = signed(another, moment.standing, issuer=self._issuer, issued_at=moment.now, expires_at=expires_at)
         renew_grant(moment.db, issued.grant)
@@ -692,8 +692,8 @@ class Issuance:
             jti=secrets.token_urlsafe(16),
             # An earlier token of this grant may still be out: it dies with the key and the policies it was made by,
             # and a shorter renewal must not end the grant before it.
-            kids=_with(grant.kids, standing.keys.current(resource.signing_algorithm).kid),
-            policies=_with(grant.policies, *found.decision.policies),
+            kids=joined(grant.kids, standing.keys.current(resource.signing_algorithm).kid),
+            policies=joined(grant.policies, *found.decision.policies),
             expires_at=max(grant.expires_at, now + found.ttl),
             ttl_s=int(found.ttl.total_seconds()),
             ttl_decided_by=found.decided_by,
@@ -753,10 +753,6 @@ def _require_live(grant: Grant, task: Task, standing: Standing, now: datetime) -
     if grant.state is not GrantState.ACTIVE or grant.expires_at <= now:
         state = grant.state if grant.state is not GrantState.ACTIVE else GrantState.EXPIRED
         raise Conflict(f"grant {grant.id} is {state}: ask for a new one")
-
-
-def _with(names: Sequence[str], *more: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([*names, *more]))
 
 
 def _denial(grant: Grant, found: Terms, policies: PolicySet, *, kept: bool) -> PolicyDenied:

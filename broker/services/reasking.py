@@ -24,7 +24,7 @@ from broker.domain.identity import Principal, WorkloadIdentity
 from broker.domain.lifecycle import GrantState
 from broker.domain.policy import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.policy.reading import Path
-from broker.services.asked import Versions, decided_before_terms, rule_named
+from broker.services.asked import Versions, decided_before_terms
 from broker.services.terms import is_known_user, require_may_ask
 
 _QUESTIONS_REMEMBERED = 1000  # of one agent for one thing
@@ -136,7 +136,7 @@ class Reasking:
         of it was seen when the grant was decided, so a rule that is what it was then counts as it did then; one that
         demands something new is not known to be met, and unknown is never yes.
         """
-        rule = rule_named(self.catalogue, row.agent)
+        rule = self.catalogue.rule(row.agent)
         if rule is None:
             return "its principal is not configured any more"
         then = self._versions.at(row.policy_version) if row.policy_version is not None else None

@@ -27,6 +27,7 @@ from sqlalchemy import Connection, Row
 from broker.domain.audit import Event
 from broker.domain.catalogue import Catalogue
 from broker.domain.clock import Clock, rfc3339
+from broker.domain.grant import joined
 from broker.domain.identity import new_id
 from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState
@@ -355,7 +356,7 @@ def _stood_on(
     for row, again in found.stands_on_more:
         mine = held.get(row.id)
         if mine is not None and mine.jti == row.jti:
-            names = tuple(dict.fromkeys([*mine.policies.split(), *again.policies]))
+            names = joined(mine.policies.split(), *again.policies)
             alike.setdefault((names, again.policies), []).append(row)
     for (names, policies), rows in alike.items():
         redecisions.stand_on(db, [row.id for row in rows], names)

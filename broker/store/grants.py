@@ -31,7 +31,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from broker.domain.clock import epoch
-from broker.domain.grant import Grant
+from broker.domain.grant import Grant, joined
 from broker.domain.lifecycle import GrantState, TaskState, sources
 from broker.domain.receipt import RECEIPT_FACTS
 from broker.domain.refusal import Refusal
@@ -144,8 +144,8 @@ def hand_down(db: Connection, grant: Grant) -> None:
         children = [grant_of(row) for row in rows]
         for child in children:
             more = {
-                "kids": padded(tuple(dict.fromkeys((*child.kids, *grant.kids)))),
-                "policies": padded(tuple(dict.fromkeys((*child.policies, *grant.policies)))),
+                "kids": padded(joined(child.kids, *grant.kids)),
+                "policies": padded(joined(child.policies, *grant.policies)),
             }
             db.execute(update(_grants).where(with_id(child.id)).values(**more))
         below = [child.id for child in children]
