@@ -76,10 +76,14 @@ class Debts:
         self._stopped.set()
 
     def close(self) -> None:
+        """The same, and nobody who waits is served any more; back when what is under way has ended.
+
+        Before the database is closed: a connection that comes back later is nobody's, and stays open.
+        """
         self.stop()
         self._closed.set()
         for pool in (self._turns, self._closings):
-            pool.shutdown(wait=False)
+            pool.shutdown()
 
     # --- What becomes a debt without anybody ending it ----------------------------------------------------------------
 
