@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 
 from apscheduler.events import EVENT_SCHEDULER_SHUTDOWN
+from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from broker import telemetry
+from broker.domain.clock import system_clock
 from broker.domain.errors import BrokerError
 from broker.wiring import Broker
 
@@ -75,11 +78,17 @@ def start(broker: Broker, *, only: tuple[str, ...] | None = None) -> BackgroundS
     table = [(name, _reported(name, job), every) for name, job, every in jobs(broker) if only is None or name in only]
     for name, job, seconds in table:
         scheduler.add_job(job, "interval", seconds=seconds, id=name)
+        # Beside the regular runs, for wake-ups. It stays: a job that is removed once it ran, as one without a trigger
+        # is, cannot be found any more by a scheduler that is shut down in between, whose thread then dies of it.
+        scheduler.add_job(job, "interval", days=365, id=f"{name}, now", next_run_time=None)
     scheduler.start()
 
     def run_now() -> None:
-        for name, job, _ in table:
-            scheduler.add_job(job, id=f"{name}, now", replace_existing=True)
+        now = system_clock()
+        # A scheduler that is being shut down finds no job, and needs none.
+        with suppress(JobLookupError):
+            for name, _, _ in table:
+                scheduler.modify_job(f"{name}, now", next_run_time=now)
 
     stop_listening = broker.wakeups.listen(run_now)
     scheduler.add_listener(lambda _event: stop_listening(), EVENT_SCHEDULER_SHUTDOWN)
