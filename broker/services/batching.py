@@ -61,13 +61,15 @@ class Batching(Generic[Item, Result]):
         """Wait until the item's batch is done; raises what it answered for it."""
         ticket: _Ticket[Item, Result] = _Ticket(item)
         with self._guard:
-            if self._waiting is not None and len(self._queue) >= self._waiting:
-                raise Unavailable(f"{len(self._queue)} others are waiting already: try again")
-            self._queue.append(ticket)
             leads = not self._busy
-            self._busy = True
+            if leads:
+                self._busy = True
+            elif self._waiting is not None and len(self._queue) >= self._waiting:
+                raise Unavailable(f"{len(self._queue)} others are waiting already: try again")
+            else:
+                self._queue.append(ticket)
         if not leads:
-            # Woken with an answer, or without one: then the leader before us has its own, and we are the next.
+            # Woken with an answer, or without one: then a leader before us is done, and we are the next.
             ticket.wake.acquire()
         if not ticket.answered:
             self._lead(ticket)
@@ -77,30 +79,24 @@ class Batching(Generic[Item, Result]):
         return ticket.result
 
     def _lead(self, own: _Ticket[Item, Result]) -> None:
-        batch: list[_Ticket[Item, Result]] = []
+        """Answer one's own, which nobody else can take any more, and those who wait."""
+        batch = [own]
         try:
-            while not own.answered:
-                with self._guard:
-                    batch = [self._queue.popleft() for _ in range(min(self._at_most, len(self._queue)))]
-                self._answer(batch)
-                self._wake(batch, own)
+            with self._guard:
+                batch += [self._queue.popleft() for _ in range(min(self._at_most - 1, len(self._queue)))]
+            self._answer(batch)
         finally:
             # Whatever ends this thread, nobody is left waiting for it.
             for ticket in batch:
                 if not ticket.answered:
                     ticket.error = _no_answer()
-                    if ticket is not own:
-                        ticket.wake.release()
+                if ticket is not own:
+                    ticket.wake.release()
             with self._guard:
                 if self._queue:
-                    self._queue[0].wake.release()
+                    self._queue.popleft().wake.release()
                 else:
                     self._busy = False
-
-    def _wake(self, batch: Sequence[_Ticket[Item, Result]], own: _Ticket[Item, Result]) -> None:
-        for ticket in batch:
-            if ticket is not own:
-                ticket.wake.release()
 
     def _answer(self, batch: Sequence[_Ticket[Item, Result]]) -> None:
         try:

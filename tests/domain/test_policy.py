@@ -156,6 +156,18 @@ def test_what_stands_in_a_name_is_never_read_as_policy():
 # --- What the engine cannot do ----------------------------------------------------------------------------------------
 
 
+def test_what_concerns_many_agents_is_parsed_once_for_all_of_them():
+    """What is parsed is large: a fleet of a thousand agents would hold it a thousand times."""
+    policies = compiled(
+        """@id("any") permit (principal, action == Action::"contacts:0", resource) when { context.ttl_s <= 60 };
+        @id("own") permit (principal == Agent::"summarizer", action == Action::"contacts:1", resource);"""
+    )
+    assert policies._slice_of(("summarizer", "contacts:0", CRM)) is policies._slice_of(("scribe", "contacts:0", CRM))
+    assert policies._slice_of(("summarizer", "contacts:1", CRM)) is not policies._slice_of(
+        ("scribe", "contacts:1", CRM)
+    )
+
+
 def test_an_engine_that_breaks_denies_and_says_to_the_log_alone_what_broke(monkeypatch):
     policies = compiled(EVERYTHING)
 

@@ -32,10 +32,9 @@ _MOST_EVALUATIONS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class _Slice:
-    """The policies that can concern one agent, scope and resource, parsed, and what they read of a context."""
+    """The policies that can concern some agent, scope and resource, parsed, and what they read of a context."""
 
     policies: tuple[Policy, ...]
-    heads: Mapping[str, Mapping[str, str]]  # principal, action and resource, as the engine wants them
     plain: Any  # permits without @approval, and forbids
     asking: Any | None  # permits with @approval, and forbids
     reads: frozenset[Path]
@@ -64,6 +63,7 @@ class PolicySet:
         self.version = version
         self._by_id = {policy.id: policy for policy in policies}
         self._slices: dict[tuple[str, str, str], _Slice] = {}
+        self._slices_by_policies: dict[tuple[str, ...], _Slice] = {}
         self._entities: dict[tuple[str, str, str], Any] = {}
         self._by_resource: dict[str | None, list[Policy]] = {}
         for policy in policies:
@@ -155,7 +155,7 @@ class PolicySet:
         refused: list[str] = []
         for scope in sorted(request.scopes):
             found = self._slice(request, scope)
-            verdict = self._ask(found, request, entities)
+            verdict = self._ask(found, request, scope, entities)
             policies = [self._by_id[id_] for id_ in verdict.policies]
             decided |= dict.fromkeys(verdict.policies)
             failures |= dict.fromkeys(verdict.failures)
@@ -191,9 +191,14 @@ class PolicySet:
             failure=one_line("; ".join(failures)) if failures else None,
         )
 
-    def _ask(self, found: _Slice, request: AccessRequest, entities: _Entities) -> _Verdict:
+    def _ask(self, found: _Slice, request: AccessRequest, scope: str, entities: _Entities) -> _Verdict:
         """What the policies of this slice say."""
-        asked = {**found.heads, "context": _context(found, request)}
+        asked = {
+            "principal": {"type": "Agent", "id": request.agent.name},
+            "action": {"type": "Action", "id": scope},
+            "resource": {"type": "Resource", "id": request.resource.identifier},
+            "context": _context(found, request),
+        }
         known = entities.for_slice(found)
         failures: list[str] = []
         for outcome, policies in ((ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)):
@@ -222,27 +227,19 @@ class PolicySet:
         if found is None:
             if len(self._slices) >= _SLICES_KEPT:
                 self._slices.clear()
+                self._slices_by_policies.clear()
             found = self._slices[key] = self._cut(*key)
         return found
 
     def _cut(self, agent: str, scope: str, resource: str) -> _Slice:
         candidates = [*self._by_resource.get(resource, ()), *self._by_resource.get(None, ())]
         policies = tuple(policy for policy in candidates if policy.concerns(agent, scope, resource))
-        asking = [policy for policy in policies if not policy.permits or policy.approval is not None]
-        reads = frozenset(path for policy in policies for path in policy.reads)
-        return _Slice(
-            policies=policies,
-            heads={
-                "principal": {"type": "Agent", "id": agent},
-                "action": {"type": "Action", "id": scope},
-                "resource": {"type": "Resource", "id": resource},
-            },
-            plain=_parsed(policy for policy in policies if policy.approval is None),
-            asking=_parsed(asking) if any(policy.permits for policy in asking) else None,
-            reads=reads,
-            told=_told(reads),
-            tagged=_touches(reads, ("claimed",)) or _touches(reads, ("task", "labels")),
-        )
+        # The same few concern most agents, and what is parsed is large: it is kept once for all of them.
+        names = tuple(policy.id for policy in policies)
+        found = self._slices_by_policies.get(names)
+        if found is None:
+            found = self._slices_by_policies[names] = _slice_of(policies)
+        return found
 
     def _known_entities(self, request: AccessRequest) -> Any:
         key = (request.agent.name, request.agent.subject, request.resource.identifier)
@@ -258,6 +255,19 @@ class PolicySet:
             ]
             known = self._entities[key] = cedarpy.Entities.from_json_str(json.dumps(made))
         return known
+
+
+def _slice_of(policies: tuple[Policy, ...]) -> _Slice:
+    asking = [policy for policy in policies if not policy.permits or policy.approval is not None]
+    reads = frozenset(path for policy in policies for path in policy.reads)
+    return _Slice(
+        policies=policies,
+        plain=_parsed(policy for policy in policies if policy.approval is None),
+        asking=_parsed(asking) if any(policy.permits for policy in asking) else None,
+        reads=reads,
+        told=_told(reads),
+        tagged=_touches(reads, ("claimed",)) or _touches(reads, ("task", "labels")),
+    )
 
 
 class _Entities:
@@ -285,6 +295,7 @@ class _Search:
         self._policies = policies
         self._request = request
         self._entities = entities
+        self._scope = scope
         self._slice = policies._slice(request, scope)
         self.left = left
 
@@ -314,7 +325,8 @@ class _Search:
             return False
         # An approval asks a second time, so each question counts for two where there is one.
         self.left = max(0, self.left - (1 if self._slice.asking is None else 2))
-        return self._policies._ask(self._slice, replace(self._request, **changed), self._entities).outcome != DENY
+        changed_request = replace(self._request, **changed)
+        return self._policies._ask(self._slice, changed_request, self._scope, self._entities).outcome != DENY
 
 
 def _why_not(
