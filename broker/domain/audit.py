@@ -60,10 +60,16 @@ def canonical_json(value: Any) -> bytes:
     _refuse_floats(value)
     # RFC 8785 sorts by UTF-16 code units and Python by code point; they agree below U+10000, and the
     # names of members are ours and ASCII.
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _encode(value).encode()
+
+
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+_PLAIN = frozenset({str, int, bool, type(None)})
 
 
 def _refuse_floats(value: Any) -> None:
+    if type(value) in _PLAIN:
+        return  # most of what there is, and what kind it is in general takes longest to say
     if isinstance(value, float):
         raise TypeError(f"{value!r} has no canonical form: use an integer or a string")
     if isinstance(value, Mapping):
