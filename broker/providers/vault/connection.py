@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from http.cookiejar import DefaultCookiePolicy
+from json import JSONEncoder
 from typing import Any, NoReturn
 
-import requests
+import certifi
 import urllib3
 from hvac.adapters import RawAdapter
-from requests.adapters import HTTPAdapter
 
 from broker.domain import strict_json
 from broker.domain.errors import Invalid, ProviderRefused, ProviderUnavailable
@@ -28,6 +27,15 @@ from broker.providers.vault.settings import DEADLINE, VaultSettings, address_of
 
 MAX_BODY = 16 * 1024 * 1024  # a list of a quarter of a million leases
 CONNECTIONS = 32  # kept open; more callers open more
+
+_HEADERS = {
+    "Accept": "application/json",
+    "Accept-Encoding": "identity",
+    "User-Agent": "agent-credential-broker",
+    "X-Vault-Request": "true",
+}
+_IN_JSON = {"Content-Type": "application/json"}
+_compact = JSONEncoder(separators=(",", ":")).encode
 
 # Vault decides these before it does anything. 412 and the 47x of its clusters say nothing about what was done.
 _REFUSALS = frozenset({400, 403, 404, 405, 429})
@@ -88,25 +96,45 @@ class Answer:
 
 
 class _Adapter(RawAdapter):  # type: ignore[misc]
-    """hvac builds the requests; the answer is read here, whole and within its bounds."""
+    """hvac says what to ask. It is asked here, without what requests does on the way, and read within its bounds."""
+
+    def __init__(
+        self, pool: urllib3.PoolManager, address: str, headers: Mapping[str, str], timeout: urllib3.Timeout
+    ) -> None:
+        self.base_uri = address
+        self._pool = pool
+        self._headers = headers
+        self._timeout = timeout
 
     def request(
         self,
         method: str,
         url: str,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
         raise_exception: bool = True,
-        **kwargs: Any,
+        json: Mapping[str, Any] | None = None,
+        wrap_ttl: None = None,
     ) -> Answer:
-        response = super().request(method, url, headers, raise_exception=False, stream=True, **kwargs)
+        """What it was answered, whatever that is. `raise_exception` and `wrap_ttl` are hvac's, and not for us."""
+        response = self._pool.request(
+            method.upper(),
+            f"{self.base_uri}{url}",
+            body=None if json is None else _compact(json).encode(),
+            headers={**self._headers, **(headers or {}), **({} if json is None else _IN_JSON)},
+            timeout=self._timeout,
+            redirect=False,
+            retries=False,
+            preload_content=False,
+        )
         try:
             return _answer(response)
         finally:
+            # One that was read to its end is kept open for the next call all the same.
             response.close()
 
 
 class Connection:
-    """The way to one Vault. Safe for threads: a session whose state nobody changes, an adapter for each token."""
+    """The way to one Vault. Safe for threads: connections that whoever asks takes and gives back."""
 
     def __init__(
         self,
@@ -119,16 +147,12 @@ class Connection:
         self._address = address_of(address, "address")
         self._namespace = namespace
         self._deadline_s = deadline.total_seconds()
-        self._session = requests.Session()
+        self._timeout = urllib3.Timeout(connect=min(3.0, self._deadline_s), read=self._deadline_s)
         # No proxy, no .netrc, no certificate bundle that the environment names.
-        self._session.trust_env = False
-        self._session.verify = ca_file or True
-        self._session.headers = requests.structures.CaseInsensitiveDict(
-            {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "agent-credential-broker"}
+        self._pool = urllib3.PoolManager(
+            num_pools=1, maxsize=CONNECTIONS, cert_reqs="CERT_REQUIRED", ca_certs=ca_file or certifi.where()
         )
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        for scheme in ("https://", "http://"):
-            self._session.mount(scheme, _Transport(pool_connections=1, pool_maxsize=CONNECTIONS, max_retries=0))
+        self._pool.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
 
     @classmethod
     def of(cls, settings: VaultSettings) -> Connection:
@@ -140,19 +164,16 @@ class Connection:
         )
 
     def close(self) -> None:
-        self._session.close()
+        self._pool.clear()
 
     def adapter(self, token: Secret | None) -> _Adapter:
         """An hvac adapter that speaks with this token; for one caller, inside `within`."""
-        return _Adapter(
-            base_uri=self._address,
-            token=token.reveal() if token else None,
-            verify=self._session.verify,
-            timeout=(min(3.0, self._deadline_s), self._deadline_s),
-            allow_redirects=False,
-            session=self._session,
-            namespace=self._namespace or None,
-        )
+        headers = dict(_HEADERS)
+        if token is not None:
+            headers["X-Vault-Token"] = token.reveal()
+        if self._namespace:
+            headers["X-Vault-Namespace"] = self._namespace
+        return _Adapter(self._pool, self._address, headers, self._timeout)
 
     def call(self, method: str, path: str, *, token: Secret | None, body: Mapping[str, Any] | None = None) -> Answer:
         """One request to `/v1/<path>`; ProviderUnavailable if there is no whole answer within the deadline."""
@@ -164,7 +185,7 @@ class Connection:
         _call.ends = time.monotonic() + self._deadline_s
         try:
             return ask()
-        except (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as problem:
+        except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as problem:
             failure = ProviderUnavailable("Vault did not answer", reason=f"{self._address}: {_kind(problem)}")
         except Invalid as problem:
             failure = ProviderUnavailable("the answer of Vault could not be read", reason=problem.detail)
@@ -174,15 +195,15 @@ class Connection:
         raise failure
 
 
-def _answer(response: requests.Response) -> Answer:
+def _answer(response: urllib3.BaseHTTPResponse) -> Answer:
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise Invalid("it is compressed")
     raw = bytearray()
-    while chunk := response.raw.read(64 * 1024, decode_content=False):
+    while chunk := response.read(64 * 1024, decode_content=False):
         raw += chunk
         if len(raw) > MAX_BODY:
             raise Invalid(f"it has more than {MAX_BODY} bytes")
-    status = response.status_code
+    status = response.status
     if status == 204 and not raw:
         return Answer(status=status, body=None, vaults=True)
     try:
@@ -199,7 +220,7 @@ def _answer(response: requests.Response) -> Answer:
 
 
 def _kind(problem: Exception) -> str:
-    """What happened, without the request: requests' messages hold URLs, and its chains hold headers."""
+    """What happened, without the request: messages of exceptions hold URLs, and their chains hold headers."""
     names = [type(problem).__name__]
     cause = problem.__cause__ or problem.__context__
     while cause is not None and len(names) < 4:
@@ -208,7 +229,7 @@ def _kind(problem: Exception) -> str:
     return " from ".join(dict.fromkeys(names))
 
 
-# requests bounds each single read of a socket, so a server that sends one byte now and then holds a caller for ever.
+# A time-out bounds each single read of a socket, so a server that sends one byte now and then holds a caller for ever.
 # From here to the end of the file: the same with one end for the whole call.
 
 
@@ -256,9 +277,3 @@ class _PlainPool(urllib3.HTTPConnectionPool):
 
 class _TlsPool(urllib3.HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
-
-
-class _Transport(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
