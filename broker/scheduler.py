@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 
 from apscheduler.events import EVENT_SCHEDULER_SHUTDOWN
 from apscheduler.jobstores.base import JobLookupError
@@ -76,8 +77,11 @@ def start(broker: Broker, *, only: tuple[str, ...] | None = None) -> BackgroundS
         job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1}, timezone="UTC"
     )
     table = [(name, _reported(name, job), every) for name, job, every in jobs(broker) if only is None or name in only]
-    for name, job, seconds in table:
-        scheduler.add_job(job, "interval", seconds=seconds, id=name)
+    begins = system_clock()
+    for place, (name, job, seconds) in enumerate(table):
+        # One after the other: all in the same moment, every second, they are what a request waits longest for.
+        first = begins + timedelta(seconds=place / len(table))
+        scheduler.add_job(job, "interval", seconds=seconds, id=name, next_run_time=first)
         # Beside the regular runs, for wake-ups. It stays: a job that is removed once it ran, as one without a trigger
         # is, cannot be found any more by a scheduler that is shut down in between, whose thread then dies of it.
         scheduler.add_job(job, "interval", days=365, id=f"{name}, now", next_run_time=None)

@@ -53,3 +53,13 @@ def test_a_wake_up_runs_a_job_at_once_as_often_as_it_comes(house):
             assert paid.acquire(timeout=10)
     finally:
         running.shutdown()
+
+
+def test_no_two_jobs_are_due_in_the_same_moment(house):
+    running = scheduler.start(house.broker)
+    try:
+        regular = [job for job in running.get_jobs() if not job.id.endswith(", now")]
+        due = [job.next_run_time.microsecond for job in regular]
+    finally:
+        running.shutdown()
+    assert len(due) == len(set(due)) == len(scheduler.jobs(house.broker))
