@@ -14,6 +14,7 @@ from typing import Any
 from broker.domain.errors import InvalidTarget, NotFound
 from broker.domain.grant import Grant
 from broker.domain.identity import Caller, is_id
+from broker.domain.lifecycle import GrantState
 from broker.domain.policy import (
     ALLOW,
     DENY,
@@ -173,7 +174,7 @@ def _verdict(grant: Grant, outcome: str, deciding: Sequence[DecidingPolicy], rea
             yield f"policy {policy.id!r}{where} permits it {policy.condition or 'without a condition'}"
         return
     if outcome == NEEDS_APPROVAL:
-        yield f"{grant.agent} asked for {what}, and people have to approve it, {by}"
+        yield f"{grant.agent} asked for {what}, and {_what_people_said(grant)}, {by}"
     else:
         yield f"{grant.agent} was denied {what}, {by}"
     yield from reasons
@@ -182,6 +183,14 @@ def _verdict(grant: Grant, outcome: str, deciding: Sequence[DecidingPolicy], rea
     for policy in deciding:
         if outcome == DENY and policy.file:
             yield f"policy {policy.id!r} stands in {policy.file}"
+
+
+def _what_people_said(grant: Grant) -> str:
+    if grant.state is GrantState.PENDING:
+        return "people have to approve it"
+    if grant.issued_at is not None or grant.state is GrantState.APPROVED:
+        return "people approved it"
+    return f"people had to approve it and did not{f': {grant.reason}' if grant.reason else ''}"
 
 
 def _life(grant: Grant, ceilings: Mapping[str, int]) -> Iterator[str]:

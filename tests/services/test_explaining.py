@@ -8,6 +8,7 @@ import sqlalchemy as sa
 
 from broker.domain.errors import NotFound, PolicyDenied
 from broker.store.models import ConfigurationVersion, Grant
+from tests.approvals import apply, approve, ask, asking, collect, deny
 from tests.house import CRM, POLICIES
 
 
@@ -169,3 +170,21 @@ def test_policies_that_answer_otherwise_today_do_not_rewrite_the_record(house):
     found = explain(house, grant_id)
     assert found.outcome == "deny" and found.would_be_allowed == ()
     assert found.missing == ("asked today, the same policies answer otherwise: what is on record counts",)
+
+
+def test_what_people_were_asked_is_told_with_what_they_said(house):
+    apply(house, asking(house))
+    task = house.open_task()
+
+    def told(case):
+        return explain(house, case.grant.id).in_words[0]
+
+    waiting = ask(house, task)
+    assert ", and people have to approve it, by" in told(waiting)
+    approve(house, waiting)
+    assert ", and people approved it, by" in told(waiting)
+    collect(house, waiting)
+    assert ", and people approved it, by" in told(waiting)
+    refused = ask(house, task, scopes=frozenset({"contacts:write"}))
+    deny(house, refused, reason="not today")
+    assert ", and people had to approve it and did not: not today, by" in told(refused)
