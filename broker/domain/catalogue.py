@@ -6,7 +6,7 @@ one database work from the same version, because the version's document is a row
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property
@@ -62,16 +62,15 @@ class PrincipalRule:
     attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
     implicit_tasks: bool = False
 
-    def matches(self, identity: WorkloadIdentity) -> bool:
-        """Exact comparison of issuer and subject (INV-17), then every required claim."""
-        if identity.issuer != self.issuer:
+    def names(self, issuer: str, subject: str) -> bool:
+        """Whether it speaks of this issuer and subject, compared exactly (INV-17), whatever else it demands."""
+        if issuer != self.issuer:
             return False
-        if self.subject is not None:
-            if identity.subject != self.subject:
-                return False
-        elif not identity.subject.startswith(self.subject_prefix or "\0"):
-            return False
-        return all(_claim(identity.claims, path) == (type(value), value) for path, value in self.claims.items())
+        return subject == self.subject if self.subject is not None else subject.startswith(self.subject_prefix or "\0")
+
+    def is_met_by(self, claims: Mapping[str, Any]) -> bool:
+        """Whether every claim it demands is there, with this value."""
+        return all(_claim(claims, path) == (type(value), value) for path, value in self.claims.items())
 
     @property
     def rank(self) -> tuple[bool, int, int]:
@@ -169,6 +168,19 @@ class Catalogue:
     def _rules(self) -> Mapping[str, PrincipalRule]:
         return {rule.name: rule for rule in self.principals}
 
+    @cached_property
+    def _rules_by_subject(self) -> Mapping[tuple[str, str | None], Sequence[PrincipalRule]]:
+        """By issuer and exact subject; those with a prefix by issuer and None."""
+        found: dict[tuple[str, str | None], list[PrincipalRule]] = {}
+        for rule in self.principals:
+            found.setdefault((rule.issuer, rule.subject), []).append(rule)
+        return found
+
+    def rules_for(self, issuer: str, subject: str) -> Iterator[PrincipalRule]:
+        """Those that speak of this issuer and subject; one of ten thousand agents is not compared with all of them."""
+        yield from self._rules_by_subject.get((issuer, subject), ())
+        yield from (rule for rule in self._rules_by_subject.get((issuer, None), ()) if rule.names(issuer, subject))
+
     def rule(self, name: str) -> PrincipalRule | None:
         """The principal of this name, as it is configured."""
         return self._rules.get(name)
@@ -185,7 +197,8 @@ class Catalogue:
 
     def principal_for(self, identity: WorkloadIdentity) -> Principal:
         """Who this identity is: an exact subject wins over a prefix, a longer prefix over a shorter."""
-        found = [rule for rule in self.principals if rule.matches(identity)]
+        rules = self.rules_for(identity.issuer, identity.subject)
+        found = [rule for rule in rules if rule.is_met_by(identity.claims)]
         if not found:
             raise Unauthenticated(f"no principal is configured for subject {identity.subject!r} of {identity.issuer}")
         best = max(rule.rank for rule in found)

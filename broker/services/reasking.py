@@ -20,17 +20,17 @@ from sqlalchemy import Row
 from broker.domain.catalogue import Catalogue, PrincipalRule, Resource
 from broker.domain.clock import from_epoch
 from broker.domain.errors import BrokerError
-from broker.domain.identity import Principal, WorkloadIdentity
+from broker.domain.identity import Principal
 from broker.domain.lifecycle import GrantState
 from broker.domain.policy import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.policy.reading import Path
-from broker.services.asked import Versions, decided_before_terms
+from broker.domain.risk import Risks
+from broker.services.asked import Versions, decided_before_terms, holder
 from broker.services.terms import is_known_user, require_may_ask
 
 _QUESTIONS_REMEMBERED = 1000  # of one agent for one thing
 _ROWS_WITHOUT_A_PAUSE = 100
 _PAUSE_S = 0.001
-Risk = Callable[[str, str | None], str]  # of an agent, and of the user it acts for
 
 
 class Outcome(StrEnum):
@@ -58,12 +58,12 @@ class Reasking:
     """One configuration, asked about many recorded requests; identical questions are put to the engine once."""
 
     def __init__(
-        self, *, catalogue: Catalogue, policies: PolicySet, versions: Versions, risk: Risk | None = None
+        self, *, catalogue: Catalogue, policies: PolicySet, versions: Versions, risks: Risks | None = None
     ) -> None:
         self.catalogue = catalogue
         self.policies = policies
         self._versions = versions
-        self._risk = risk
+        self._risks = risks
         self._alike: dict[tuple[Any, ...], _Alike | str] = {}
 
     def again(self, row: Row[Any], now: datetime) -> Again:
@@ -74,7 +74,8 @@ class Reasking:
         life_s = row.asked_ttl_s or row.ttl_s
         if row.state == str(GrantState.ACTIVE):
             life_s = int((row.expires_at - decided_at).total_seconds())
-        decision = self.decided(row, ttl_s=max(row.asked_ttl_s or row.ttl_s, life_s))
+        risk = None if self._risks is None else self._risks.level(row.agent, row.on_behalf_of, now)
+        decision = self.decided(row, ttl_s=max(row.asked_ttl_s or row.ttl_s, life_s), risk=risk)
         if isinstance(decision, str):
             return Again(outcome=Outcome.ENDED, why=decision)
         if decision.outcome != ALLOW and decision.failure is not None:
@@ -93,8 +94,11 @@ class Reasking:
             return Again(outcome=Outcome.ENDED, why=why, policies=decision.policies)
         return Again(outcome=Outcome.SHORTENED, why=why, policies=decision.policies, expires_at=bound)
 
-    def decided(self, row: Row[Any], *, ttl_s: int) -> Decision | str:
-        """What policy says to a recorded request under this configuration; or why it does not even come to that."""
+    def decided(self, row: Row[Any], *, ttl_s: int, risk: str | None = None) -> Decision | str:
+        """What policy says to a recorded request under this configuration; or why it does not even come to that.
+
+        `risk` is that of now; where it is not given, what it was then.
+        """
         if row.on_behalf_of is not None and not is_known_user(row.on_behalf_of, self.catalogue):
             return "the issuer of the user it is for is not configured any more"
         key = (row.agent, row.issuer, row.subject, row.policy_version, row.resource, row.scopes, row.provider)
@@ -106,7 +110,7 @@ class Reasking:
         asked = _Asked(
             row=row,
             ttl_s=min(ttl_s, alike.resource.max_ttl_s),
-            risk=self._risk(row.agent, row.on_behalf_of) if self._risk is not None else row.risk or "low",
+            risk=risk or row.risk or "low",
         )
         question = [tell(asked) for tell in alike.tells]
         decision = alike.decisions.get(tuple(question))
@@ -141,19 +145,18 @@ class Reasking:
             return "its principal is not configured any more"
         then = self._versions.at(row.policy_version) if row.policy_version is not None else None
         before = () if then is None else then.catalogue.principals
-        identity = WorkloadIdentity(issuer=row.issuer, subject=row.subject, claims={}, expires_at=row.expires_at)
-        if not _fits(rule, identity):
+        if not rule.names(row.issuer, row.subject):
             return "its principal stands for another workload now"
-        seen = next((_demands(old) for old in before if old.name == rule.name), frozenset())
-        if not _demands(rule) <= seen:
+        was = None if then is None else then.catalogue.rule(rule.name)
+        if not _demands(rule) <= (frozenset() if was is None else _demands(was)):
             return "what is demanded of its workload token changed, and the token is not there to be looked at"
-        for other in self.catalogue.principals:
-            if other.name == rule.name or not _fits(other, identity) or other.rank < rule.rank:
+        for other in self.catalogue.rules_for(row.issuer, row.subject):
+            if other.name == rule.name or other.rank < rule.rank:
                 continue
             if any(old.name != rule.name and _same_workloads(other, old) for old in before):
                 continue  # it was there, and was not who this is
             return "its workload is, or may be, another principal now"
-        return rule.principal(identity)
+        return holder(rule, row.issuer, row.subject, row.expires_at)
 
     def _found_resource(self, row: Row[Any], agent: Principal) -> Resource | str:
         try:
@@ -283,15 +286,6 @@ def decided_at_of(row: Row[Any]) -> datetime:
     if row.decided_at is None:
         return decided_before_terms(row.created_at, row.expires_at, row.ttl_s)
     return from_epoch(row.decided_at)
-
-
-def _fits(rule: PrincipalRule, identity: WorkloadIdentity) -> bool:
-    """By issuer and subject alone."""
-    if rule.issuer != identity.issuer:
-        return False
-    if rule.subject is not None:
-        return rule.subject == identity.subject
-    return identity.subject.startswith(rule.subject_prefix or "\0")
 
 
 def _demands(rule: PrincipalRule) -> frozenset[tuple[str, type, str | int | bool]]:

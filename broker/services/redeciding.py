@@ -181,7 +181,7 @@ class Redeciding:
             catalogue=catalogue,
             policies=fit(catalogue),
             versions=self._versions,
-            risk=lambda agent, user: risks.level(agent, user, now),
+            risks=risks,
         )
         counts: Counter[str] = Counter()
         by_agent: Counter[str] = Counter()
@@ -254,7 +254,7 @@ class Redeciding:
             catalogue=standing.catalogue,
             policies=standing.policies,
             versions=self._versions,
-            risk=lambda agent, user: standing.risks.level(agent, user, self._clock()),
+            risks=standing.risks,
         )
         self._reasking = (standing.era, made)
         return made
