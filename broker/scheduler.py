@@ -33,7 +33,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         broker.debts.recover()
 
     def pay() -> None:
-        broker.debts.pay()
+        broker.debts.begin_to_pay()
 
     def reconcile() -> None:
         broker.reconciliation.run()

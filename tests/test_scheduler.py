@@ -44,7 +44,7 @@ def test_it_can_be_shut_down_just_as_it_is_woken(house):
 
 def test_a_wake_up_runs_a_job_at_once_as_often_as_it_comes(house):
     paid = threading.Semaphore(0)
-    house.broker.debts.pay = paid.release
+    house.broker.debts.begin_to_pay = paid.release
     running = scheduler.start(house.broker, only=("pay",))
     try:
         running.modify_job("pay", next_run_time=None)

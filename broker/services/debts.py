@@ -3,6 +3,7 @@
 Each step is its own short transaction and no provider is called inside one. A debt is claimed by a fence, so that
 of two workers only the last to claim it may say what came of it (INV-07); asking the outside twice is harmless. The
 most urgent come first, always: some workers pay nothing else, so that no backlog and no slow Vault is before them.
+Each provider has its own workers: one that hangs keeps nobody waiting for another.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -62,8 +63,8 @@ class Debts:
         self._providers = providers
         self._targets = targets
         self._clock = clock
-        self._turns = ThreadPoolExecutor(_WORKERS, thread_name_prefix="debts")
-        self._closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix="closings")
+        self._guard = threading.Lock()
+        self._lanes: dict[str, _Lane] = {}
         self._stopped = threading.Event()
         self._closed = threading.Event()
 
@@ -82,8 +83,10 @@ class Debts:
         """
         self.stop()
         self._closed.set()
-        for pool in (self._turns, self._closings):
-            pool.shutdown()
+        with self._guard:
+            lanes = list(self._lanes.values())
+        for lane in lanes:
+            lane.close()
 
     # --- What becomes a debt without anybody ending it ----------------------------------------------------------------
 
@@ -105,28 +108,36 @@ class Debts:
 
     # --- Paying -------------------------------------------------------------------------------------------------------
 
-    def pay(self) -> int:
-        """Pay everything that is due, the most urgent first; answers how many were released."""
+    def begin_to_pay(self) -> list[Future[int]]:
+        """Begin with everything that is due at providers that are not being paid already; each answers how much it was.
+
+        What falls due at the others meanwhile is found by those who pay them.
+        """
         if self._stopped.is_set():
-            return 0
+            return []
         with self._database.read() as db:
-            if not leases.any_owed(db, now=self._clock()):
-                return 0
-        turns_over = threading.Event()
-        turns = [self._turns.submit(self._pay_until_none) for _ in range(_WORKERS - _URGENT_WORKERS)]
-        urgent = [self._turns.submit(self._pay_urgent, turns_over) for _ in range(_URGENT_WORKERS)]
-        wait(turns)
-        turns_over.set()
-        return _sum_of(turns) + _sum_of(urgent)
+            owed = leases.providers_owed(db)
+            due = [provider for provider in owed if leases.any_owed(db, provider, now=self._clock())]
+        begun = [self._lane(provider).begin(self._pay_provider) for provider in due]
+        return [paying for paying in begun if paying is not None]
+
+    def pay(self) -> int:
+        """The same, and wait until it is paid; answers how many were released."""
+        return _sum_of(self.begin_to_pay())
 
     def pay_now(self, grant_ids: Collection[str]) -> None:
         """Pay what is owed for these grants, as much as can be in the time somebody waits for a receipt."""
         if not grant_ids or self._closed.is_set():
             return
         ends_at = time.monotonic() + _CLOSING_S
+        with self._database.read() as db:
+            owed = leases.providers_owed_for(db, grant_ids)
         workers = min(_CLOSING_WORKERS, len(grant_ids))
         running = [
-            self._closings.submit(self._pay_until_none, tuple(grant_ids), ends_at, together=_CLOSED_TOGETHER)
+            self._lane(provider).closings.submit(
+                self._pay_until_none, provider, tuple(grant_ids), ends_at, together=_CLOSED_TOGETHER
+            )
+            for provider in owed
             for _ in range(workers)
         ]
         done, _ = wait(running, timeout=_CLOSING_S)
@@ -136,12 +147,27 @@ class Debts:
                 # The authority has ended; what is owed is in rows, and the receipt says that it is owed.
                 _log.warning("a closing was not paid at once", exc_info=problem)
 
-    def _pay_urgent(self, turns_over: threading.Event) -> int:
+    def _lane(self, provider: str) -> _Lane:
+        with self._guard:
+            lane = self._lanes.get(provider)
+            if lane is None:
+                lane = self._lanes[provider] = _Lane(provider)
+            return lane
+
+    def _pay_provider(self, lane: _Lane) -> int:
+        turns_over = threading.Event()
+        turns = [lane.turns.submit(self._pay_until_none, lane.provider) for _ in range(_WORKERS - _URGENT_WORKERS)]
+        urgent = [lane.turns.submit(self._pay_urgent, lane.provider, turns_over) for _ in range(_URGENT_WORKERS)]
+        wait(turns)
+        turns_over.set()
+        return _sum_of(turns) + _sum_of(urgent)
+
+    def _pay_urgent(self, provider: str, turns_over: threading.Event) -> int:
         paid = 0
         over = False
         while not over:
             try:
-                paid += self._pay_until_none(at_most_urgency=Urgency.URGENT)
+                paid += self._pay_until_none(provider, at_most_urgency=Urgency.URGENT)
             except BrokerError as problem:
                 # The others may be at it for hours, and until they are done nobody comes instead of this one.
                 _log.warning("urgent debts were not paid", extra={"fields": {"why": problem.detail}})
@@ -150,10 +176,11 @@ class Debts:
 
     def _pay_until_none(
         self,
+        provider: str,
         grant_ids: Collection[str] = (),
         ends_at: float | None = None,
         at_most_urgency: Urgency = Urgency.EXPIRED,
-        together: int = _TOGETHER,
+        together: int | None = None,
     ) -> int:
         paid = 0
         while not self._stopped.is_set() if ends_at is None else time.monotonic() < ends_at:
@@ -161,21 +188,22 @@ class Debts:
             with self._database.begin() as db:
                 claimed = leases.claim_owed(
                     db,
+                    provider,
                     now=now,
                     again_at=now + _CLAIMED_FOR,
-                    limit=together,
+                    limit=together or _TOGETHER,
                     at_most_urgency=int(at_most_urgency),
                     grants=grant_ids,
                 )
             if not claimed:
                 break
-            paid += self._pay_claimed(claimed)
+            paid += self._pay_claimed(provider, claimed)
         return paid
 
-    def _pay_claimed(self, claimed: Sequence[Lease]) -> int:
+    def _pay_claimed(self, provider: str, claimed: Sequence[Lease]) -> int:
         """Answers how many of them were released."""
         died: list[tuple[Lease, datetime]] = []
-        for lease, problem in self._asked_for(claimed):
+        for lease, problem in self._asked_for(provider, claimed):
             try:
                 if problem is not None:
                     raise problem
@@ -191,28 +219,27 @@ class Debts:
                     died.append((lease, died_at))
         return self._release(died)
 
-    def _asked_for(self, claimed: Sequence[Lease]) -> Iterator[tuple[Lease, Exception | None]]:
+    def _asked_for(self, name: str, claimed: Sequence[Lease]) -> Iterator[tuple[Lease, Exception | None]]:
         """Each with what its provider says of its end; those that need nobody to be asked with nothing."""
-        by_provider: dict[str, list[tuple[Lease, Handle | None]]] = {}
+        owed: list[tuple[Lease, Handle | None]] = []
         for lease in claimed:
             if lease.dead_at is not None or (lease.handle is None and lease.reference is None):
                 yield lease, None
                 continue
             try:
-                handle = None if lease.handle is None else _handle_of(lease, lease.handle)
+                owed.append((lease, None if lease.handle is None else _handle_of(lease, lease.handle)))
             except ValueError as fault:
                 yield lease, fault
-                continue
-            by_provider.setdefault(lease.provider, []).append((lease, handle))
-        for name, owed in by_provider.items():
-            provider = self._providers.get(name)
-            if provider is None:
-                missing = Unavailable(f"no provider {name!r} is configured, and a lease is owed to it")
-                yield from ((lease, missing) for lease, _ in owed)
-                continue
-            with self._kept([lease for lease, _ in owed]):
-                answers = revoke_each(provider, [(handle, lease.reference) for lease, handle in owed])
-            yield from ((lease, answer) for (lease, _), answer in zip(owed, answers, strict=True))
+        if not owed:
+            return
+        provider = self._providers.get(name)
+        if provider is None:
+            missing = Unavailable(f"no provider {name!r} is configured, and a lease is owed to it")
+            yield from ((lease, missing) for lease, _ in owed)
+            return
+        with self._kept([lease for lease, _ in owed]):
+            answers = revoke_each(provider, [(handle, lease.reference) for lease, handle in owed])
+        yield from ((lease, answer) for (lease, _), answer in zip(owed, answers, strict=True))
 
     @contextmanager
     def _kept(self, claimed: Sequence[Lease]) -> Iterator[None]:
@@ -337,6 +364,30 @@ class Debts:
                 move(db, models.Lease, LeaseState.STUCK, *mine, event=event, returning=leases.LEASE_FACTS, **values)
             else:
                 leases.note(db, lease.id, leases.claimed_by(lease.fence), **values)
+
+
+class _Lane:
+    """Those who pay one provider, in its turn and for who waits."""
+
+    def __init__(self, provider: str) -> None:
+        self.provider = provider
+        self.closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix=f"closings {provider}")
+        # And one who sees to the others.
+        self.turns = ThreadPoolExecutor(_WORKERS + 1, thread_name_prefix=f"debts {provider}")
+        self._guard = threading.Lock()
+        self._paying: Future[int] | None = None
+
+    def begin(self, pay: Callable[[_Lane], int]) -> Future[int] | None:
+        """Pay, unless it is being paid; None then."""
+        with self._guard:
+            if self._paying is not None and not self._paying.done():
+                return None
+            self._paying = self.turns.submit(pay, self)
+            return self._paying
+
+    def close(self) -> None:
+        for pool in (self.turns, self.closings):
+            pool.shutdown()
 
 
 def _handle_of(lease: Lease, value: str) -> Handle:

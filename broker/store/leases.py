@@ -31,6 +31,7 @@ _SELECT = select(*(_leases.c[name] for name in _NAMES))
 _OWED = _leases.c.state.in_(
     bindparam("owed", [str(LeaseState.REVOKING), str(LeaseState.STUCK)], expanding=True, literal_execute=True)
 )
+_NEXT_OWED = select(func.min(_leases.c.provider)).where(_OWED, _leases.c.provider > bindparam("after"))
 _INTENDED = _leases.c.state == literal_column("'intended'")
 _OPEN = _leases.c.state != literal_column("'released'")
 
@@ -109,19 +110,46 @@ def claimed_by(fence: int) -> ColumnElement[bool]:
     return _leases.c.fence == fence
 
 
-def any_owed(db: Connection, *, now: datetime) -> bool:
-    due = select(_leases.c.id).where(_OWED, _leases.c.next_attempt_at <= now).limit(1)
+def providers_owed(db: Connection) -> list[str]:
+    """Those to whom anything is owed, due or not."""
+    # One probe of the index for each: how much is owed to one costs nothing.
+    found: list[str] = []
+    after = ""
+    while (provider := db.execute(_NEXT_OWED, {"after": after}).scalar_one()) is not None:
+        found.append(provider)
+        after = provider
+    return found
+
+
+def providers_owed_for(db: Connection, grant_ids: Collection[str]) -> list[str]:
+    """Those to whom anything is owed for one of these grants."""
+    owed = select(_leases.c.provider).where(_OWED, of_grants(db, grant_ids)).distinct()
+    return list(db.execute(owed.order_by(_leases.c.provider)).scalars())
+
+
+def any_owed(db: Connection, provider: str, *, now: datetime) -> bool:
+    due = select(_leases.c.id).where(_OWED, _leases.c.provider == provider, _leases.c.next_attempt_at <= now).limit(1)
     return db.execute(due).first() is not None
 
 
 def claim_owed(
-    db: Connection, *, now: datetime, again_at: datetime, limit: int, at_most_urgency: int, grants: Collection[str] = ()
+    db: Connection,
+    provider: str,
+    *,
+    now: datetime,
+    again_at: datetime,
+    limit: int,
+    at_most_urgency: int,
+    grants: Collection[str] = (),
 ) -> list[Lease]:
-    """Take the most urgent debts that are due, so that nobody else does before `again_at`.
+    """Take the most urgent debts to a provider that are due, so that nobody else does before `again_at`.
 
     A compare-and-set: SQLite drops SKIP LOCKED silently and has one writer anyway.
     """
-    due = select(_leases.c.id).where(_OWED, _leases.c.next_attempt_at <= now, _leases.c.urgency <= at_most_urgency)
+    of_provider = (_OWED, _leases.c.provider == provider)
+    due = select(_leases.c.id).where(
+        *of_provider, _leases.c.next_attempt_at <= now, _leases.c.urgency <= at_most_urgency
+    )
     if grants:
         due = due.where(of_grants(db, grants))
     due = due.order_by(_leases.c.urgency, _leases.c.next_attempt_at).limit(limit).with_for_update(skip_locked=True)

@@ -320,6 +320,7 @@ class Lease(Base):
         Index("leases_reference_idx", "reference"),
         Index(
             "leases_owed_idx",
+            "provider",
             "urgency",
             "next_attempt_at",
             postgresql_where=text("state IN ('revoking', 'stuck')"),

@@ -14,7 +14,7 @@ from broker.domain.lifecycle import LeaseState, TaskState
 from broker.services import debts
 from broker.store.leases import insert_leases
 from tests.conftest import NOW
-from tests.fakes.outside import AGENTS, HOSTS, LONGEST, house_on_outside
+from tests.fakes.outside import AGENTS, HOSTS, LONGEST, Outside, house_on_outside
 from tests.leases import require_consistent, states
 from tests.services.test_secrets import ask
 from tests.web.test_leases import certificate_request
@@ -294,7 +294,7 @@ class TestUrgency:
             with house.broker.database.begin() as db:
                 ended = sa.text("UPDATE grants SET state = 'expired' WHERE id = :id")
                 db.execute(ended, {"id": each.grant.id})
-        house.broker.debts._pay_until_none(together=1)
+        house.broker.debts._pay_until_none("vault", together=1)
         assert [int(name.rsplit("-", 1)[1]) for name in asked] == [3, 6, 2, 5, 1, 4]
 
     def test_while_the_others_hang_an_urgent_one_is_paid(self, house, monkeypatch):
@@ -346,13 +346,13 @@ class TestUrgency:
             if handle.value == urgent:
                 paid.set()
 
-        def claim_owed(db, **how):
+        def claim_owed(db, provider, **how):
             if how["at_most_urgency"] == Urgency.URGENT and len(failed) < debts._URGENT_WORKERS:
                 failed.append(how)
                 if len(failed) == debts._URGENT_WORKERS:
                     both_failed.set()
                 raise Unavailable("the store did not answer")
-            return claim(db, **how)
+            return claim(db, provider, **how)
 
         house.outside.revoke = hangs
         monkeypatch.setattr(debts.leases, "claim_owed", claim_owed)
@@ -406,6 +406,42 @@ class TestUrgency:
         at_most = debts._WORKERS * debts._TOGETHER
         # Those that are claimed already, and those that come while the urgent one is claimed.
         assert asked.index(urgent) - before <= 2 * at_most
+
+
+def test_a_provider_that_hangs_keeps_nobody_waiting_for_another(house, monkeypatch):
+    """Each has workers of its own: in its turn, and for who waits."""
+    for together in ("_TOGETHER", "_CLOSED_TOGETHER"):
+        monkeypatch.setattr(debts, together, 1)
+    monkeypatch.setattr(house.broker.debts, "_providers", {"vault": house.outside, "other": Outside(house.clock)})
+    task, others = house.open_task(), [ask(house, house.open_task()) for _ in range(2)]
+    of_one = [ask(house, task) for _ in range(debts._CLOSING_WORKERS + debts._WORKERS)]
+    for each in others:
+        row(house, each, provider="other")
+    go_on, hanging, original = threading.Event(), threading.Semaphore(0), house.outside.revoke
+
+    def hangs(handle, reference):
+        hanging.release()
+        assert go_on.wait(20)
+        original(handle, reference)
+
+    house.outside.revoke = hangs
+    try:
+        house.broker.tasks.end(house.caller("pipeline"), task.id, TaskState.COMPLETED)
+        first = house.broker.debts.begin_to_pay()
+        for _ in range(debts._CLOSING_WORKERS + debts._WORKERS - debts._URGENT_WORKERS):
+            assert hanging.acquire(timeout=10)
+        revoke(house, others[0])
+        assert lease_of(house, others[0]).state is LeaseState.RELEASED
+        with monkeypatch.context() as only_in_turn:
+            only_in_turn.setattr(house.broker.debts, "pay_now", lambda _ids: None)
+            revoke(house, others[1])
+        assert house.broker.debts.pay() == 1
+        assert lease_of(house, others[1]).state is LeaseState.RELEASED
+        assert lease_of(house, of_one[0]).state is LeaseState.REVOKING
+        assert not any(paying.done() for paying in first)
+    finally:
+        go_on.set()
+    assert sum(paying.result(20) for paying in first) == debts._WORKERS
 
 
 def test_a_task_with_many_secrets_is_paid_before_its_receipt(house):
