@@ -305,9 +305,7 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             _MOST,
             default=Limits.requests_per_agent,
         ),
-        _integer(
-            "requests_per_task", f"{_REQUESTS} a task in a window.", 1, _MOST, default=Limits.requests_per_task
-        ),
+        _integer("requests_per_task", f"{_REQUESTS} a task in a window.", 1, _MOST, default=Limits.requests_per_task),
         _integer(
             "requests_per_resource",
             f"{_REQUESTS} one resource in a window; `max_requests` of the resource stands instead.",

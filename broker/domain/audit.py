@@ -19,10 +19,10 @@ ALERTING = frozenset(
     {"lease.stuck", "lease.found", "lease.gone", "login.found", "redecision.undecided", "agent.locked_down"}
 )
 
-# What an agent was refused that it may not have, or that is not there for it. Not what it may ask again: a limit, a
-# task that ended meanwhile, a store that did not answer. The index of the denials spells the same.
+# What an agent was refused that it may not have, or that is not there for it. Not what it may ask again (a limit, a
+# task that ended meanwhile, a store that did not answer), nor a lockdown, which may be no fault of its own.
 DENIAL_TYPES = ("grant.denied", "grant.refused", "grant.renewal_refused", "approval.refused")
-DENIAL_OUTCOMES = ("denied", "forbidden", "role_missing", "locked_down", "not_found", "invalid_target", "invalid_scope")
+DENIAL_OUTCOMES = ("denied", "forbidden", "role_missing", "not_found", "invalid_target", "invalid_scope")
 
 
 @dataclass(frozen=True, kw_only=True)

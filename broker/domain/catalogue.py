@@ -141,8 +141,8 @@ class Resource:
 class Limits:
     """The bounds one broker sets on every request, whatever a policy says.
 
-    What is `requests_per_…` and `resources_per_…` is of each `window`; `max_live_per_…` is of each moment, and None is no
-    such limit. A principal, an issuer or a resource may have a bound of its own instead.
+    What is `requests_per_…` and `resources_per_…` is of each `window`; `max_live_per_…` is of each moment, and None is
+    no such limit. A principal, an issuer or a resource may have a bound of its own instead.
     """
 
     max_deadline: timedelta = timedelta(seconds=86400)

@@ -137,9 +137,7 @@ class LimitExceeded(BrokerError):
 
     code = "limit_exceeded"
 
-    def __init__(
-        self, detail: str, *, limit: str, value: int, retry_after_s: int, window_s: int | None = None
-    ) -> None:
+    def __init__(self, detail: str, *, limit: str, value: int, retry_after_s: int, window_s: int | None = None) -> None:
         super().__init__(detail)
         self.limit = limit
         self.value = value

@@ -1,8 +1,8 @@
 """Limits on asking, before anything is looked up: requests, different resources and mints, over all brokers (INV-34).
 
 The database hands out what is left of each limit in parts (`broker.store.allowances`), and what a broker was given it
-counts down by itself: most requests cost a few look-ups in memory, and so does refusing them. Redis has no part in it: a
-counter that can be flushed, or that only some brokers reach, is looser at the very moment it is needed (INV-36).
+counts down by itself: most requests cost a few look-ups in memory, and so does refusing them. Redis has no part in it:
+a counter that can be flushed, or that only some brokers reach, is looser at the very moment it is needed (INV-36).
 
 Only what hands out authority asks here. Ending it, and looking whether it lives, never do (INV-27).
 """
@@ -76,9 +76,7 @@ class _Limit:
         else:
             wait_s = max(1, self.start + self.window_s - now_s)
             detail = f"{says}, all there is in {self.window_s} s (limits.{self.name}): come again in {wait_s} s"
-        return LimitExceeded(
-            detail, limit=self.name, value=self.bound, retry_after_s=wait_s, window_s=self.window_s
-        )
+        return LimitExceeded(detail, limit=self.name, value=self.bound, retry_after_s=wait_s, window_s=self.window_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,10 @@ class Limiter:
         self._clock = clock
         self._guard = threading.Lock()
         self._held: dict[Key, _Held] = {}
-        self._kinds: dict[Key, tuple[int, bool]] = {}  # in which window it was looked up, and whether it counts or may not
+        self._kinds: dict[
+            Key, tuple[int, bool]
+        ] = {}  # in which window it was looked up, and whether it counts or may not
+        self._told: dict[Key, int] = {}  # in which window it was said that a limit was reached
         self._pairs: set[tuple[str, str]] = set()  # (task, agent) of which the agent may ask under the task
         self._takes: Batching[_Asked, _Asked] = Batching(self._take_all, waiting=_WAITING)
 
@@ -169,6 +170,15 @@ class Limiter:
             resource, task_id = grant.resource, grant.task_id
         with self.admitted(caller, resource=resource, task_id=task_id) as minting:
             yield minting
+
+    def is_news(self, limit: str, value: str) -> bool:
+        """Whether this broker has not said yet in this window that somebody reached a limit."""
+        start = self._limit(limit, value, epoch(self._clock()), own_bound=0).start
+        with self._guard:
+            if self._told.get((limit, value), _NEVER) >= start:
+                return False
+            self._told[limit, value] = start
+            return True
 
     def _asked(self, caller: Caller, resource: str, task_id: str | None) -> _Asked:
         catalogue, now_s = self._standing.last_known().catalogue, epoch(self._clock())
@@ -248,7 +258,7 @@ class Limiter:
     # --- From the store -----------------------------------------------------------------------------------------------
 
     def _take_all(self, asks: Sequence[_Asked]) -> Sequence[_Asked | BrokerError]:
-        """Fetch what these requests lack, for all of them in one transaction, and count them; a refusal is an answer."""
+        """Fetch what these requests lack, for all in one transaction, and count them; a refusal is an answer."""
         answers: dict[int, _Asked | BrokerError] = {}
         while len(answers) < len(asks):
             # More than once where others used up meanwhile what was enough at the first look.
@@ -281,7 +291,9 @@ class Limiter:
             lacking = {key: count for key, count in needed.items() if not left[key].is_last and left[key].left < count}
             given = allowances.take(db, [self._wanted(newest[key], count) for key, count in lacking.items()])
             taken = {key: given[_row_of(key)] for key in lacking}
-            first = self._first_of_their_kind(db, new, {key: left[key].left + taken.get(key, 0) for key in newest})
+            fitting, first = self._first_of_their_kind(
+                db, new, {key: left[key].left + taken.get(key, 0) for key in newest}
+            )
             reached = {key for key, count in lacking.items() if taken[key] < count}
             record(db, [_reached(newest[key], self._clock()) for key in sorted(reached)])
         with self._guard:
@@ -296,7 +308,7 @@ class Limiter:
             for key, kind in unknown.items():
                 if key in first:
                     self._held[kind.limit.key].left -= 1
-                self._kinds[key] = newest.get(kind.limit.key, kind.limit).start, key in counting or key in first
+                self._kinds[key] = newest.get(kind.limit.key, kind.limit).start, key in counting or key in fitting
             for number, asked in asks.items():
                 try:
                     spent = self._spend(asked)
@@ -327,19 +339,21 @@ class Limiter:
             forget_at=forget_at,
         )
 
-    def _first_of_their_kind(self, db: Connection, new: Sequence[_Kind], room: dict[Key, int]) -> set[Key]:
-        """Those that count from now on, as far as there is room; not what another broker counted meanwhile."""
+    def _first_of_their_kind(
+        self, db: Connection, new: Sequence[_Kind], room: dict[Key, int]
+    ) -> tuple[set[Key], set[Key]]:
+        """Those for which there is room, and of these the ones that no other broker counted meanwhile."""
         fitting = []
         for kind in new:
             if room[kind.limit.key] > 0:
                 room[kind.limit.key] -= 1
                 fitting.append(replace(kind.limit, name=kind.key[0], value=kind.key[1], bound=1))
         given = allowances.take(db, [self._wanted(limit, 1) for limit in fitting])
-        return {limit.key for limit in fitting if given[_row_of(limit.key)]}
+        return {limit.key for limit in fitting}, {limit.key for limit in fitting if given[_row_of(limit.key)]}
 
     def _forget(self) -> None:
         """Keep memory bounded. What was held of a window that is not over is lost with it, which is tighter."""
-        for remembered in (self._held, self._kinds, self._pairs):
+        for remembered in (self._held, self._kinds, self._told, self._pairs):
             if len(remembered) > _REMEMBERED:
                 remembered.clear()
 

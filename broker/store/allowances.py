@@ -1,8 +1,8 @@
 """Allowances: how much of a limit each broker may use by itself, handed out of one row for all of them.
 
-A row says how much of one window is taken, and a broker takes what it needs and some of the rest ahead, so that it comes
-here once for many requests. What is handed out and not used is lost until the window is over: a broker that dies makes a
-limit tighter, and none makes it looser (INV-34).
+A row says how much of one window is taken, and a broker takes what it needs and some of the rest ahead, so that it
+comes here once for many requests. What is handed out and not used is lost until the window is over: a broker that dies
+makes a limit tighter, and none makes it looser (INV-34).
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ _TAKE = f"""
     RETURNING name, key_sha256, given
 """  # noqa: S608 - of constants
 _COLUMNS = "name text, key_sha256 text, window_start bigint, bound bigint, asked bigint, given bigint, forget_at bigint"
-_MEMBERS = ", ".join(f"json_extract(value, '$.{column.split()[0]}') AS {column.split()[0]}" for column in _COLUMNS.split(", "))
+_MEMBERS = ", ".join(
+    f"json_extract(value, '$.{column.split()[0]}') AS {column.split()[0]}" for column in _COLUMNS.split(", ")
+)
 _TAKE_ON = {
     # Ordered, so that two brokers that want the same rows take them in one order.
     "postgresql": text(
@@ -56,7 +58,7 @@ _TAKE_ON = {
             greatest="max",
             least="min",
             forget_at="forget_at",
-            wanted=f"(SELECT {_MEMBERS} FROM json_each(:wanted)) AS wanted",
+            wanted=f"(SELECT {_MEMBERS} FROM json_each(:wanted)) AS wanted",  # noqa: S608 - of constants
         )
     ),
 }

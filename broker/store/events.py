@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, Executable, select, text
 
 from broker.domain.audit import Event
 from broker.store import models
@@ -22,8 +23,8 @@ _DENIED = f"""
     JOIN events ON events.agent = asked.agent AND events.id >= asked.since
     WHERE {models.IS_DENIAL}
     GROUP BY asked.agent
-"""
-_DENIED_ON = {
+"""  # noqa: S608 - of constants
+_DENIED_ON: Mapping[str, Executable] = {
     "postgresql": text(
         _DENIED.format(asked="unnest(CAST(:agents AS text[]), CAST(:since AS text[])) AS asked (agent, since)")
     ),
@@ -44,7 +45,9 @@ class Denials:
 def count_denials(db: Connection, since: Mapping[str, str]) -> dict[str, Denials]:
     """The denials of each agent from an event's id on. Whoever holds an agent's lock sees all there are (INV-34)."""
     sqlite = db.dialect.name == "sqlite"
-    values = {"asked": json.dumps(since)} if sqlite else {"agents": list(since), "since": list(since.values())}
+    values: dict[str, Any] = (
+        {"asked": json.dumps(since)} if sqlite else {"agents": list(since), "since": list(since.values())}
+    )
     found = {row.agent: Denials(row.denials, row.newest_at) for row in db.execute(_DENIED_ON[db.dialect.name], values)}
     return {agent: found.get(agent, Denials()) for agent in since}
 

@@ -1,9 +1,9 @@
 """Locks that queue fairly (PostgreSQL advisory locks), and the one order in which they are taken.
 
-First the gate, then agents, then tasks, then what is counted over all agents, then who opens approvals, then rows: whoever takes some of them takes them in
-this order, so that no two wait for each other. Row locks would do for safety and not for liveness: shared ones let
-latecomers overtake, and a stream of issuers would keep a task from ending for as long as it flows (INV-27). SQLite has
-one writer, who waits for nobody, and needs none of this.
+First the gate, then agents, then tasks, then what is counted over all agents, then who opens approvals, then rows:
+whoever takes some of them takes them in this order, so that no two wait for each other. Row locks would do for safety
+and not for liveness: shared ones let latecomers overtake, and a stream of issuers would keep a task from ending for as
+long as it flows (INV-27). SQLite has one writer, who waits for nobody, and needs none of this.
 """
 
 from __future__ import annotations

@@ -443,9 +443,7 @@ class AuditEvent(Base):
         Index("events_grant_idx", "grant_id", "id"),
         Index("events_agent_idx", "agent", "id"),
         Index("events_type_idx", "type", "id"),
-        Index(
-            "events_denials_idx", "agent", "id", postgresql_where=text(IS_DENIAL), sqlite_where=text(IS_DENIAL)
-        ),
+        Index("events_denials_idx", "agent", "id", postgresql_where=text(IS_DENIAL), sqlite_where=text(IS_DENIAL)),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)

@@ -15,7 +15,7 @@ INSTANT = sa.DateTime(timezone=True).with_variant(sa.Integer(), "sqlite")
 LIVE = sa.text("state IN ('approved', 'active')")
 DENIAL = sa.text(
     "type IN ('grant.denied', 'grant.refused', 'grant.renewal_refused', 'approval.refused') AND outcome IN "
-    "('denied', 'forbidden', 'role_missing', 'locked_down', 'not_found', 'invalid_target', 'invalid_scope')"
+    "('denied', 'forbidden', 'role_missing', 'not_found', 'invalid_target', 'invalid_scope')"
 )
 
 
