@@ -287,8 +287,11 @@ class Limiter:
             needed.update(kind.limit.key for kind in new)
             with self._guard:
                 left = {key: self._left(limit) for key, limit in newest.items()}
-            # All that is needed, and not what is missing of it: what is left now may be used up when this is done.
-            lacking = {key: count for key, count in needed.items() if not left[key].is_last and left[key].left < count}
+            lacking = {
+                key: count - left[key].left
+                for key, count in needed.items()
+                if not left[key].is_last and left[key].left < count
+            }
             given = allowances.take(db, [self._wanted(newest[key], count) for key, count in lacking.items()])
             taken = {key: given[_row_of(key)] for key in lacking}
             fitting, first = self._first_of_their_kind(
@@ -306,7 +309,7 @@ class Limiter:
                 held.left += count
                 held.is_last = held.is_last or key in reached
             for key, kind in unknown.items():
-                if key in first:
+                if key in first and kind.limit.key in self._held:
                     self._held[kind.limit.key].left -= 1
                 self._kinds[key] = newest.get(kind.limit.key, kind.limit).start, key in counting or key in fitting
             for number, asked in asks.items():
