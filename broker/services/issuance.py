@@ -133,6 +133,11 @@ class Issuance:
         self._tasks = Tasks()
         self._batches: Batching[GrantRequest, Issued | Intent | Case] = Batching(self._issue_all, waiting=_WAITING)
 
+    def require_open(self, caller: Caller) -> None:
+        """Refuse whoever is at a limit, from memory alone: before a proof of theirs is used up, which costs a row."""
+        self._breakers.require_rested(caller.name)
+        self._limiter.require_open(caller)
+
     def issue(self, request: GrantRequest) -> Issued:
         """Decide, record and sign, for who does not wait for people. Raises PolicyDenied with the decision."""
         made = self.request(replace(request, may_wait=False))

@@ -142,6 +142,15 @@ class Limiter:
         self._pairs: set[tuple[str, str]] = set()  # (task, agent) of which the agent may ask under the task
         self._takes: Batching[_Asked, _Asked] = Batching(self._take_all, waiting=_WAITING)
 
+    def require_open(self, caller: Caller) -> None:
+        """Refuse, from memory alone, whoever could not ask for anything now; counts nothing."""
+        now_s = epoch(self._clock())
+        with self._guard:
+            for limit in self._of_caller(caller, now_s):
+                held = self._current(limit)
+                if held is not None and held.is_last and not held.left:
+                    raise limit.reached(now_s)
+
     @contextmanager
     def admitted(self, caller: Caller, *, resource: str, task_id: str | None) -> Iterator[Minting]:
         """Count one request before it is looked at, or raise LimitExceeded."""
@@ -181,15 +190,10 @@ class Limiter:
             return True
 
     def _asked(self, caller: Caller, resource: str, task_id: str | None) -> _Asked:
-        catalogue, now_s = self._standing.last_known().catalogue, epoch(self._clock())
-        agent, issuer = caller.name, caller.principal.issuer
-        rule, attesting = catalogue.rule(agent), catalogue.issuer(issuer)
-        limits = [
-            self._limit("requests_per_agent", agent, now_s, None if rule is None else rule.max_requests),
-            self._limit("requests_per_issuer", issuer, now_s, None if attesting is None else attesting.max_requests),
-        ]
+        agent, now_s = caller.name, epoch(self._clock())
+        limits = self._of_caller(caller, now_s)
         kinds = []
-        registered = catalogue.find_resource(resource)
+        registered = self._standing.last_known().catalogue.find_resource(resource)
         if registered is not None:
             # What is not registered is refused as such; to count it would be a row for each name somebody makes up.
             limits.append(self._limit("requests_per_resource", resource, now_s, registered.max_requests))
@@ -201,6 +205,15 @@ class Limiter:
         if registered is not None:
             kinds.append(_Kind(self._limit("resources_per_task", task_id, now_s), resource))
         return _Asked(now_s, tuple(limits), tuple(kinds), (task_id, agent))
+
+    def _of_caller(self, caller: Caller, now_s: int) -> list[_Limit]:
+        catalogue = self._standing.last_known().catalogue
+        agent, issuer = caller.name, caller.principal.issuer
+        rule, attesting = catalogue.rule(agent), catalogue.issuer(issuer)
+        return [
+            self._limit("requests_per_agent", agent, now_s, None if rule is None else rule.max_requests),
+            self._limit("requests_per_issuer", issuer, now_s, None if attesting is None else attesting.max_requests),
+        ]
 
     def _limit(self, name: str, value: str, now_s: int, own_bound: int | None = None) -> _Limit:
         # Windows of different ones begin at different moments, or all would be asked for at once.
