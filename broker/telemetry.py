@@ -30,6 +30,7 @@ _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SECONDS = Histogram("broker_http_request_seconds", "Time to answer", ["method", "route"], buckets=_BUCKETS)
 _REQUESTS = Counter("broker_http_requests", "Requests answered", ["method", "route", "status"])
 _UNAUTHENTICATED = Counter("broker_unauthenticated", "Workload tokens refused")
+_LIMITED = Counter("broker_limited_requests", "Requests refused because a limit was reached", ["limit"])
 _EVENTS = Counter("broker_events", "Audit events, counted when they are durable", ["type", "outcome"])
 _SWEPT = Counter("broker_swept_rows", "Rows the sweeper moved", ["what"])
 _SWEEP_SECONDS = Histogram("broker_sweep_seconds", "Time of one sweep", buckets=_BUCKETS)
@@ -75,6 +76,11 @@ def unauthenticated(reason: str, trace_id: str) -> None:
     """A workload token was refused. Only here is said why; it costs no row, because anybody can cause it (INV-35)."""
     _UNAUTHENTICATED.inc()
     _log.info("unauthenticated", extra={"fields": {"reason": reason, "trace_id": trace_id}})
+
+
+def limited(limit: str) -> None:
+    """A limit refused a request, whichever broker found it reached. `limit` is its name, of which there are few."""
+    _LIMITED.labels(limit).inc()
 
 
 def broke(problem: Exception, trace_id: str) -> None:

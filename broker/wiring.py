@@ -27,12 +27,14 @@ from broker.services.approval import Approvals
 from broker.services.asked import Versions
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
+from broker.services.breakers import Breakers
 from broker.services.collection import Collection
 from broker.services.debts import Debts
 from broker.services.explaining import Explaining
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.leases import Leases
+from broker.services.limits import Limiter
 from broker.services.notifying import Notifying
 from broker.services.proofs import Proofs
 from broker.services.reconciliation import Reconciliation, settings_in_use
@@ -154,6 +156,8 @@ def build(
     revocation = Revocation(
         database=database, standing=standing, debts=debts, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
     )
+    limiter = Limiter(database=database, standing=standing, limits=limits, clock=clock)
+    breakers = Breakers(database=database, standing=standing, revocation=revocation, limits=limits, clock=clock)
     versions = Versions(database=database, standing=standing)
     redeciding = Redeciding(database=database, standing=standing, versions=versions, clock=clock)
     return Broker(
@@ -171,6 +175,8 @@ def build(
             indexes=indexes,
             reconciliation=reconciliation,
             secrets=secrets,
+            limiter=limiter,
+            breakers=breakers,
             limits=limits,
             issuer=issuer,
             clock=clock,
@@ -183,6 +189,8 @@ def build(
             indexes=indexes,
             reconciliation=reconciliation,
             secrets=secrets,
+            limiter=limiter,
+            breakers=breakers,
             limits=limits,
             issuer=issuer,
             clock=clock,

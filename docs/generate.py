@@ -160,7 +160,7 @@ def _made(kind: type[errors.BrokerError]) -> errors.BrokerError:
     if kind is errors.PolicyDenied:
         return errors.PolicyDenied("", decision={})
     if kind is errors.LimitExceeded:
-        return errors.LimitExceeded("", retry_after_s=1)
+        return errors.LimitExceeded("", limit="", value=1, retry_after_s=1)
     return kind("")
 
 

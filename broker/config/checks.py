@@ -131,6 +131,29 @@ def check_limits(reader: Reader, grants: dict[str, Any], resources: Sequence[Row
             )
 
 
+def check_breakers(reader: Reader, limits: Mapping[str, Any]) -> None:
+    names = ("denials_window_s", "denials_throttle", "throttle_pause_s", "denials_lockdown")
+    if not all(name in limits for name in names):
+        return
+    window_s, throttle, pause_s, lockdown = (limits[name] for name in names)
+    if lockdown <= throttle:
+        reader.refuse(
+            "limits.denials_lockdown",
+            f"is not above limits.denials_throttle, which is {throttle}: an agent would be locked down before it is "
+            "throttled; raise it",
+            lockdown,
+        )
+        return
+    reached = throttle + window_s // pause_s
+    if lockdown > reached:
+        reader.refuse(
+            "limits.denials_lockdown",
+            f"is never reached: an agent that pauses {pause_s} s after each denial from number {throttle} on comes to "
+            f"{reached} in {window_s} s; lower it, or throttle_pause_s, or raise denials_window_s",
+            lockdown,
+        )
+
+
 def _unique(reader: Reader, rows: Sequence[Row], key: str) -> None:
     first: dict[str, str] = {}
     for at, _, values in rows:

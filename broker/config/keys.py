@@ -213,6 +213,18 @@ NOTICES: Mapping[str, tuple[Key, ...]] = {
 }
 
 
+_MOST = 1_000_000_000
+_REQUESTS = "Requests for a credential, renewals and collections among them, for"
+_TURNS = "Without it, none; with it, brokers that issue there take turns."
+
+
+def _own_limits(of: str, live: str) -> tuple[Key, Key]:
+    return (
+        _integer("max_requests", f"Instead of `limits.requests_per_{of}`.", 1, _MOST, default=None),
+        _integer("max_live", f"Instead of `{live}`.", 1, 100_000, default=None),
+    )
+
+
 TOP = (
     _string(
         "issuer",
@@ -246,7 +258,7 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
     "redis": (
         _string(
             "url",
-            "Limits and wake-ups across brokers; never truth. `redis://`, `rediss://` or `unix://`.",
+            "Wake-ups across brokers; never truth. `redis://`, `rediss://` or `unix://`.",
             default=None,
             check=values.redis_url,
             secret=True,
@@ -282,6 +294,83 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             0,
             16,
             default=Limits.max_delegation_depth,
+        ),
+    ),
+    "limits": (
+        _integer("window_s", "How long a window is. At its end counting begins anew.", 10, 3600, default=60),
+        _integer(
+            "requests_per_agent",
+            f"{_REQUESTS} one agent in a window; `max_requests` of a principal stands instead.",
+            1,
+            _MOST,
+            default=Limits.requests_per_agent,
+        ),
+        _integer("requests_per_task", f"{_REQUESTS} a task in a window.", 1, _MOST, default=Limits.requests_per_task),
+        _integer(
+            "requests_per_resource",
+            f"{_REQUESTS} one resource in a window; `max_requests` of the resource stands instead.",
+            1,
+            _MOST,
+            default=Limits.requests_per_resource,
+        ),
+        _integer(
+            "requests_per_issuer",
+            f"{_REQUESTS} all whom one issuer attests in a window; `max_requests` of the issuer stands instead.",
+            1,
+            _MOST,
+            default=Limits.requests_per_issuer,
+        ),
+        _integer(
+            "resources_per_agent",
+            "Different resources that one agent may ask for in a window.",
+            1,
+            _MOST,
+            default=Limits.resources_per_agent,
+        ),
+        _integer(
+            "resources_per_task",
+            "Different resources that may be asked for under one task in a window.",
+            1,
+            _MOST,
+            default=Limits.resources_per_task,
+        ),
+        _integer(
+            "mints_per_task",
+            "Credentials that one task gets as long as it lasts, renewals among them.",
+            1,
+            _MOST,
+            default=Limits.mints_per_task,
+        ),
+        _integer("live_per_task", f"Live grants one task may have. {_TURNS}", 1, 100_000, default=None),
+        _integer(
+            "live_per_resource",
+            f"Live grants there may be on one resource; `max_live` of the resource stands instead. {_TURNS}",
+            1,
+            100_000,
+            default=None,
+        ),
+        _integer(
+            "live_per_issuer",
+            "Live grants that all whom one issuer attests may have; `max_live` of the issuer stands instead. " + _TURNS,
+            1,
+            100_000,
+            default=None,
+        ),
+        _integer("denials_window_s", "How far back denials of an agent count.", 10, 86_400, default=600),
+        _integer(
+            "denials_throttle",
+            "Denials after which an agent has to pause after each further one.",
+            1,
+            _MOST,
+            default=Limits.denials_throttle,
+        ),
+        _integer("throttle_pause_s", "How long it pauses.", 1, 3600, default=_seconds(Limits.throttle_pause)),
+        _integer(
+            "denials_lockdown",
+            "Denials after which an agent is locked down, with an alert, until an admin lifts it.",
+            2,
+            _MOST,
+            default=Limits.denials_lockdown,
         ),
     ),
     "approvals": (
@@ -384,6 +473,7 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
         ),
         _boolean("single_use", "Each token is accepted once, by its `jti`.", default=TrustedIssuer.single_use),
         _boolean("users", "Its subjects are people on whose behalf agents may act.", default=TrustedIssuer.users),
+        *_own_limits("issuer", "limits.live_per_issuer"),
     ),
     "principals": (
         _string("name", "What policies, logs and other sections call it.", check=values.name),
@@ -416,6 +506,7 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             "A request without a task opens one, as long as the token.",
             default=PrincipalRule.implicit_tasks,
         ),
+        *_own_limits("agent", "grants.max_live_per_agent"),
     ),
     "notify": (
         _string("name", "What it is called in the log.", check=values.name),
@@ -473,6 +564,7 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             default=None,
         ),
         _facts("settings", "With one of `[[providers]]`, and only with it: what that is told to make.", "setting"),
+        *_own_limits("resource", "limits.live_per_resource"),
     ),
 }
 

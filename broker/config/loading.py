@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.config.checks import (
+    check_breakers,
     check_issuers,
     check_keys,
     check_limits,
@@ -69,6 +70,7 @@ def load(
     check_issuers(reader, rows["issuers"], rows["principals"], top.get("issuer"))
     check_principals(reader, rows["principals"], rows["issuers"])
     check_limits(reader, section["grants"], rows["resources"])
+    check_breakers(reader, section["limits"])
     added = check_providers(reader, rows["providers"])
     check_resources(reader, rows["resources"], rows["principals"], top.get("issuer"), added, has_vault=has_vault)
     policies, schema = read_policies(reader, section["policies"].get("directory"))
@@ -98,6 +100,7 @@ def load(
             collect_within=timedelta(seconds=approvals["collect_within_s"]),
             max_open_approvals_per_agent=approvals["max_open_per_agent"],
             max_open_approvals_per_group=approvals["max_open_per_group"],
+            **_breakers(section["limits"]),
         ),
         catalogue=Catalogue(
             issuers=tuple(_issuer(reader, values) for _, _, values in rows["issuers"]),
@@ -126,6 +129,16 @@ def vault_administrator(environ: Mapping[str, str] | None = None) -> VaultAdmini
         except Wrong as wrong:
             raise ConfigurationError([f"environment: VAULT_ADDR = {shown(at)}: {wrong}"]) from None
     return VaultAdministrator(address=at, token=Secret(token) if token else None)
+
+
+def _breakers(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """What `[limits]` says, as `Limits` calls it."""
+    durations = {"window_s": "window", "denials_window_s": "denials_window", "throttle_pause_s": "throttle_pause"}
+    found: dict[str, Any] = {durations[name]: timedelta(seconds=limits[name]) for name in durations}
+    for name, value in limits.items():
+        if name not in durations:
+            found[f"max_{name}" if name.startswith("live_") else name] = value
+    return found
 
 
 def _tupled(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from typing import Any
 from broker.domain.clock import rfc3339
 
 # What somebody has to hear of at once, and not when they next look.
-ALERTING = frozenset({"lease.stuck", "lease.found", "lease.gone", "login.found", "redecision.undecided"})
+ALERTING = frozenset(
+    {"lease.stuck", "lease.found", "lease.gone", "login.found", "redecision.undecided", "agent.locked_down"}
+)
+
+# What an agent was refused that it may not have, or that is not there for it. Not what it may ask again (a limit, a
+# task that ended meanwhile, a store that did not answer), nor a lockdown, which may be no fault of its own.
+DENIAL_TYPES = ("grant.denied", "grant.refused", "grant.renewal_refused", "approval.refused")
+DENIAL_OUTCOMES = ("denied", "forbidden", "role_missing", "not_found", "invalid_target", "invalid_scope")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,8 @@ class TrustedIssuer:
     max_lifetime_s: int = 3600
     single_use: bool = False
     users: bool = False
+    max_requests: int | None = None
+    max_live: int | None = None
 
     @property
     def trust_domain(self) -> str | None:
@@ -61,6 +63,8 @@ class PrincipalRule:
     groups: tuple[str, ...] = ()
     attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
     implicit_tasks: bool = False
+    max_requests: int | None = None
+    max_live: int | None = None
 
     def names(self, issuer: str, subject: str) -> bool:
         """Whether it speaks of this issuer and subject, compared exactly (INV-17), whatever else it demands."""
@@ -124,6 +128,8 @@ class Resource:
     verifiers: tuple[str, ...] = ()
     attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    max_requests: int | None = None
+    max_live: int | None = None
 
     @cached_property
     def offered(self) -> frozenset[str]:
@@ -132,7 +138,11 @@ class Resource:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The bounds one broker sets on every request, whatever a policy says."""
+    """The bounds one broker sets on every request, whatever a policy says.
+
+    What is `requests_per_…` and `resources_per_…` is of each `window`; `max_live_per_…` is of each moment, and None is
+    no such limit. A principal, an issuer or a resource may have a bound of its own instead.
+    """
 
     max_deadline: timedelta = timedelta(seconds=86400)
     default_ttl: timedelta = timedelta(seconds=300)
@@ -143,6 +153,21 @@ class Limits:
     collect_within: timedelta = timedelta(seconds=900)
     max_open_approvals_per_agent: int = 10
     max_open_approvals_per_group: int = 100
+    window: timedelta = timedelta(seconds=60)
+    requests_per_agent: int = 600
+    requests_per_task: int = 6_000
+    requests_per_resource: int = 300_000
+    requests_per_issuer: int = 300_000
+    resources_per_agent: int = 100
+    resources_per_task: int = 200
+    mints_per_task: int = 10_000
+    max_live_per_task: int | None = None
+    max_live_per_resource: int | None = None
+    max_live_per_issuer: int | None = None
+    denials_window: timedelta = timedelta(seconds=600)
+    denials_throttle: int = 30
+    throttle_pause: timedelta = timedelta(seconds=5)
+    denials_lockdown: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +210,18 @@ class Catalogue:
         """The principal of this name, as it is configured."""
         return self._rules.get(name)
 
+    @cached_property
+    def _issuers(self) -> Mapping[str, TrustedIssuer]:
+        return {issuer.name: issuer for issuer in self.issuers}
+
+    def issuer(self, name: str) -> TrustedIssuer | None:
+        """The issuer of this name, as it is configured."""
+        return self._issuers.get(name)
+
+    def find_resource(self, identifier: str) -> Resource | None:
+        """The registered resource; None where there is no such one."""
+        return self._resources.get(identifier)
+
     def resource(self, identifier: str) -> Resource:
         """The registered resource, compared as it is written: no normalising, no prefix."""
         found = self._resources.get(identifier)
@@ -213,11 +250,14 @@ class Catalogue:
         """The JSON kept as a configuration version; `from_document` is its inverse. The version is not part of it."""
         document = asdict(self)
         del document["version"]
-        for resource in document["resources"]:
-            # Without an empty table, a configuration that has none is the document it always was: a broker that is
-            # brought up to date applies no new version.
-            if not resource["settings"]:
-                del resource["settings"]
+        for item in (*document["issuers"], *document["principals"], *document["resources"]):
+            # Without what is not set, a configuration that has none of it is the document it always was: a broker that
+            # is brought up to date applies no new version.
+            for name in ("max_requests", "max_live"):
+                if item[name] is None:
+                    del item[name]
+            if item.get("settings") == {}:
+                del item["settings"]
         return document
 
     @classmethod

@@ -18,7 +18,7 @@
     ├── Conflict                the state does not allow it
     │   ├── TaskNotActive
     │   └── IdempotencyConflict     the same key, another body
-    ├── LimitExceeded           a limit; carries how long to wait
+    ├── LimitExceeded           a limit; carries which, and how long to wait
     └── Unavailable             we cannot answer now; never a yes
         ├── ProviderRefused         a system outside said no: it made no secret
         ├── ProviderUnavailable     a system outside did not say: a secret may exist
@@ -133,10 +133,15 @@ class IdempotencyConflict(Conflict):
 
 
 class LimitExceeded(BrokerError):
+    """`limit` is the name of the limit as the configuration has it, `value` its bound; `window_s` where it has one."""
+
     code = "limit_exceeded"
 
-    def __init__(self, detail: str, *, retry_after_s: int) -> None:
+    def __init__(self, detail: str, *, limit: str, value: int, retry_after_s: int, window_s: int | None = None) -> None:
         super().__init__(detail)
+        self.limit = limit
+        self.value = value
+        self.window_s = window_s
         self.retry_after_s = retry_after_s
 
 

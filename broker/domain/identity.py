@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, NewType
+from typing import Any, NewType, Protocol
 
 TaskId = NewType("TaskId", str)
 GrantId = NewType("GrantId", str)
@@ -117,6 +117,16 @@ class User:
     resources: frozenset[str] | None = None
     scopes: frozenset[str] | None = None
     for_one: bool = False
+
+
+class Actor(Protocol):
+    """Whoever does something, as an audit event names them: a caller, or the broker itself."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def trace_id(self) -> str | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

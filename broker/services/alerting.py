@@ -24,6 +24,7 @@ _SUMMARIES = {
     "lease.found": "a credential was alive outside that no row accounted for; it is being killed",
     "login.found": "a database login was alive that no lease accounted for; it is being ended",
     "redecision.undecided": "policy could not be asked about grants that are out; unless it can soon, they are ended",
+    "agent.locked_down": "an agent was denied so often that it was locked down; an admin looks, and lifts it",
     "lease.gone": "a credential we held is unknown to its provider; its grant was ended",
 }
 

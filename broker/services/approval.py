@@ -113,6 +113,8 @@ class Opening:
         if mine >= self._limits.max_open_approvals_per_agent:
             raise LimitExceeded(
                 f"{mine} requests of {grant.agent} wait for people, its limit: wait for them, or withdraw some",
+                limit="max_open_per_agent",
+                value=self._limits.max_open_approvals_per_agent,
                 retry_after_s=_COME_AGAIN_S,
             )
         for group in groups:
@@ -122,6 +124,8 @@ class Opening:
             if waiting >= self._limits.max_open_approvals_per_group:
                 raise LimitExceeded(
                     f"{waiting} requests wait for {group!r}, all that it is asked at once: come again later",
+                    limit="max_open_per_group",
+                    value=self._limits.max_open_approvals_per_group,
                     retry_after_s=_COME_AGAIN_S,
                 )
 

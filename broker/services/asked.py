@@ -85,6 +85,8 @@ class Kept:
     ttl_s: int
     delegation_depth: int
     risk: str
+    live_grants: int | None
+    recent_denials: int | None
     complete: bool
 
 
@@ -100,6 +102,8 @@ def kept_of(grant: Grant) -> Kept:
             ttl_s=grant.ttl_s,
             delegation_depth=0,
             risk="low",
+            live_grants=None,
+            recent_denials=None,
             complete=False,
         )
     return Kept(
@@ -109,6 +113,9 @@ def kept_of(grant: Grant) -> Kept:
         ttl_s=terms["ttl_s"],
         delegation_depth=terms["delegation_depth"],
         risk=terms["risk"],
+        # None of a grant that was decided before the broker kept them.
+        live_grants=terms.get("live_grants"),
+        recent_denials=terms.get("recent_denials"),
         complete=True,
     )
 
@@ -144,4 +151,6 @@ def asked(grant: Grant, task: Task, found: Kept, *, agent: Principal, resource: 
         user=grant.on_behalf_of,
         delegation_depth=found.delegation_depth,
         risk=found.risk,
+        live_grants=found.live_grants or 0,
+        recent_denials=found.recent_denials or 0,
     )

@@ -34,10 +34,13 @@ from broker.domain.identity import Caller, Principal, is_id, new_id
 from broker.domain.lifecycle import GrantState
 from broker.domain.policy import DENY, NEEDS_APPROVAL, Decision
 from broker.domain.task import Task
+from broker.services import live_limits
 from broker.services.approval import requesters_of
+from broker.services.breakers import Breakers, is_denial
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING
 from broker.services.grant_events import grant_event, sentence
+from broker.services.limits import Limiter
 from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, current_caller
@@ -63,6 +66,7 @@ class _Held:
     approval: Approval
     votes: Sequence[Vote]
     task: Task
+    live_of: Mapping[live_limits.Thing, int]
 
 
 class Collection:
@@ -74,6 +78,8 @@ class Collection:
         indexes: StatusIndexes,
         reconciliation: Reconciliation,
         secrets: Secrets,
+        limiter: Limiter,
+        breakers: Breakers,
         limits: Limits,
         issuer: str,
         clock: Clock,
@@ -83,6 +89,8 @@ class Collection:
         self._indexes = indexes
         self._reconciliation = reconciliation
         self._secrets = secrets
+        self._limiter = limiter
+        self._breakers = breakers
         self._limits = limits
         self._issuer = issuer
         self._clock = clock
@@ -95,12 +103,17 @@ class Collection:
 
         `parameters` are those of the request again: the broker kept their hash alone.
         """
-        outcome = self._collect(caller, grant_id, jkt, parameters or {})
-        if isinstance(outcome, PolicyDenied):
-            raise outcome.explained()
-        if isinstance(outcome, BrokerError):
-            raise outcome
-        return self._secrets.obtain(outcome) if isinstance(outcome, Intent) else outcome
+        self._breakers.require_rested(caller.name)
+        with self._limiter.admitted_again(caller, grant_id) as minting:
+            outcome = self._collect(caller, grant_id, jkt, parameters or {})
+            if is_denial(outcome):
+                self._breakers.after_denials([caller.name])
+            if isinstance(outcome, PolicyDenied):
+                raise outcome.explained()
+            if isinstance(outcome, BrokerError):
+                raise outcome
+            minting.made = True
+            return self._secrets.obtain(outcome) if isinstance(outcome, Intent) else outcome
 
     def _collect(
         self, caller: Caller, grant_id: str, jkt: str | None, parameters: Mapping[str, str]
@@ -109,8 +122,10 @@ class Collection:
         with self._database.begin_issuing() as db:
             unlocked = grants.find_grant(db, grant_id) if is_id(grant_id, "grt") else None
             agents, tasks_of_it = ([], []) if unlocked is None else ([unlocked.agent], [unlocked.task_id])
+            wanted = [] if unlocked is None else [_counts_for(unlocked)]
+            counted = live_limits.bounds(self._limits, self._standing.last_known().catalogue, wanted)
             # As issuing takes them: two that collect at once go one after the other, and so does an end of the task.
-            locks.hold_for_issuing(db, agents=agents, tasks=tasks_of_it)
+            locks.hold_for_issuing(db, agents=agents, tasks=tasks_of_it, counted=live_limits.locks_of(counted))
             now = self._clock()
             standing = self._standing.at(db, gate.era_of(db))
             tasks = self._tasks.hold_shared(db, tasks_of_it)
@@ -134,12 +149,14 @@ class Collection:
                     approval=approval,
                     votes=approvals.votes_of(db, [approval.id])[approval.id],
                     task=tasks[grant.task_id],
+                    live_of=live_limits.count(db, counted, now),
                 )
                 _require_collectable(held, jkt)
                 return self._collected(held, parameters)
             except BrokerError as refusal:
                 # The refusal is recorded; the grant stays as it is until it expires or somebody ends it.
-                if not isinstance(refusal, Unavailable):
+                told = not isinstance(refusal, LimitExceeded) or self._limiter.is_news(refusal.limit, caller.name)
+                if told and not isinstance(refusal, Unavailable):
                     record(db, [_refused(grant, caller, now, refusal)])
                 return refusal
 
@@ -183,6 +200,8 @@ class Collection:
         require_known_user(grant.on_behalf_of, standing.catalogue)
         left = narrowed(approval, held.votes)
         require_may_ask(principal, resource, left.scopes, grant.jkt)
+        most = live_limits.agent_bound(self._limits, standing.catalogue, grant.agent)
+        denied = self._breakers.denials(held.db, [grant.agent], standing, held.now)[grant.agent]
         found = terms(
             GrantRequest(
                 caller=held.caller,
@@ -204,6 +223,8 @@ class Collection:
             now=held.now,
             renewable_until=grant.renewable_until,
             risk=standing.risks.level(grant.agent, grant.on_behalf_of, held.now),
+            live_grants=self._beside(held, at_most=most + 1),
+            recent_denials=denied.count,
         )
         approved = replace(found.asked, scopes=frozenset(approval.scopes), ttl_s=approval.ttl_s)
         if not approved.sha256() == approval.request_sha256 == grant.request_sha256:
@@ -236,12 +257,15 @@ class Collection:
 
     def _require_room(self, held: _Held) -> None:
         """INV-34: it is counted among the live ones since it was approved, and more may have come meanwhile."""
-        agent, most = held.grant.agent, self._limits.max_live_per_agent
-        if grants.count_live(held.db, [agent], now=held.now, at_most=most + 1)[agent] > most:
-            raise LimitExceeded(
-                f"{agent} holds {most} live grants, its limit: revoke some, or wait until they expire",
-                retry_after_s=5,
-            )
+        agent, catalogue = held.grant.agent, held.standing.catalogue
+        most = live_limits.agent_bound(self._limits, catalogue, agent)
+        live_limits.require_room_of_agent(agent, self._beside(held, at_most=most + 1), most)
+        live_limits.require_room(_counts_for(held.grant), held.live_of, self._limits, catalogue, counted_already=True)
+
+    def _beside(self, held: _Held, *, at_most: int) -> int:
+        """How many live grants its agent has beside this one, which is counted since it was approved."""
+        agent = held.grant.agent
+        return max(0, grants.count_live(held.db, [agent], now=held.now, at_most=at_most)[agent] - 1)
 
     def _granted(self, held: _Held, found: Terms, resource: Resource) -> Grant:
         """The row as it is from here on; of a token with everything it is named by."""
@@ -299,6 +323,10 @@ class Collection:
             longest=timedelta(seconds=resource.max_ttl_s),
             parameters=parameters,
         )
+
+
+def _counts_for(grant: Grant) -> live_limits.For:
+    return live_limits.For(task_id=grant.task_id, resource=grant.resource, issuer=grant.issuer)
 
 
 def _require_collectable(held: _Held, jkt: str | None) -> None:

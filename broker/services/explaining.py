@@ -235,6 +235,7 @@ def _facts(grant: Grant, task: Task, found: Kept, question: AccessRequest | None
             "user": grant.on_behalf_of,
             "delegation_depth": found.delegation_depth,
             "risk": found.risk,
+            "agent": {"live_grants": found.live_grants, "recent_denials": found.recent_denials},
             "time": {"hour": found.decided_at.hour, "weekday": found.decided_at.isoweekday()},
         },
         "agents_words": {"intent": grant.intent or "", "claimed": dict(grant.claimed)},
@@ -246,6 +247,8 @@ def _missing(
 ) -> Iterator[str]:
     if not found.complete:
         yield "it was decided before the broker kept its ceilings: they are not known"
+    elif found.live_grants is None:
+        yield "it was decided before the broker kept what its agent held and was denied: it is not known"
     if version is None or question is None:
         yield "the configuration it was decided by does not tell of its agent and resource any more"
     elif version.policies is None:

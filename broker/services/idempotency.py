@@ -8,13 +8,13 @@ from sqlalchemy import Connection
 
 from broker.domain.errors import IdempotencyConflict
 from broker.domain.grant import IdempotencyClaim
-from broker.domain.identity import Caller
+from broker.domain.identity import Actor
 from broker.store.standing import claim_key
 
 REMEMBERED_FOR = timedelta(days=1)
 
 
-def claimed(db: Connection, caller: Caller, claim: IdempotencyClaim, made_id: str, now: datetime) -> str:
+def claimed(db: Connection, caller: Actor, claim: IdempotencyClaim, made_id: str, now: datetime) -> str:
     """The id this key stands for: `made_id` if the key is new, what was made under it otherwise."""
     stands_for, request_sha256 = claim_key(
         db,

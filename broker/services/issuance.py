@@ -39,12 +39,15 @@ from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.policy import NEEDS_APPROVAL, PolicySet
 from broker.domain.task import Task
+from broker.services import live_limits
 from broker.services.approval import Opening, cases, opened_event
 from broker.services.batching import Batching
+from broker.services.breakers import Breakers, is_denial, throttled
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING, end_with_descendants
 from broker.services.grant_events import grant_event, sentence
 from broker.services.idempotency import claimed
+from broker.services.limits import Limiter
 from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, principal_of
@@ -53,6 +56,7 @@ from broker.services.terms import Terms, require_known_user, require_may_ask, te
 from broker.store import gate, locks
 from broker.store.approvals import approval_of_grant, insert_approvals
 from broker.store.database import Database
+from broker.store.events import Denials
 from broker.store.grants import (
     count_live,
     find_grant,
@@ -82,6 +86,8 @@ class _Moment:
     tasks: Mapping[str, Task]
     parents: Mapping[str, Grant]
     live: dict[str, int]
+    live_of: dict[live_limits.Thing, int]
+    denials: dict[str, Denials]
     opening: Opening
 
 
@@ -106,6 +112,8 @@ class Issuance:
         indexes: StatusIndexes,
         reconciliation: Reconciliation,
         secrets: Secrets,
+        limiter: Limiter,
+        breakers: Breakers,
         limits: Limits,
         issuer: str,
         clock: Clock,
@@ -116,12 +124,19 @@ class Issuance:
         self._indexes = indexes
         self._reconciliation = reconciliation
         self._secrets = secrets
+        self._limiter = limiter
+        self._breakers = breakers
         self._limits = limits
         self._issuer = issuer
         self._clock = clock
         self._routes = routes
         self._tasks = Tasks()
         self._batches: Batching[GrantRequest, Issued | Intent | Case] = Batching(self._issue_all, waiting=_WAITING)
+
+    def require_open(self, caller: Caller) -> None:
+        """Refuse whoever is at a limit, from memory alone: before a proof of theirs is used up, which costs a row."""
+        self._breakers.require_rested(caller.name)
+        self._limiter.require_open(caller)
 
     def issue(self, request: GrantRequest) -> Issued:
         """Decide, record and sign, for who does not wait for people. Raises PolicyDenied with the decision."""
@@ -132,27 +147,45 @@ class Issuance:
 
     def request(self, request: GrantRequest) -> Issued | Case:
         """The credential, or the approval that it waits for. Raises PolicyDenied with the decision, recorded too."""
-        try:
-            made = self._batches.submit(request)
-        except PolicyDenied as refusal:
-            # After the commit: while it is searched for what would be allowed, nobody waits (INV-27).
-            raise refusal.explained() from None
-        return self._secrets.obtain(made) if isinstance(made, Intent) else made
+        self._breakers.require_rested(request.caller.name)
+        task_id = request.task_id
+        if task_id is None and request.parent_grant_id is not None:
+            task_id = self._task_handed_down(request.parent_grant_id)
+        with self._limiter.admitted(request.caller, resource=request.resource, task_id=task_id) as minting:
+            try:
+                made = self._batches.submit(request)
+            except PolicyDenied as refusal:
+                # After the commit: while it is searched for what would be allowed, nobody waits (INV-27).
+                raise refusal.explained() from None
+            minting.made = not isinstance(made, Case)
+            return self._secrets.obtain(made) if isinstance(made, Intent) else made
 
     def renew(self, caller: Caller, grant_id: str, *, ttl: timedelta | None, jkt: str | None = None) -> Issued:
         """A new token for the same grant, decided again, never past the grant's maximum."""
-        outcome = self._renew(caller, grant_id, ttl, jkt)
-        if isinstance(outcome, PolicyDenied):
-            raise outcome.explained()
-        if isinstance(outcome, BrokerError):
-            raise outcome
-        return outcome
+        self._breakers.require_rested(caller.name)
+        with self._limiter.admitted_again(caller, grant_id) as minting:
+            outcome = self._renew(caller, grant_id, ttl, jkt)
+            if is_denial(outcome):
+                self._breakers.after_denials([caller.name])
+            if isinstance(outcome, PolicyDenied):
+                raise outcome.explained()
+            if isinstance(outcome, BrokerError):
+                raise outcome
+            minting.made = True
+            return outcome
 
     def may_take(self, caller: Caller, grant: Authority) -> bool:
         """Whether somebody's grant may be handed down to this agent at all: whoever opened the task named them both."""
         with self._database.read() as db:
             task = find_task(db, grant.task_id)
         return task is not None and caller.name in task.agents
+
+    def _task_handed_down(self, grant_id: str) -> str | None:
+        """The task of a grant that is handed down; whether it may be is asked later."""
+        if not is_id(grant_id, "grt"):
+            return None
+        with self._database.read() as db:
+            return next(iter(tasks_of_grants(db, [grant_id])), None)
 
     # --- Issuing ------------------------------------------------------------------------------------------------------
 
@@ -168,6 +201,13 @@ class Issuance:
             insert_approvals(db, batch.approvals)
             owe_notices(db, batch.approvals, self._routes)
             record(db, batch.events)
+        denied = {
+            request.caller.name
+            for request, outcome in zip(requests, outcomes, strict=True)
+            if is_denial(outcome) or moment.denials[request.caller.name].count >= self._limits.denials_lockdown
+        }
+        if denied:
+            self._breakers.after_denials(denied)
         return outcomes
 
     def _moment(self, db: Connection, requests: Sequence[GrantRequest]) -> _Moment:
@@ -182,19 +222,24 @@ class Issuance:
         wanted = {request.task_id for request in requests if request.task_id is not None}
         task_ids = {task_id for task_id in wanted if is_id(task_id, "task")} | again
         agents = {request.caller.name for request in requests}
-        locks.hold_for_issuing(db, agents=agents, tasks=task_ids)
+        counting = [_counts_for(request, request.task_id) for request in requests]
+        counting += [replace(counting[0], task_id=task_id) for task_id in again]
+        counted = live_limits.bounds(self._limits, self._standing.last_known().catalogue, counting)
+        locks.hold_for_issuing(db, agents=agents, tasks=task_ids, counted=live_limits.locks_of(counted))
         # Behind the locks, however long they were waited for.
         now = self._clock()
         standing = self._standing.at(db, gate.era_of(db))
         tasks = self._tasks.hold_shared(db, task_ids)
-        live = count_live(db, agents, now=now, at_most=self._limits.max_live_per_agent)
+        most = max(live_limits.agent_bound(self._limits, standing.catalogue, agent) for agent in agents)
         return _Moment(
             now=now,
             db=db,
             standing=standing,
             tasks=tasks,
             parents=hold_parents(db, parents),
-            live=live,
+            live=count_live(db, agents, now=now, at_most=most),
+            live_of=live_limits.count(db, counted, now),
+            denials=self._breakers.denials(db, agents, standing, now),
             opening=Opening(db, standing, self._limits, now),
         )
 
@@ -217,13 +262,25 @@ class Issuance:
                     key_sha256=request.idempotency.key_sha256,
                     made_id=grant_id,
                 )
-            if not isinstance(refusal, PolicyDenied | Unavailable):
+            if not isinstance(refusal, PolicyDenied | Unavailable) and self._is_told(request, refusal):
                 batch.events.append(_refused(request, moment, refusal))
+            if is_denial(refusal):
+                self._count_denial(request.caller.name, moment, batch)
             return refusal
+
+    def _is_told(self, request: GrantRequest, refusal: BrokerError) -> bool:
+        """Whether it is recorded: that a limit is reached is said once a window, however often somebody asks."""
+        return not isinstance(refusal, LimitExceeded) or self._limiter.is_news(refusal.limit, request.caller.name)
+
+    def _count_denial(self, agent: str, moment: _Moment, batch: _Batch) -> None:
+        before = moment.denials[agent]
+        moment.denials[agent] = after = Denials(before.count + 1, moment.now)
+        batch.events.extend(throttled(agent, before, after, self._limits, moment.now))
 
     def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued | Intent | Case:
         now, standing = moment.now, moment.standing
         principal = _known(request.caller, moment)
+        self._breakers.require_rest(principal.name, moment.denials[principal.name], now)
         parent = self._parent_for(request, principal, moment)
         if parent is not None:
             request = replace(request, task_id=parent.task_id)
@@ -237,12 +294,13 @@ class Issuance:
         elif request.parameters:
             raise Invalid(f"{resource.identifier} takes no parameters: leave them out", member="parameters")
         task = self._task_for(request, principal, moment)
-        if moment.live[principal.name] >= self._limits.max_live_per_agent:
-            raise LimitExceeded(
-                f"{principal.name} holds {self._limits.max_live_per_agent} live grants, its limit: revoke what is no "
-                "longer needed, or wait until it expires",
-                retry_after_s=5,
-            )
+        held = moment.live[principal.name]
+        live_limits.require_room_of_agent(
+            principal.name, held, live_limits.agent_bound(self._limits, standing.catalogue, principal.name)
+        )
+        live_limits.require_room(
+            _counts_for(request, request.task_id), moment.live_of, self._limits, standing.catalogue
+        )
         user = user_of(request, task, parent)
         require_known_user(user, standing.catalogue)
         found = terms(
@@ -256,6 +314,8 @@ class Issuance:
             limits=self._limits,
             now=now,
             risk=standing.risks.level(principal.name, user, now),
+            live_grants=held,
+            recent_denials=moment.denials[principal.name].count,
         )
         # Taken before it is sure to be used: a place in a status list may be lost, never shared.
         place = self._indexes.take(task.id, now) if found.allowed and not outside else (None, None)
@@ -282,7 +342,7 @@ class Issuance:
         batch.grants.append(issued.grant)
         batch.events.append(grant_event(issued.grant, request.caller, now, "grant.issued"))
         batch.answers[grant_id] = issued
-        moment.live[principal.name] += 1
+        _count_live(issued.grant, moment)
         return issued
 
     def _waiting(
@@ -341,7 +401,7 @@ class Issuance:
             parameters=request.parameters,
         )
         batch.answers[grant.id] = intent
-        moment.live[grant.agent] += 1
+        _count_live(grant, moment)
         return intent
 
     def _granted(
@@ -604,6 +664,12 @@ class Issuance:
         for row in ended:
             if row.agent in moment.live:
                 moment.live[row.agent] -= 1
+            issuer = earlier.issuer if row.id == earlier.id else ""
+            for thing in live_limits.things_of(
+                live_limits.For(task_id=row.task_id, resource=row.resource, issuer=issuer)
+            ):
+                if thing in moment.live_of:
+                    moment.live_of[thing] -= 1
         return self._issued(request, grant_id, moment, batch)
 
     # --- Renewing -----------------------------------------------------------------------------------------------------
@@ -624,7 +690,14 @@ class Issuance:
                 principal = principal_of(caller, standing)
                 if grant is None or not grant.is_held_by(principal):
                     raise NotFound(f"there is no grant {grant_id[:64]!r} of yours")
-                issued = self._renewed(grant, parent, tasks[grant.task_id], standing, principal, caller, ttl, jkt, now)
+                agent = caller.name
+                most = 1 + live_limits.agent_bound(self._limits, standing.catalogue, agent)
+                held = count_live(db, [agent], now=now, at_most=most)
+                denied = self._breakers.denials(db, [agent], standing, now)[agent]
+                facts = {"live_grants": max(0, held[agent] - 1), "recent_denials": denied.count}
+                issued = self._renewed(
+                    grant, parent, tasks[grant.task_id], standing, principal, caller, ttl, jkt, now, facts
+                )
             except BrokerError as refusal:
                 # The refusal is recorded; the grant stays as it is until it expires or somebody revokes it.
                 if not isinstance(refusal, Unavailable):
@@ -647,6 +720,7 @@ class Issuance:
         ttl: timedelta | None,
         jkt: str | None,
         now: datetime,
+        facts: Mapping[str, int],
     ) -> Issued:
         _require_live(grant, task, standing, now)
         if parent is not None:
@@ -684,6 +758,7 @@ class Issuance:
             now=now,
             renewable_until=grant.renewable_until,
             risk=standing.risks.level(principal.name, grant.on_behalf_of, now),
+            **facts,
         )
         if not found.allowed:
             raise _denial(grant, found, standing.policies, kept=False)
@@ -703,6 +778,20 @@ class Issuance:
             terms=found.as_json(),
         )
         return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
+
+
+def _counts_for(request: GrantRequest, task_id: str | None) -> live_limits.For:
+    return live_limits.For(task_id=task_id, resource=request.resource, issuer=request.caller.principal.issuer)
+
+
+def _count_live(grant: Grant, moment: _Moment) -> None:
+    """What comes after it in the same transaction finds it counted."""
+    moment.live[grant.agent] += 1
+    for thing in live_limits.things_of(
+        live_limits.For(task_id=grant.task_id, resource=grant.resource, issuer=grant.issuer)
+    ):
+        if thing in moment.live_of:
+            moment.live_of[thing] += 1
 
 
 def _require_fits(request: GrantRequest, resource: Resource) -> None:
@@ -789,6 +878,7 @@ def _renewal_refused(grant: Grant | None, caller: Caller, now: datetime, refusal
         at=now,
         type="grant.renewal_refused",
         actor=caller.name,
+        agent=caller.name,
         outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
         reason=refusal.detail[:1000],
         trace_id=caller.trace_id,

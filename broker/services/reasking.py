@@ -253,6 +253,8 @@ class _Asked:
             user=row.on_behalf_of,
             delegation_depth=row.delegation_depth or 0,
             risk=self.risk,
+            live_grants=row.live_grants or 0,
+            recent_denials=row.recent_denials or 0,
         )
 
 
@@ -271,6 +273,8 @@ _TELLS: Mapping[Path, Callable[[_Asked], Any]] = {
     ("delegation_depth",): lambda asked: asked.row.delegation_depth,
     ("user",): lambda asked: asked.row.on_behalf_of,
     ("risk",): lambda asked: asked.risk,
+    ("agent", "live_grants"): lambda asked: asked.row.live_grants or 0,
+    ("agent", "recent_denials"): lambda asked: asked.row.recent_denials or 0,
     ("time", "hour"): lambda asked: asked.decided_at.hour,
     ("time", "weekday"): lambda asked: asked.decided_at.isoweekday(),
     ("claimed",): lambda asked: asked.row.claimed,

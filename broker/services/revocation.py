@@ -6,7 +6,7 @@ and the rest by the sweeper. Dry run first: counts and samples, and nothing chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,7 +17,7 @@ from broker.domain.audit import Event
 from broker.domain.clock import Clock
 from broker.domain.errors import Conflict, NotFound, RoleMissing
 from broker.domain.grant import Grant, IdempotencyClaim
-from broker.domain.identity import Caller, Role, is_id, new_id
+from broker.domain.identity import Actor, Caller, Role, is_id, new_id
 from broker.domain.lease import Urgency
 from broker.domain.lifecycle import GrantState
 from broker.domain.receipt import Receipt, receipt_line
@@ -64,6 +64,14 @@ class BulkOutcome:
     by_agent: Mapping[str, int]
     samples: list[Grant]
     receipt: SignedReceipt | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ourselves:
+    """Who orders it where nobody called."""
+
+    name: str = ACTOR
+    trace_id: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +175,22 @@ class Revocation:
             order = self._ordered(db, caller, axis, value, reason, lockdown=lockdown, idempotency=idempotency)
         return self._carried_out(order)
 
+    def lock_down_agent(self, agent: str, why: Callable[[Connection], str | None]) -> Lockdown | None:
+        """Lock an agent down by our own decision, if there still is a reason once nobody issues any more; one at most.
+
+        `why` is asked behind the gate, where of two brokers that want it the second finds what the first did.
+        """
+        with self._database.begin() as db:
+            locks.hold_gate_alone(db)
+            reason = None if standing.has_lockdown(db, "agent", agent) else why(db)
+            if reason is None:
+                return None
+            by = _Ourselves()
+            order = self._ordered(db, by, "agent", agent, reason, lockdown=True)
+            made_id, now = order.refusal.id, order.ordered_at
+            record(db, [_bulk_event(by, "agent", agent, reason, now, "agent.locked_down", made_id)])
+        return self._carried_out(order).lockdown
+
     def compromise_key(self, caller: Caller, kid: str, *, reason: str) -> BulkOutcome:
         """Stop trusting a signing key everywhere, and revoke everything it signed, in one transaction."""
         require_admin(caller)
@@ -199,7 +223,7 @@ class Revocation:
     def _ordered(
         self,
         db: Connection,
-        caller: Caller,
+        by: Actor,
         axis: str,
         value: str,
         reason: str,
@@ -212,7 +236,7 @@ class Revocation:
         now = self._clock()
         made_id = new_id("lck", now)
         if idempotency is not None:
-            earlier_id = claimed(db, caller, idempotency, made_id, now)
+            earlier_id = claimed(db, by, idempotency, made_id, now)
             if earlier_id != made_id:
                 return _order_of(db, earlier_id)
         refusal = Refusal(id=made_id, axis=axis, value=value, reason=reason, era=era)
@@ -223,14 +247,14 @@ class Revocation:
             "era": era,
             "reason": reason,
             "revoked_at": now,
-            "revoked_by": caller.name,
+            "revoked_by": by.name,
             "rows_followed_at": None,
         }
         self._being_counted.add(made_id)
         standing.insert_bulk_revocation(db, row)
         # One id for both: they were said in one breath, and a repeated request finds both by it.
-        set_ = _set_lockdown(db, caller, made_id, axis, value, reason, now) if lockdown else None
-        record(db, [_bulk_event(caller, axis, value, reason, now, "revocation.ordered", made_id)])
+        set_ = _set_lockdown(db, by, made_id, axis, value, reason, now) if lockdown else None
+        record(db, [_bulk_event(by, axis, value, reason, now, "revocation.ordered", made_id)])
         return _Order(refusal=refusal, ordered_at=now, lockdown=set_)
 
     def _carried_out(self, order: _Order) -> BulkOutcome:
@@ -364,11 +388,11 @@ def may_see(caller: Caller, grant: Grant) -> bool:
 
 
 def _set_lockdown(
-    db: Connection, caller: Caller, made_id: str, axis: str, value: str, reason: str, now: datetime
+    db: Connection, by: Actor, made_id: str, axis: str, value: str, reason: str, now: datetime
 ) -> Lockdown:
-    lockdown = Lockdown(id=made_id, axis=axis, value=value, reason=reason, set_at=now, set_by=caller.name)
+    lockdown = Lockdown(id=made_id, axis=axis, value=value, reason=reason, set_at=now, set_by=by.name)
     standing.insert_lockdown(db, vars(lockdown))
-    record(db, [_bulk_event(caller, axis, value, reason, now, "lockdown.set", lockdown.id)])
+    record(db, [_bulk_event(by, axis, value, reason, now, "lockdown.set", lockdown.id)])
     return lockdown
 
 
@@ -386,14 +410,14 @@ def _lockdown_of(row: Row[Any]) -> Lockdown:
     return Lockdown(**{name: getattr(row, name) for name in Lockdown.__dataclass_fields__})
 
 
-def _bulk_event(caller: Caller, axis: str, value: str, reason: str, now: datetime, type_: str, made_id: str) -> Event:
+def _bulk_event(by: Actor, axis: str, value: str, reason: str, now: datetime, type_: str, made_id: str) -> Event:
     return Event(
         id=new_id("evt", now),
         at=now,
         type=type_,
-        actor=caller.name,
+        actor=by.name,
         reason=reason,
-        trace_id=caller.trace_id,
+        trace_id=by.trace_id,
         task_id=value if axis == "task" and is_id(value, "task") else None,
         agent=value if axis == "agent" else None,
         user=value if axis == "user" else None,

@@ -7,7 +7,9 @@ rows have all followed is dropped without a turn: to remember it longer changes 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
@@ -22,7 +24,7 @@ from broker.services.keys import KeyRing, Keys
 from broker.store import gate
 from broker.store.database import Database
 from broker.store.signals import standing_signals
-from broker.store.standing import latest_configuration, standing_refusals
+from broker.store.standing import latest_configuration, lifted_from_agents, standing_refusals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,7 @@ class Standing:
     keys: KeyRing
     refusals: Refusals
     risks: Risks
+    lifted_at: Mapping[str, datetime]  # by agent: when a lockdown over it was lifted last, of the last day
 
 
 class StandingReader:
@@ -87,6 +90,7 @@ class StandingReader:
             catalogue = Catalogue.from_document(row.version, row.document)
             policies = PolicySet.compile(catalogue, applied=True)
         refusals = Refusals(standing_refusals(db))
+        now = self._clock()
         return Standing(
             era=era,
             catalogue=catalogue,
@@ -94,7 +98,8 @@ class StandingReader:
             keys=self._keys.load(db),
             refusals=refusals,
             # Those that end meanwhile end by themselves, wherever somebody asks.
-            risks=Risks(standing_signals(db, now=self._clock())),
+            risks=Risks(standing_signals(db, now=now)),
+            lifted_at=lifted_from_agents(db, since=now - timedelta(days=1)),
         )
 
 

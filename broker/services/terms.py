@@ -51,6 +51,8 @@ class Terms:
             "ttl_s": self.asked.ttl_s,
             "delegation_depth": self.asked.delegation_depth,
             "risk": self.asked.risk,
+            "live_grants": self.asked.live_grants,
+            "recent_denials": self.asked.recent_denials,
         }
 
 
@@ -97,6 +99,8 @@ def terms(
     parent: Grant | None = None,
     renewable_until: datetime | None = None,
     risk: str = "low",
+    live_grants: int = 0,
+    recent_denials: int = 0,
 ) -> Terms:
     """The minimum of all ceilings (INV-08), and what policy says to exactly that."""
     ceilings = {
@@ -141,6 +145,8 @@ def terms(
         user=user,
         delegation_depth=0 if parent is None else len(parent.chain) + 1,
         risk=risk,
+        live_grants=live_grants,
+        recent_denials=recent_denials,
     )
     decision = policies.decide(asked)
     if decision.failure is not None:

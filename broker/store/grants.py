@@ -172,33 +172,40 @@ def find_with_tasks(db: Connection, ids: Collection[str]) -> Mapping[str, tuple[
 
 
 _LIVE_OF = """
-    SELECT agent, (
+    SELECT asked.value, (
         SELECT count(*) FROM (
             SELECT 1 FROM grants
-            WHERE grants.agent = asked.agent AND grants.state IN ('approved', 'active') AND grants.expires_at > :now
+            WHERE grants.{column} = asked.value AND grants.state IN ('approved', 'active') AND grants.expires_at > :now
             LIMIT :at_most
         ) AS live
     ) AS held
     FROM {asked}
 """
+_ASKED = {
+    "postgresql": "unnest(CAST(:values AS text[])) AS asked (value)",
+    "sqlite": "(SELECT value FROM json_each(:values)) AS asked",
+}
 _LIVE_ON = {
-    "postgresql": text(_LIVE_OF.format(asked="unnest(CAST(:agents AS text[])) AS asked (agent)")),
-    "sqlite": text(_LIVE_OF.format(asked="(SELECT value AS agent FROM json_each(:agents)) AS asked")),
+    (dialect, column): text(_LIVE_OF.format(column=column, asked=asked))
+    for dialect, asked in _ASKED.items()
+    for column in ("agent", "task_id", "resource", "issuer")
 }
 
 
-def count_live(db: Connection, agents: Collection[str], *, now: datetime, at_most: int) -> dict[str, int]:
-    """How many grants each agent holds or is just getting, counted up to `at_most`.
+def count_live(
+    db: Connection, values: Collection[str], *, now: datetime, at_most: int, by: str = "agent"
+) -> dict[str, int]:
+    """How many grants each agent, or whatever the column `by` names, holds or is just getting, up to `at_most`.
 
-    Whoever would add to the same agents holds their locks first (`broker.store.locks`), so the count holds (INV-34).
+    Whoever would add to the same holds their locks first (`broker.store.locks`), so the count holds (INV-34).
     """
     sqlite = db.dialect.name == "sqlite"
-    values: dict[str, Any] = {
-        "agents": json.dumps(sorted(agents)) if sqlite else sorted(agents),
+    bound: dict[str, Any] = {
+        "values": json.dumps(sorted(values)) if sqlite else sorted(values),
         "now": epoch(now) if sqlite else now,
         "at_most": at_most,
     }
-    return {row.agent: row.held for row in db.execute(_LIVE_ON[db.dialect.name], values)}
+    return {row.value: row.held for row in db.execute(_LIVE_ON[db.dialect.name, by], bound)}
 
 
 def tasks_of_grants(db: Connection, grant_ids: Collection[str]) -> set[str]:

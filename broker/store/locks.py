@@ -1,9 +1,9 @@
 """Locks that queue fairly (PostgreSQL advisory locks), and the one order in which they are taken.
 
-First the gate, then agents, then tasks, then who opens approvals, then rows: whoever takes some of them takes them in
-this order, so that no two wait for each other. Row locks would do for safety and not for liveness: shared ones let
-latecomers overtake, and a stream of issuers would keep a task from ending for as long as it flows (INV-27). SQLite has
-one writer, who waits for nobody, and needs none of this.
+First the gate, then agents, then tasks, then what is counted over all agents, then who opens approvals, then rows:
+whoever takes some of them takes them in this order, so that no two wait for each other. Row locks would do for safety
+and not for liveness: shared ones let latecomers overtake, and a stream of issuers would keep a task from ending for as
+long as it flows (INV-27). SQLite has one writer, who waits for nobody, and needs none of this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 
 # Any constants will do that differ from each other and from what else takes advisory locks in the same database.
 _GATE = 0x6A69_7462_726F_6B72
-_AGENT, _TASK, _STATUS_LISTS, _MIGRATION, _RECONCILING, _APPROVALS = 7, 11, 13, 17, 19, 23
+_AGENT, _TASK, _STATUS_LISTS, _MIGRATION, _RECONCILING, _APPROVALS, _COUNTED = 7, 11, 13, 17, 19, 23, 29
 
 # Ordered inside and locked outside: the locks are taken row by row, in that order.
 _FOR_ISSUING = text(
@@ -26,6 +26,8 @@ _FOR_ISSUING = text(
         SELECT 1, hashtextextended(agent, :of_agents), false FROM unnest(CAST(:agents AS text[])) AS agent
         UNION
         SELECT 2, hashtextextended(task, :of_tasks), true FROM unnest(CAST(:tasks AS text[])) AS task
+        UNION
+        SELECT 3, hashtextextended(thing, :of_counted), false FROM unnest(CAST(:counted AS text[])) AS thing
         ORDER BY floor, key
     ) AS ordered
     """
@@ -41,11 +43,17 @@ _TASKS_ALONE = text(
 )
 
 
-def hold_for_issuing(db: Connection, *, agents: Collection[str], tasks: Collection[str]) -> None:
-    """Until this transaction ends: the gate does not turn, nobody else issues to these agents, these tasks go on."""
+def hold_for_issuing(
+    db: Connection, *, agents: Collection[str], tasks: Collection[str], counted: Collection[str] = ()
+) -> None:
+    """Until this transaction ends: the gate does not turn, nobody else issues to these agents, these tasks go on.
+
+    `counted` are things whose live grants are counted over all agents: nobody else issues for these either.
+    """
     if db.dialect.name == "postgresql":
-        values = {"gate": _GATE, "of_agents": _AGENT, "of_tasks": _TASK}
-        db.execute(_FOR_ISSUING, {**values, "agents": list(agents), "tasks": list(tasks)})
+        values = {"gate": _GATE, "of_agents": _AGENT, "of_tasks": _TASK, "of_counted": _COUNTED}
+        listed = {"agents": list(agents), "tasks": list(tasks), "counted": list(counted)}
+        db.execute(_FOR_ISSUING, {**values, **listed})
 
 
 def hold_tasks_alone(db: Connection, tasks: Collection[str]) -> None:

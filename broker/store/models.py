@@ -6,6 +6,7 @@ credential or a token: what may be kept of one is its SHA-256 (INV-30).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeEngine
 
+from broker.domain.audit import DENIAL_OUTCOMES, DENIAL_TYPES
 from broker.domain.clock import epoch, from_epoch
 from broker.domain.lifecycle import ApprovalState, GrantState, KeyState, LeaseState, TaskState
 
@@ -86,6 +88,14 @@ _States = type[TaskState] | type[GrantState] | type[LeaseState] | type[ApprovalS
 
 def _one_of(column: str, states: _States) -> str:
     return f"{column} IN ({', '.join(repr(str(state)) for state in states)})"
+
+
+def _words(words: Iterable[str]) -> str:
+    return ", ".join(map(repr, words))
+
+
+# As an index and the queries that use it spell it.
+IS_DENIAL = f"type IN ({_words(DENIAL_TYPES)}) AND outcome IN ({_words(DENIAL_OUTCOMES)})"
 
 
 class Gate(Base):
@@ -170,6 +180,20 @@ class Grant(Base):
             "expires_at",
             postgresql_where=text("state IN ('pending', 'approved', 'active')"),
             sqlite_where=text("state IN ('pending', 'approved', 'active')"),
+        ),
+        Index(
+            "grants_live_on_resource_idx",
+            "resource",
+            "expires_at",
+            postgresql_where=text("state IN ('approved', 'active')"),
+            sqlite_where=text("state IN ('approved', 'active')"),
+        ),
+        Index(
+            "grants_live_of_issuer_idx",
+            "issuer",
+            "expires_at",
+            postgresql_where=text("state IN ('approved', 'active')"),
+            sqlite_where=text("state IN ('approved', 'active')"),
         ),
         Index("grants_status_idx", "status_list", "status_index", unique=True),
         Index(
@@ -420,6 +444,7 @@ class AuditEvent(Base):
         Index("events_grant_idx", "grant_id", "id"),
         Index("events_agent_idx", "agent", "id"),
         Index("events_type_idx", "type", "id"),
+        Index("events_denials_idx", "agent", "id", postgresql_where=text(IS_DENIAL), sqlite_where=text(IS_DENIAL)),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -476,6 +501,24 @@ class IdempotencyKey(Base):
     key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     request_sha256: Mapped[str] = mapped_column(String(64))
     made_id: Mapped[str] = mapped_column(Id)
+    forget_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
+class Allowance(Base):
+    """How much of one limit, for one agent, task, resource or issuer, was handed to brokers in the newest window.
+
+    `asked` and `given` are of the broker that came last; `taken` is of all of them, and never more than `bound`.
+    """
+
+    __tablename__ = "allowances"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    key_sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    window_start: Mapped[int] = mapped_column(BigInteger)
+    bound: Mapped[int] = mapped_column(BigInteger)
+    asked: Mapped[int] = mapped_column(BigInteger)
+    given: Mapped[int] = mapped_column(BigInteger)
+    taken: Mapped[int] = mapped_column(BigInteger)
     forget_at: Mapped[datetime] = mapped_column(Instant, index=True)
 
 

@@ -44,6 +44,8 @@ RECORDED: Select[Any] = select(
     _terms["ttl_s"].as_integer().label("asked_ttl_s"),
     _terms["delegation_depth"].as_integer().label("delegation_depth"),
     _terms["risk"].as_string().label("risk"),
+    _terms["live_grants"].as_integer().label("live_grants"),
+    _terms["recent_denials"].as_integer().label("recent_denials"),
     _tasks.c.purpose,
     _tasks.c.implicit,
     cast(_tasks.c.labels, Text).label("labels"),

@@ -89,6 +89,20 @@ def lift(db: Connection, lockdown_id: str, *, now: datetime, by: str) -> Row[Any
     return db.execute(statement).one_or_none()
 
 
+def lifted_from_agents(db: Connection, *, since: datetime) -> dict[str, datetime]:
+    """When the last lockdown over each agent was lifted, of those that were since a moment."""
+    lifted = func.max(_lockdowns.c.lifted_at, type_=models.Instant())
+    of_agents = (_lockdowns.c.axis == "agent", _lockdowns.c.lifted_at >= since)
+    statement = select(_lockdowns.c.value, lifted.label("at")).where(*of_agents).group_by(_lockdowns.c.value)
+    return {row.value: row.at for row in db.execute(statement)}
+
+
+def has_lockdown(db: Connection, axis: str, value: str) -> bool:
+    """Whether one stands over exactly this."""
+    where = (_lockdowns.c.axis == axis, _lockdowns.c.value == value, _lockdowns.c.lifted_at.is_(None))
+    return db.execute(select(_lockdowns.c.id).where(*where).limit(1)).first() is not None
+
+
 def latest_configuration(db: Connection) -> Row[Any] | None:
     return db.execute(select(_configurations).order_by(_configurations.c.version.desc()).limit(1)).one_or_none()
 
@@ -197,9 +211,9 @@ def made_under(db: Connection, keys: Collection[tuple[str, str]]) -> dict[tuple[
 
 
 def forget(db: Connection, *, now: datetime, limit: int) -> int:
-    """Drop proofs and idempotency keys that could not be accepted any more anyway."""
+    """Drop proofs and idempotency keys that could not be accepted any more anyway, and allowances of windows past."""
     gone = 0
-    for table in (models.table_of(models.ConsumedProof), _keys):
+    for table in (models.table_of(models.ConsumedProof), _keys, models.table_of(models.Allowance)):
         primary_key = list(table.primary_key)
         # Two sweepers share the work, and neither waits for the other.
         due = select(*primary_key).where(table.c.forget_at <= now).limit(limit).with_for_update(skip_locked=True)

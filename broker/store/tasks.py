@@ -81,6 +81,17 @@ class Tasks:
         }
 
 
+def agents_among(db: Connection, pairs: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Those of these (task, agent) where the agent may ask under the task."""
+    if not pairs:
+        return set()
+    statement = select(_agents.c.task_id, _agents.c.agent).where(
+        among(db, _agents.c.task_id, {task_id for task_id, _ in pairs}),
+        among(db, _agents.c.agent, {agent for _, agent in pairs}),
+    )
+    return {(row.task_id, row.agent) for row in db.execute(statement)} & set(pairs)
+
+
 def hold(db: Connection, ids: Collection[str]) -> None:
     """Lock these tasks in the order in which issuing does, so that the two cannot wait for each other."""
     db.execute(select(_tasks.c.id).where(with_ids(db, ids)).order_by(_tasks.c.id).with_for_update()).fetchall()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from werkzeug.exceptions import HTTPException
 
 from broker import telemetry
-from broker.domain.errors import BrokerError, Invalid, Unauthenticated
+from broker.domain.errors import BrokerError, Invalid, LimitExceeded, Unauthenticated
 from broker.web import problems
 from broker.web.answers import Answer
 from broker.web.context import Call, current
@@ -63,6 +63,8 @@ def refusal(problem: Exception) -> Answer:
         cause = problem.__cause__ if isinstance(problem, OAuthError) else problem
         if isinstance(cause, Unauthenticated):
             telemetry.unauthenticated(printable(cause.reason), call.trace_id)
+        if isinstance(cause, LimitExceeded):
+            telemetry.limited(cause.limit)
         if isinstance(problem, OAuthError) or _is_oauth(call):
             return problems.oauth_response(problem, issuer, call.header("Authorization") or "")
         return problems.problem_response(problem, issuer, call.trace_id)

@@ -20,7 +20,7 @@ from broker.domain.errors import Invalid
 from broker.domain.identity import Caller, is_id
 from broker.web import auth
 from broker.web.answers import Answer, json_response
-from broker.web.context import current
+from broker.web.context import broker, current
 from broker.web.reading import json_body, query, raw_body
 from broker.web.shapes import NoQuery, ProblemAnswer
 
@@ -116,6 +116,9 @@ def _route(operation: Operation, handler: Handler) -> Callable[..., Answer | Res
                 given["body"] = json_body(operation.body, raw, optional=optional_body)
             elif raw.strip() not in (b"", b"{}"):
                 raise Invalid("this request takes no body: leave it empty")
+        if operation.proof:
+            # These give authority, and no others do.
+            broker().issuance.require_open(caller)
         status, answer, *headers = handler(caller, *ids.values(), **given)
         if status == 204:
             return Response(status=204)

@@ -83,6 +83,8 @@ def problem_response(problem: BrokerError, issuer: str, trace_id: str | None) ->
         more["decision"] = None
     if isinstance(problem, PolicyDenied):
         more |= {"decision": problem.decision, "grant_id": problem.grant_id}
+    if isinstance(problem, LimitExceeded):
+        more["limit"] = {"name": problem.limit, "value": problem.value, "window_s": problem.window_s}
     return document(status, problem.code, problem.detail, issuer, trace_id, headers=_headers(problem, issuer), **more)
 
 

@@ -656,6 +656,12 @@ class VersionPage(Answer):
     next_cursor: str | None
 
 
+class LimitAnswer(Answer):
+    name: str
+    value: int
+    window_s: Annotated[int | None, Field(description="None of what is counted at each moment, or of a whole task.")]
+
+
 class ProblemAnswer(Answer):
     type: str
     title: str
@@ -670,6 +676,7 @@ class ProblemAnswer(Answer):
         None
     )
     grant_id: Annotated[str | None, Field(description="With policy_denied: the denied grant.")] = None
+    limit: Annotated[LimitAnswer | None, Field(description="With limit_exceeded: which.")] = None
 
 
 def of_task(task: Task) -> dict[str, Any]:

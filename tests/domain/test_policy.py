@@ -281,6 +281,7 @@ CONDITIONS = (
     'context.task.labels.hasTag("team")',
     '[context.intent, context.risk].contains("low")',
     "{x: context}.x.sender_bound",
+    "context.agent.live_grants < 3 || context.agent.recent_denials == 0",
 )
 
 
@@ -316,7 +317,7 @@ def test_whatever_is_asked_reaches_the_engine_as_the_values_it_is(text, ttl_s, c
     """INV-31."""
     told = []
     policies = compiled('@id("it") permit (principal, action, resource) when { {x: context}.x.ttl_s > 0 };')
-    request = asked(intent=text, user=text, ttl_s=ttl_s, claimed=claimed)
+    request = asked(intent=text, user=text, ttl_s=ttl_s, claimed=claimed, live_grants=3, recent_denials=2)
     request = dataclasses.replace(request, task=dataclasses.replace(request.task, purpose=text, orchestrator=text))
     really = cedarpy.is_authorized
     with pytest.MonkeyPatch.context() as patch:
@@ -341,6 +342,7 @@ def test_whatever_is_asked_reaches_the_engine_as_the_values_it_is(text, ttl_s, c
         "delegation_depth": 0,
         "user": text,
         "risk": "low",
+        "agent": {"live_grants": 3, "recent_denials": 2},
         "time": {"hour": 12, "weekday": 1},
         "claimed": {"__entity": {"type": "Claimed", "id": claims}},
     }

@@ -51,6 +51,9 @@ class AccessRequest:
     user: str | None = None
     delegation_depth: int = 0
     risk: str = "low"
+    # Of this moment, and so no part of what was asked.
+    live_grants: int = 0
+    recent_denials: int = 0
 
     def sha256(self) -> str:
         """Of what was asked, not of the moment it was asked in: the same request hashes the same (INV-14)."""

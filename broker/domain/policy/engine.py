@@ -379,6 +379,8 @@ _LEAVES: Mapping[Path, _Telling] = {
     ("delegation_depth",): lambda asked: str(asked.delegation_depth),
     ("user",): lambda asked: None if asked.user is None else _text(asked.user),
     ("risk",): lambda asked: _text(asked.risk),
+    ("agent", "live_grants"): lambda asked: str(asked.live_grants),
+    ("agent", "recent_denials"): lambda asked: str(asked.recent_denials),
     ("time", "hour"): lambda asked: str(asked.now.hour),
     ("time", "weekday"): lambda asked: str(asked.now.isoweekday()),
     ("claimed",): lambda asked: _reference("Claimed", "caller" if _has_tags(asked) else _NO_TAGS),

@@ -25,6 +25,8 @@ _MEMBERS: Mapping[str, type] = {
     "sender_bound": bool,
     "claimed": dict,
     "delegation_depth": int,
+    "live_grants": int,
+    "recent_denials": int,
     "user": str,
     "time": datetime,
     "expect": str,
@@ -119,6 +121,8 @@ def _read_test(name: str, entry: Mapping[str, Any], catalogue: Catalogue) -> Pol
         now=entry.get("time", _NOON).astimezone(UTC),
         delegation_depth=entry.get("delegation_depth", 0),
         user=entry.get("user"),
+        live_grants=entry.get("live_grants", 0),
+        recent_denials=entry.get("recent_denials", 0),
     )
     policies = entry.get("policies")
     return PolicyTest(

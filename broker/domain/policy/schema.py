@@ -18,6 +18,8 @@ entity Claimed tags String;
 
 // purpose is "" for a task that an agent opened for itself: what it says of itself is in context.claimed.
 type Task = { id: String, purpose: String, age_s: Long, orchestrator: String, labels: Labels };
+// Of the agent as it stands now: grants it holds beside the one it asks for, and what it was refused lately.
+type Standing = { live_grants: Long, recent_denials: Long };
 type Time = { hour: Long, weekday: Long }; // UTC; Monday is 1
 
 type Context = {
@@ -29,6 +31,7 @@ type Context = {
   delegation_depth: Long,
   user?: String, // only on behalf of somebody
   risk: String,
+  agent: Standing,
   time: Time,
   claimed: Claimed,
 };

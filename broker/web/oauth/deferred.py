@@ -78,4 +78,5 @@ def poll(caller: Caller, given: Mapping[str, str]) -> Issued | Answer:
     if not case.may_be_collected:
         why = case.grant.reason or f"it is {case.grant.state}"
         raise OAuthError("access_denied", f"this was not approved: {why}")
+    broker().issuance.require_open(caller)
     return broker().collection.collect(caller, code, jkt=proven_key())

@@ -151,6 +151,7 @@ def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Answer
     details = _task_details(given.get("authorization_details"))
     if (_task_of(given, details) or grant.task_id) != grant.task_id:
         raise OAuthError("invalid_grant", "a renewal keeps its task: ask for a new grant instead")
+    broker().issuance.require_open(caller)
     issued = broker().issuance.renew(caller, grant.id, ttl=None, jkt=proven_key())
     return _answer(issued, exchanged=True)
 
@@ -165,6 +166,7 @@ def _issue(
     user: User | None = None,
 ) -> Answer:
     """`sent_as` is the parameter that held the caller's workload token; a `parent` is handed down by its own token."""
+    broker().issuance.require_open(caller)
     details = _task_details(given.get("authorization_details"))
     grant_request = GrantRequest(
         caller=caller,
