@@ -314,6 +314,13 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             10_000,
             default=Limits.max_open_approvals_per_group,
         ),
+        _integer(
+            "review_within_s",
+            "How long after a break-glass was collected its review may be owed before it is overdue.",
+            60,
+            604_800,
+            default=_seconds(Limits.review_within),
+        ),
     ),
     "policies": (
         _string(

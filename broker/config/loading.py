@@ -98,6 +98,7 @@ def load(
             collect_within=timedelta(seconds=approvals["collect_within_s"]),
             max_open_approvals_per_agent=approvals["max_open_per_agent"],
             max_open_approvals_per_group=approvals["max_open_per_group"],
+            review_within=timedelta(seconds=approvals["review_within_s"]),
         ),
         catalogue=Catalogue(
             issuers=tuple(_issuer(reader, values) for _, _, values in rows["issuers"]),

@@ -121,13 +121,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """By which channel a group is told that it is asked; without groups, every group."""
+    """By which channel a group is told that it is asked; without groups, every group. A break-glass is told by all."""
 
     channel: str
     groups: frozenset[str] = frozenset()
 
-    def leads_to(self, approval: Approval) -> bool:
-        return not self.groups or bool(self.groups & approval.groups)
+    def leads_to(self, case: Case) -> bool:
+        return not self.groups or case.grant.break_glass is not None or bool(self.groups & case.approval.groups)
 
 
 def needs_of(decision: Decision) -> tuple[Need, ...]:

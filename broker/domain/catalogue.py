@@ -144,6 +144,7 @@ class Limits:
     collect_within: timedelta = timedelta(seconds=900)
     max_open_approvals_per_agent: int = 10
     max_open_approvals_per_group: int = 100
+    review_within: timedelta = timedelta(seconds=86_400)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,4 +144,5 @@ def asked(grant: Grant, task: Task, found: Kept, *, agent: Principal, resource: 
         user=grant.on_behalf_of,
         delegation_depth=found.delegation_depth,
         risk=found.risk,
+        break_glass=grant.break_glass,
     )

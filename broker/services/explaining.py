@@ -42,6 +42,7 @@ _CEILINGS = {
     "parent": "the end of the grant it was handed down from",
     "user": "the end of the token of the user it is for",
     "approval": "what people left of it",
+    "break_glass": "the longest that a break-glass lives",
     "grant": "the end of what this grant may be renewed to",
     "policy": "@max_ttl of the policy",
 }

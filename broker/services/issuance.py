@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
-from broker.domain.approval import Approval, Case, Route
+from broker.domain.approval import Case, Route
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits, Resource
 from broker.domain.clock import Clock
@@ -41,6 +41,7 @@ from broker.domain.policy import NEEDS_APPROVAL, PolicySet
 from broker.domain.task import Task
 from broker.services.approval import Opening, cases, opened_event
 from broker.services.batching import Batching
+from broker.services.break_glass import require_narrow, require_no_break_glass, step
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING, end_with_descendants
 from broker.services.grant_events import grant_event, sentence
@@ -93,7 +94,7 @@ class _Batch:
     grants: list[Grant] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    approvals: list[Approval] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
     answers: dict[str, Issued | Intent | Case | PolicyDenied] = field(default_factory=dict)
 
 
@@ -165,8 +166,8 @@ class Issuance:
             insert_tasks(db, batch.tasks)
             insert_grants(db, batch.grants)
             insert_leases(db, batch.leases)
-            insert_approvals(db, batch.approvals)
-            owe_notices(db, batch.approvals, self._routes)
+            insert_approvals(db, [case.approval for case in batch.cases])
+            owe_notices(db, batch.cases, self._routes)
             record(db, batch.events)
         return outcomes
 
@@ -217,13 +218,15 @@ class Issuance:
                     key_sha256=request.idempotency.key_sha256,
                     made_id=grant_id,
                 )
-            if not isinstance(refusal, PolicyDenied | Unavailable):
+            broken = request.break_glass is not None
+            if not isinstance(refusal, Unavailable) and (broken or not isinstance(refusal, PolicyDenied)):
                 batch.events.append(_refused(request, moment, refusal))
             return refusal
 
     def _issued(self, request: GrantRequest, grant_id: str, moment: _Moment, batch: _Batch) -> Issued | Intent | Case:
         now, standing = moment.now, moment.standing
         principal = _known(request.caller, moment)
+        require_narrow(request)
         parent = self._parent_for(request, principal, moment)
         if parent is not None:
             request = replace(request, task_id=parent.task_id)
@@ -314,12 +317,14 @@ class Issuance:
             batch.tasks.append(task)
             batch.events.append(_task_opened(task, request.caller, moment.now))
         batch.grants.append(case.grant)
-        batch.approvals.append(case.approval)
+        batch.cases.append(case)
         approval_id = case.approval.id
         batch.events.append(
             grant_event(case.grant, request.caller, moment.now, "grant.pending", approval_id=approval_id)
         )
         batch.events.append(opened_event(case, request.caller, moment.now))
+        if case.grant.break_glass is not None:
+            batch.events.append(step(case.grant, request.caller, moment.now, "requested", approval_id=approval_id))
         batch.answers[grant.id] = case
         return case
 
@@ -408,6 +413,7 @@ class Issuance:
             tasks_above=task.tasks_above,
             orchestrators_above=task.orchestrators_above,
             hand_to=tuple(sorted(set(request.hand_to))),
+            break_glass=request.break_glass,
             policy_version=found.decision.policy_version,
             terms=found.as_json(),
             trace_id=request.caller.trace_id,
@@ -454,6 +460,7 @@ class Issuance:
                 f"grant {parent.id} is of another task: what is handed down stays in its task", member="task_id"
             )
         _require_live(parent, task, moment.standing, moment.now)
+        require_no_break_glass(parent, "handed down")
         if request.resource != parent.resource:
             raise InvalidTarget(
                 f"grant {parent.id} is for {parent.resource}, and only that is handed down", member="resource"
@@ -651,6 +658,7 @@ class Issuance:
         _require_live(grant, task, standing, now)
         if parent is not None:
             _require_live(parent, task, standing, now)
+        require_no_break_glass(grant, "renewed")
         require_known_user(grant.on_behalf_of, standing.catalogue)
         if grant.provider != OWES_NOTHING:
             raise Invalid(f"a secret of {grant.resource} is not renewed: ask for a new one, and hand this one back")
@@ -769,7 +777,8 @@ def _refused(request: GrantRequest, moment: _Moment, refusal: BrokerError) -> Ev
     return Event(
         id=new_id("evt", moment.now),
         at=moment.now,
-        type="grant.refused",
+        # Of its own kind, beside the denial that a policy's no is: who tries to break a glass is to be found at once.
+        type="grant.refused" if request.break_glass is None else "break_glass.refused",
         actor=request.caller.name,
         outcome=refusal.code,
         # Only what exists may be named, so that the trail holds no text of an attacker's in the place of an id.
@@ -779,7 +788,11 @@ def _refused(request: GrantRequest, moment: _Moment, refusal: BrokerError) -> Ev
         reason=refusal.detail[:1000],
         policy_version=moment.standing.catalogue.version,
         trace_id=request.caller.trace_id,
-        data={"subject": request.caller.principal.subject, "scopes": sorted(request.scopes)},
+        data={
+            "subject": request.caller.principal.subject,
+            "scopes": sorted(request.scopes),
+            **({} if request.break_glass is None else {"break_glass": request.break_glass}),
+        },
     )
 
 

@@ -98,9 +98,11 @@ class Reasking:
         if row.on_behalf_of is not None and not is_known_user(row.on_behalf_of, self.catalogue):
             return "the issuer of the user it is for is not configured any more"
         key = (row.agent, row.issuer, row.subject, row.policy_version, row.resource, row.scopes, row.provider)
-        alike = self._alike.get((key, row.sender_bound))
+        # A break-glass is decided by other policies, whatever those read.
+        asked_as = (row.sender_bound, row.break_glass is not None)
+        alike = self._alike.get((key, asked_as))
         if alike is None:
-            alike = self._alike[(key, row.sender_bound)] = self._found(row)
+            alike = self._alike[(key, asked_as)] = self._found(row)
         if isinstance(alike, str):
             return alike
         asked = _Asked(
@@ -250,6 +252,7 @@ class _Asked:
             user=row.on_behalf_of,
             delegation_depth=row.delegation_depth or 0,
             risk=self.risk,
+            break_glass=row.break_glass,
         )
 
 
@@ -265,6 +268,7 @@ _TELLS: Mapping[Path, Callable[[_Asked], Any]] = {
     ("ttl_s",): lambda asked: asked.ttl_s,
     ("scopes",): lambda asked: None,
     ("sender_bound",): lambda asked: None,
+    ("break_glass",): lambda asked: None,
     ("delegation_depth",): lambda asked: asked.row.delegation_depth,
     ("user",): lambda asked: asked.row.on_behalf_of,
     ("risk",): lambda asked: asked.risk,

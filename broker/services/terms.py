@@ -15,7 +15,7 @@ from typing import Any
 from broker.domain.catalogue import Catalogue, Limits, Resource
 from broker.domain.clock import epoch
 from broker.domain.errors import Conflict, Forbidden, Invalid, RoleMissing, Unauthenticated
-from broker.domain.grant import Grant, GrantRequest
+from broker.domain.grant import BREAK_GLASS_LIFE, Grant, GrantRequest
 from broker.domain.identity import Principal, Role
 from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.scope import effective_ttl, require_offered
@@ -113,6 +113,8 @@ def terms(
         ceilings["user"] = request.user.expires_at - now
     if renewable_until is not None:
         ceilings["grant"] = renewable_until - now
+    if request.break_glass is not None:
+        ceilings["break_glass"] = BREAK_GLASS_LIFE
     ttl, decided_by = effective_ttl(request.ttl, ceilings)
     if ttl <= timedelta(0):
         # Within the leeway a workload token that just expired still names its bearer, and opens nothing.
@@ -141,6 +143,7 @@ def terms(
         user=user,
         delegation_depth=0 if parent is None else len(parent.chain) + 1,
         risk=risk,
+        break_glass=request.break_glass,
     )
     decision = policies.decide(asked)
     if decision.failure is not None:

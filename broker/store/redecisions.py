@@ -28,7 +28,7 @@ _tasks = models.table_of(models.Task)
 _GIVEN = (str(GrantState.APPROVED), str(GrantState.ACTIVE))
 _OF_GRANT = (
     "id", "task_id", "state", "agent", "issuer", "subject", "orchestrator", "on_behalf_of", "resource", "provider",
-    "jti", "created_at", "expires_at", "ttl_s", "intent", "policies", "policy_version",
+    "jti", "created_at", "expires_at", "ttl_s", "intent", "policies", "policy_version", "break_glass",
 )  # fmt: skip
 _terms = _grants.c.terms
 # What was decided, with all that is needed to ask it again. JSON as text, and of the large objects only what is asked

@@ -51,6 +51,7 @@ class AccessRequest:
     user: str | None = None
     delegation_depth: int = 0
     risk: str = "low"
+    break_glass: str | None = None  # why; None where it is not asked for as one
 
     def sha256(self) -> str:
         """Of what was asked, not of the moment it was asked in: the same request hashes the same (INV-14)."""
@@ -65,6 +66,8 @@ class AccessRequest:
             "claimed": self.claimed_text(),
             "user": self.user,
             "delegation_depth": self.delegation_depth,
+            # Only where there is one: what waits for people while a broker is brought up to date keeps its hash.
+            **({} if self.break_glass is None else {"break_glass": self.break_glass}),
         }
         return hashlib.sha256(canonical_json(asked)).hexdigest()
 

@@ -38,6 +38,7 @@ class _Slice:
     heads: Mapping[str, Mapping[str, str]]  # principal, action and resource, as the engine wants them
     plain: Any  # permits without @approval, and forbids
     asking: Any | None  # permits with @approval, and forbids
+    glass: Any | None  # permits with @break_glass, and forbids: all that decides a break-glass
     reads: frozenset[Path]
     told: tuple[tuple[str, _Telling], ...]  # members of the context, and what of a request each tells
     tagged: bool  # labels or claims are among them
@@ -196,7 +197,10 @@ class PolicySet:
         asked = {**found.heads, "context": _context(found, request)}
         known = entities.for_slice(found)
         failures: list[str] = []
-        for outcome, policies in ((ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)):
+        passes = [(ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)]
+        if request.break_glass is not None:
+            passes = [(NEEDS_APPROVAL, found.glass)]
+        for outcome, policies in passes:
             if policies is None:
                 continue
             answer = cedarpy.is_authorized(asked, policies, known)
@@ -228,7 +232,9 @@ class PolicySet:
     def _cut(self, agent: str, scope: str, resource: str) -> _Slice:
         candidates = [*self._by_resource.get(resource, ()), *self._by_resource.get(None, ())]
         policies = tuple(policy for policy in candidates if policy.concerns(agent, scope, resource))
-        asking = [policy for policy in policies if not policy.permits or policy.approval is not None]
+        forbids = [policy for policy in policies if not policy.permits]
+        glass = [policy for policy in policies if policy.break_glass]
+        asking = [policy for policy in policies if policy.approval is not None and not policy.break_glass]
         reads = frozenset(path for policy in policies for path in policy.reads)
         return _Slice(
             policies=policies,
@@ -237,8 +243,9 @@ class PolicySet:
                 "action": {"type": "Action", "id": scope},
                 "resource": {"type": "Resource", "id": resource},
             },
-            plain=_parsed(policy for policy in policies if policy.approval is None),
-            asking=_parsed(asking) if any(policy.permits for policy in asking) else None,
+            plain=_parsed(policy for policy in policies if policy.approval is None and not policy.break_glass),
+            asking=_parsed([*forbids, *asking]) if asking else None,
+            glass=_parsed([*forbids, *glass]) if glass else None,
             reads=reads,
             told=_told(reads),
             tagged=_touches(reads, ("claimed",)) or _touches(reads, ("task", "labels")),
@@ -289,7 +296,7 @@ class _Search:
         self.left = left
 
     def what_would_do(self) -> str | None:
-        if not any(policy.permits for policy in self._slice.policies):
+        if not any(_may_permit(policy, self._request) for policy in self._slice.policies):
             return None
         ways: list[tuple[dict[str, Any], str]] = [({}, "")]
         if not self._request.sender_bound and self._slice.may_read("sender_bound"):
@@ -329,11 +336,17 @@ def _why_not(
             yield f"policy {policy.id!r} forbids {scope} on {resource} {policy.condition}".strip()
     if forbids:
         return
-    near = [policy for policy in found.policies if policy.permits]
+    # What only a break-glass opens is not held out to who asks plainly: nobody is to be led to break one.
+    near = [policy for policy in found.policies if _may_permit(policy, request)]
     if not near:
         yield f"no policy allows {scope} on {resource} to {request.agent.name}: ask for another scope"
     for policy in near:
         yield f"policy {policy.id!r} allows {scope} on {resource} only {policy.condition}".rstrip()
+
+
+def _may_permit(policy: Policy, request: AccessRequest) -> bool:
+    """Whether it is a permit of the kind that this request is decided by."""
+    return policy.permits and policy.break_glass == (request.break_glass is not None)
 
 
 def _owners_in(asking: Sequence[Policy]) -> frozenset[str]:
@@ -364,6 +377,7 @@ _LEAVES: Mapping[Path, _Telling] = {
     ("ttl_s",): lambda asked: str(asked.ttl_s),
     ("scopes",): lambda asked: json.dumps(sorted(asked.scopes)),
     ("sender_bound",): lambda asked: "true" if asked.sender_bound else "false",
+    ("break_glass",): lambda asked: "false" if asked.break_glass is None else "true",
     ("delegation_depth",): lambda asked: str(asked.delegation_depth),
     ("user",): lambda asked: None if asked.user is None else _text(asked.user),
     ("risk",): lambda asked: _text(asked.risk),

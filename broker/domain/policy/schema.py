@@ -26,6 +26,7 @@ type Context = {
   ttl_s: Long,
   scopes: Set<String>, // everything this request asks for
   sender_bound: Bool,
+  break_glass: Bool, // asked for as one: then only permits with @break_glass count, and every forbid
   delegation_depth: Long,
   user?: String, // only on behalf of somebody
   risk: String,
