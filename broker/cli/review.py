@@ -13,7 +13,7 @@ from broker.domain.lifecycle import ReviewState
 from broker.sdk import Client, Review, calls
 
 _COLUMNS = ("id", "state", "due", "agent", "resource", "scopes", "approved by", "grant", "completed by")
-_NOT_DONE = "not done"
+_OPEN = "open"  # owed or overdue
 
 
 @click.group()
@@ -24,8 +24,8 @@ def review() -> None:
 @review.command("list")
 @click.option(
     "--state",
-    type=click.Choice([_NOT_DONE, *map(str, ReviewState), "all"]),
-    default=_NOT_DONE,
+    type=click.Choice([_OPEN, *map(str, ReviewState), "all"]),
+    default=_OPEN,
     show_default=True,
     help="In this state.",
 )
@@ -39,10 +39,10 @@ def list_reviews(broker: Client, /, *, limit: int, cursor: str | None, state: st
     broker review list
     broker review list --state all --json
     """
-    wanted = None if state in (_NOT_DONE, "all") else state
+    wanted = None if state == "all" else state
     found = page_of(broker, calls.reviews(page_size=limit, state=wanted, agent=agent), cursor)
-    items = [item for item in found["items"] if state != _NOT_DONE or item["state"] != ReviewState.COMPLETED]
-    if cursor is None and wanted is None:
+    items = list(found["items"])
+    if cursor is None and wanted in (None, _OPEN):
         items = _late_first(broker, items, agent)
     late = sum(item["state"] == ReviewState.OVERDUE for item in items)
     if late:

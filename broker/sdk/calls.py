@@ -255,7 +255,7 @@ def grants(
     break_glass: bool | None = None,
     page_size: int | None = None,
 ) -> Listing[Grant]:
-    """Grants that the caller may see, newest first; with `break_glass`, only those asked for as one, or none of them."""
+    """Grants that the caller may see, newest first. `break_glass` is only those asked for as one, or none of them."""
     only = None if break_glass is None else "true" if break_glass else "false"
     filters = {"state": state, "task": task, "agent": agent, "user": user, "resource": resource, "break_glass": only}
     return _listing("/v1/grants", Grant.of, page_size, **filters)

@@ -244,7 +244,7 @@ class Approval:
 
 @dataclass(frozen=True, kw_only=True)
 class Review:
-    """What is owed for a break-glass. `state` is `owed`, `overdue` or `completed`, as it was when the broker answered."""
+    """What is owed for a break-glass. `state` is `owed`, `overdue` or `completed`, as it was at the broker's answer."""
 
     id: str
     state: str

@@ -85,9 +85,11 @@ def with_id(review_id: str) -> ColumnElement[bool]:
 
 
 def in_state(state: str, *, now: datetime) -> list[ColumnElement[bool]]:
-    """As it is shown: what is past its time is overdue, whether or not somebody came by to say so."""
+    """As it is shown: what is past its time is overdue, whether or not somebody came by to say so; `open` is both."""
     if state == ReviewState.COMPLETED:
         return [_reviews.c.state == state]
+    if state == "open":
+        return [_OPEN]
     past = _reviews.c.due_at <= now if state == ReviewState.OVERDUE else _reviews.c.due_at > now
     return [past, _OPEN]
 

@@ -253,7 +253,9 @@ class GrantQuery(Page):
 
 
 class ReviewQuery(Page):
-    state: ReviewState | None = None
+    state: Annotated[
+        Literal["open", "owed", "overdue", "completed"] | None, Field(description="`open` is both owed and overdue.")
+    ] = None
     agent: Name | None = None
 
 
@@ -475,7 +477,7 @@ class ApprovalAnswer(Answer):
     id: str
     state: ApprovalState
     break_glass: Annotated[
-        bool, Field(description="It is asked for as a break-glass: what it opens, it opens at once.")
+        bool, Field(description="Asked for as a break-glass: everybody is told, and a review is owed.")
     ]
     opens: OpensAnswer
     requester: RequesterAnswer

@@ -12,13 +12,11 @@ from broker.web.operations import Operations, before, page
 reviews = Operations("reviews")
 
 
-@reviews(
-    "GET", "/v1/reviews", "List reviews, newest first", query_=shapes.ReviewQuery, answers={200: shapes.ReviewPage}
-)
+@reviews("GET", "/v1/reviews", "Reviews, newest first", query_=shapes.ReviewQuery, answers={200: shapes.ReviewPage})
 def list_reviews(caller: Caller, query: shapes.ReviewQuery) -> tuple[int, Any]:
     found = broker().reviews.page(
         caller,
-        state=None if query.state is None else str(query.state),
+        state=query.state,
         agent=query.agent,
         before=before(query.cursor, "rev"),
         limit=query.limit,
