@@ -389,6 +389,7 @@ def evaluate_policy(
     intent: str | None = None,
     sender_bound: bool | None = None,
     context: Mapping[str, Any] | None = None,
+    break_glass: bool | None = None,
 ) -> Call[Decision]:
     """What policy would say to such a request; nothing is issued."""
     body = _given(
@@ -401,6 +402,7 @@ def evaluate_policy(
         intent=intent,
         sender_bound=sender_bound,
         context=None if context is None else dict(context),
+        break_glass=break_glass,
     )
     return Call(method="POST", path="/v1/policies/evaluate", body=body, read=_reads(Decision.of), repeatable=True)
 

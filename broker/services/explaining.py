@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from broker.domain.approval import in_quotes
 from broker.domain.errors import InvalidTarget, NotFound
 from broker.domain.grant import Grant
 from broker.domain.identity import Caller, is_id
@@ -30,6 +31,8 @@ from broker.services.revocation import may_see
 from broker.store.database import Database
 from broker.store.grants import find_grant
 from broker.store.tasks import find_task
+
+_LONGEST_WORDS = 300
 
 # What each ceiling is, for whoever wants more time.
 _CEILINGS = {
@@ -224,12 +227,17 @@ def _facts(grant: Grant, task: Task, found: Kept, question: AccessRequest | None
             "scopes": list(grant.scopes),
             "ttl_s": found.ttl_s,
             "sender_bound": grant.jkt is not None,
+            "break_glass": grant.break_glass is not None,
             "user": grant.on_behalf_of,
             "delegation_depth": found.delegation_depth,
             "risk": found.risk,
             "time": {"hour": found.decided_at.hour, "weekday": found.decided_at.isoweekday()},
         },
-        "agents_words": {"intent": grant.intent or "", "claimed": dict(grant.claimed)},
+        "agents_words": {
+            "intent": grant.intent or "",
+            "claimed": dict(grant.claimed),
+            "break_glass": in_quotes(grant.break_glass or "", _LONGEST_WORDS),
+        },
     }
 
 

@@ -185,6 +185,7 @@ class Evaluate(Request):
     labels: Annotated[dict[Name, Label], Field(max_length=32)] = Field(default_factory=dict)
     intent: Sentence | None = None
     sender_bound: bool = False
+    break_glass: bool = False
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
 
 

@@ -102,6 +102,7 @@ BODIES = {
         "labels": {"team": "crm"},
         "intent": "read the leads",
         "sender_bound": False,
+        "break_glass": False,
         "context": {"batch": "seven"},
     },
 }

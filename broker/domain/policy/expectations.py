@@ -23,6 +23,7 @@ _MEMBERS: Mapping[str, type] = {
     "labels": dict,
     "intent": str,
     "sender_bound": bool,
+    "break_glass": bool,
     "claimed": dict,
     "delegation_depth": int,
     "user": str,
@@ -119,6 +120,7 @@ def _read_test(name: str, entry: Mapping[str, Any], catalogue: Catalogue) -> Pol
         now=entry.get("time", _NOON).astimezone(UTC),
         delegation_depth=entry.get("delegation_depth", 0),
         user=entry.get("user"),
+        break_glass="a test" if entry.get("break_glass") else None,
     )
     policies = entry.get("policies")
     return PolicyTest(

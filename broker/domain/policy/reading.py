@@ -92,7 +92,7 @@ def unsatisfiable(policies: Iterable[Policy], catalogue: Catalogue) -> Iterator[
             for group in rule.groups:
                 members[group] = members.get(group, 0) + 1
     for policy in policies:
-        if policy.break_glass:
+        if policy.break_glass and policy.approval is not None:
             yield from _unbreakable(policy, catalogue)
             continue
         if policy.approval is None or members.get(policy.approval, 0) >= policy.quorum:
