@@ -10,11 +10,12 @@ from broker.domain.task import Task
 from tests.approvals import PEOPLE, apply, approve, ask, asking, collect
 from tests.house import House
 
-GLASS = """
+EMERGENCY = """
 @id("crm-emergency")
 @break_glass("true") @approval("security") @quorum("2")
 permit (principal == Agent::"summarizer", action == Action::"contacts:write", resource == Resource::"https://crm.example/api");
-
+"""
+GLASS = f"""{EMERGENCY}
 @id("read-is-free")
 permit (principal, action == Action::"contacts:read", resource == Resource::"https://crm.example/api");
 """
