@@ -106,6 +106,7 @@ def load(
             resources=tuple(map(_resource, (values for _, _, values in rows["resources"]))),
             policies=policies,
             schema=schema,
+            time_zone=section["policies"]["time_zone"],
         ),
         source=reader.source,
         policies_directory=reader.path(section["policies"]["directory"]),

@@ -17,7 +17,7 @@ from broker.domain.errors import Conflict, Invalid
 from broker.domain.grant import Grant
 from broker.domain.identity import Principal, Role
 from broker.domain.lifecycle import ApprovalState, GrantState
-from broker.domain.policy import Decision
+from broker.domain.policy import Approved, Decision
 from broker.domain.scope import scope_set
 
 
@@ -203,6 +203,13 @@ def met(
         number = sum(counts(need, voter, requesters) for voter in voters)
         found[need.group] = min(number, found.get(need.group, number))
     return found
+
+
+def approved_by(needs: Iterable[Need], votes: Iterable[Vote], requesters: Requesters, catalogue: Catalogue) -> Approved:
+    """Those whose yes counts under this configuration, and the groups they said it for."""
+    voters = [voter for vote in votes if vote.verdict is Verdict.APPROVE and (voter := _voter(vote, catalogue))]
+    counted = [(need.group, voter.name) for need in needs for voter in voters if counts(need, voter, requesters)]
+    return Approved(by=frozenset(name for _, name in counted), groups=frozenset(group for group, _ in counted))
 
 
 def are_met(needs: Iterable[Need], found: Mapping[str, int]) -> bool:

@@ -109,7 +109,7 @@ class User:
     """A person on whose behalf something is asked for: `<issuer's configured name>:<subject>`, until their token ends.
 
     `resources` and `scopes` are all that they asked it for; None is no such limit. `for_one` says that the token names
-    who may use it, so that nobody else may act by it.
+    who may use it, so that nobody else may act by it. `attributes` are what it says of them and configuration lets in.
     """
 
     name: str
@@ -117,6 +117,7 @@ class User:
     resources: frozenset[str] | None = None
     scopes: frozenset[str] | None = None
     for_one: bool = False
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,17 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
-from broker.domain.approval import Approval, Verdict, Vote, are_met, met, narrowed, needs_of, parameters_hash
+from broker.domain.approval import (
+    Approval,
+    Verdict,
+    Vote,
+    approved_by,
+    are_met,
+    met,
+    narrowed,
+    needs_of,
+    parameters_hash,
+)
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits, Resource
 from broker.domain.clock import Clock, rfc3339
@@ -36,6 +46,7 @@ from broker.domain.policy import DENY, NEEDS_APPROVAL, Decision
 from broker.domain.review import Review
 from broker.domain.task import Task
 from broker.services.approval import requesters_of
+from broker.services.asked import kept_of
 from broker.services.break_glass import step
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING
@@ -187,6 +198,7 @@ class Collection:
         principal: Principal = held.caller.principal
         require_known_user(grant.on_behalf_of, standing.catalogue)
         left = narrowed(approval, held.votes)
+        requesters = requesters_of(held.db, grant, standing.catalogue)
         require_may_ask(principal, resource, left.scopes, grant.jkt)
         found = terms(
             GrantRequest(
@@ -204,7 +216,9 @@ class Collection:
             resource=resource,
             task=held.task,
             user=grant.on_behalf_of,
+            user_attributes=kept_of(grant).user_attributes,
             parent=held.parent,
+            approved=approved_by(approval.needs, held.votes, requesters, standing.catalogue),
             policies=standing.policies,
             limits=self._limits,
             now=held.now,

@@ -40,6 +40,7 @@ from broker.domain.lifecycle import GrantState, TaskState
 from broker.domain.policy import NEEDS_APPROVAL, PolicySet
 from broker.domain.task import Task
 from broker.services.approval import Opening, cases, opened_event
+from broker.services.asked import kept_of
 from broker.services.batching import Batching
 from broker.services.break_glass import require_narrow, require_no_break_glass, step
 from broker.services.credentials import signed
@@ -50,7 +51,7 @@ from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
-from broker.services.terms import Terms, require_known_user, require_may_ask, terms, user_of
+from broker.services.terms import Terms, attributes_of_user, require_known_user, require_may_ask, terms, user_of
 from broker.store import gate, locks
 from broker.store.approvals import approval_of_grant, insert_approvals
 from broker.store.database import Database
@@ -254,6 +255,7 @@ class Issuance:
             resource=resource,
             task=task,
             user=user,
+            user_attributes=attributes_of_user(request, task, parent),
             parent=parent,
             policies=standing.policies,
             limits=self._limits,
@@ -671,6 +673,7 @@ class Issuance:
         resource = standing.catalogue.resource(grant.resource)
         scopes = frozenset(grant.scopes)
         require_may_ask(principal, resource, scopes, grant.jkt)
+        kept = kept_of(grant)
         found = terms(
             GrantRequest(
                 caller=caller,
@@ -686,7 +689,9 @@ class Issuance:
             resource=resource,
             task=task,
             user=grant.on_behalf_of,
+            user_attributes=kept.user_attributes,
             parent=parent,
+            approved=kept.approved,
             policies=standing.policies,
             limits=self._limits,
             now=now,

@@ -24,7 +24,7 @@ from broker.domain.identity import Principal, WorkloadIdentity
 from broker.domain.lifecycle import GrantState
 from broker.domain.policy import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.policy.reading import Path
-from broker.services.asked import Versions, decided_before_terms
+from broker.services.asked import Versions, approved_of, decided_before_terms
 from broker.services.terms import is_known_user, require_may_ask
 
 _QUESTIONS_REMEMBERED = 1000  # of one agent for one thing
@@ -223,6 +223,10 @@ class _Asked:
         return decided_at_of(self.row)
 
     @property
+    def minute(self) -> datetime:
+        return self.decided_at.replace(second=0)
+
+    @property
     def purpose(self) -> str:
         # An implicit task has no purpose but the agent's own word.
         return "" if self.row.implicit else str(self.row.purpose)
@@ -250,7 +254,10 @@ class _Asked:
             claimed=json.loads(row.claimed),
             now=self.decided_at,
             user=row.on_behalf_of,
+            user_attributes=json.loads(row.user_attributes or "null") or {},
             delegation_depth=row.delegation_depth or 0,
+            chain=tuple(row.chain.split()),
+            approved=approved_of(json.loads(row.approved or "null")),
             risk=self.risk,
             break_glass=row.break_glass,
         )
@@ -270,10 +277,21 @@ _TELLS: Mapping[Path, Callable[[_Asked], Any]] = {
     ("sender_bound",): lambda asked: None,
     ("break_glass",): lambda asked: None,
     ("delegation_depth",): lambda asked: asked.row.delegation_depth,
+    ("delegation_chain",): lambda asked: asked.row.chain,
+    ("delegation_root",): lambda asked: asked.row.chain,
     ("user",): lambda asked: asked.row.on_behalf_of,
+    ("user_attributes",): lambda asked: asked.row.user_attributes,
+    ("approvals", "count"): lambda asked: asked.row.approved,
+    ("approvals", "by"): lambda asked: asked.row.approved,
+    ("approvals", "groups"): lambda asked: asked.row.approved,
     ("risk",): lambda asked: asked.risk,
     ("time", "hour"): lambda asked: asked.decided_at.hour,
     ("time", "weekday"): lambda asked: asked.decided_at.isoweekday(),
+    # Whatever the zone is: each is a whole number of minutes away from UTC.
+    ("local", "zone"): lambda asked: None,
+    ("local", "hour"): lambda asked: asked.minute,
+    ("local", "minute"): lambda asked: asked.minute,
+    ("local", "weekday"): lambda asked: asked.minute,
     ("claimed",): lambda asked: asked.row.claimed,
 }
 

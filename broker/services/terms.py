@@ -7,7 +7,7 @@ issue, at renewal and in a rehearsal.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,7 +17,7 @@ from broker.domain.clock import epoch
 from broker.domain.errors import Conflict, Forbidden, Invalid, RoleMissing, Unauthenticated
 from broker.domain.grant import BREAK_GLASS_LIFE, Grant, GrantRequest
 from broker.domain.identity import Principal, Role
-from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
+from broker.domain.policy import NOBODY, AccessRequest, Approved, Decision, PolicySet, TaskFacts
 from broker.domain.scope import effective_ttl, require_offered
 from broker.domain.task import Task
 
@@ -44,6 +44,7 @@ class Terms:
 
     def as_json(self) -> dict[str, Any]:
         """What no other column of a grant tells of its decision, for whoever explains it or asks again."""
+        said, attributes = self.asked.approved, {name: list(v) for name, v in self.asked.user_attributes.items()}
         return {
             "decided_at": epoch(self.asked.now),
             "requested_s": None if self.requested is None else int(self.requested.total_seconds()),
@@ -51,6 +52,9 @@ class Terms:
             "ttl_s": self.asked.ttl_s,
             "delegation_depth": self.asked.delegation_depth,
             "risk": self.asked.risk,
+            # Most requests have neither, and a row is as long as what it says.
+            **({"user_attributes": attributes} if attributes else {}),
+            **({"approved": {"by": sorted(said.by), "groups": sorted(said.groups)}} if said.by else {}),
         }
 
 
@@ -63,6 +67,16 @@ def user_of(request: GrantRequest, task: Task, parent: Grant | None) -> str | No
     if len(bound | given) > 1:
         raise Forbidden("the task or the grant that is handed down is on behalf of another user")
     return next(iter(bound | given), None)
+
+
+def attributes_of_user(request: GrantRequest, task: Task, parent: Grant | None) -> Mapping[str, Sequence[str]]:
+    """What is known of that user: by the token that came with the request, or by the one that came before it."""
+    if request.user is not None:
+        return request.user.attributes
+    if parent is not None and parent.on_behalf_of is not None:
+        kept: Mapping[str, Sequence[str]] = (parent.terms or {}).get("user_attributes") or {}
+        return kept
+    return task.user_attributes or {}
 
 
 def require_known_user(user: str | None, catalogue: Catalogue) -> None:
@@ -94,7 +108,9 @@ def terms(
     limits: Limits,
     now: datetime,
     user: str | None = None,
+    user_attributes: Mapping[str, Sequence[str]] | None = None,
     parent: Grant | None = None,
+    approved: Approved = NOBODY,
     renewable_until: datetime | None = None,
     risk: str = "low",
 ) -> Terms:
@@ -141,7 +157,10 @@ def terms(
         claimed=request.claimed,
         now=now,
         user=user,
+        user_attributes=user_attributes or {},
         delegation_depth=0 if parent is None else len(parent.chain) + 1,
+        chain=() if parent is None else (*parent.chain, parent.agent),
+        approved=approved,
         risk=risk,
         break_glass=request.break_glass,
     )

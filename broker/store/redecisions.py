@@ -29,6 +29,7 @@ _GIVEN = (str(GrantState.APPROVED), str(GrantState.ACTIVE))
 _OF_GRANT = (
     "id", "task_id", "state", "agent", "issuer", "subject", "orchestrator", "on_behalf_of", "resource", "provider",
     "jti", "created_at", "expires_at", "ttl_s", "intent", "policies", "policy_version", "break_glass",
+    "chain",
 )  # fmt: skip
 _terms = _grants.c.terms
 # What was decided, with all that is needed to ask it again. JSON as text, and of the large objects only what is asked
@@ -44,6 +45,8 @@ RECORDED: Select[Any] = select(
     _terms["ttl_s"].as_integer().label("asked_ttl_s"),
     _terms["delegation_depth"].as_integer().label("delegation_depth"),
     _terms["risk"].as_string().label("risk"),
+    cast(_terms["user_attributes"], Text).label("user_attributes"),
+    cast(_terms["approved"], Text).label("approved"),
     _tasks.c.purpose,
     _tasks.c.implicit,
     cast(_tasks.c.labels, Text).label("labels"),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import cedarpy
 
-from broker.domain.catalogue import Catalogue
+from broker.domain.catalogue import UTC, Catalogue, unknown_zone
 from broker.domain.errors import ConfigurationError
 from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision
 from broker.domain.policy.reading import Path, Policy, read_policies, set_json, unsatisfiable
@@ -61,8 +63,9 @@ class _Verdict:
 class PolicySet:
     """All policies of one configuration version."""
 
-    def __init__(self, version: int, policies: Sequence[Policy]) -> None:
+    def __init__(self, version: int, policies: Sequence[Policy], time_zone: str = UTC) -> None:
         self.version = version
+        self.time_zone = time_zone
         self._by_id = {policy.id: policy for policy in policies}
         self._slices: dict[tuple[str, str, str], _Slice] = {}
         self._entities: dict[tuple[str, str, str], Any] = {}
@@ -90,15 +93,17 @@ class PolicySet:
         """Parse and check every policy; ConfigurationError names each problem with file, policy and remedy.
 
         `applied`: it is in force already. An approval nobody can give is refused where it would come into force, and
-        where it did, it is one that nobody gives: no reason to answer nothing at all.
+        where it did, it is one that nobody gives: no reason to answer nothing at all. Nor is a time zone that is not
+        known on this machine: what looks at it is refused (INV-13).
         """
         problems: list[str] = []
         policies = read_policies(catalogue, problems)
         if not applied:
             problems += unsatisfiable(policies, catalogue)
+            problems += unknown_zone(catalogue.time_zone)
         if problems:
             raise ConfigurationError(problems)
-        return cls(catalogue.version, policies)
+        return cls(catalogue.version, policies, catalogue.time_zone)
 
     def unfit(self) -> list[str]:
         """Why these policies must not come into force, though they can be read: nobody means what they say."""
@@ -247,7 +252,7 @@ class PolicySet:
             asking=_parsed([*forbids, *asking]) if asking else None,
             glass=_parsed([*forbids, *glass]) if glass else None,
             reads=reads,
-            told=_told(reads),
+            told=_told(reads, self.time_zone),
             tagged=_touches(reads, ("claimed",)) or _touches(reads, ("task", "labels")),
         )
 
@@ -365,9 +370,28 @@ def _first(reasons: Iterable[str]) -> tuple[str, ...]:
 
 # --- What the engine is told of a request ---
 
+
+def _in_zone(time_zone: str) -> dict[Path, _Telling]:
+    """The time of day there. A zone this machine does not know is an error where somebody looks (INV-13)."""
+
+    def local(asked: AccessRequest) -> datetime:
+        return asked.now.astimezone(ZoneInfo(time_zone))
+
+    return {
+        ("local", "zone"): lambda asked: _text(time_zone),
+        ("local", "hour"): lambda asked: str(local(asked).hour),
+        ("local", "minute"): lambda asked: str(local(asked).minute),
+        ("local", "weekday"): lambda asked: str(local(asked).isoweekday()),
+    }
+
+
+def _lists(attributes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {name: list(values) for name, values in attributes.items()}
+
+
 # By hand, and only what the policies of a slice read: making and parsing a context is most of what a decision costs.
 # Every text goes through the encoder, so that it stays a value (INV-31). None is a fact that is not there.
-_LEAVES: Mapping[Path, _Telling] = {
+_LEAVES: dict[Path, _Telling] = {
     ("task", "id"): lambda asked: _text(asked.task.id),
     ("task", "purpose"): lambda asked: _text(asked.task.purpose),
     ("task", "age_s"): lambda asked: str(asked.task.age_s),
@@ -379,19 +403,26 @@ _LEAVES: Mapping[Path, _Telling] = {
     ("sender_bound",): lambda asked: "true" if asked.sender_bound else "false",
     ("break_glass",): lambda asked: "false" if asked.break_glass is None else "true",
     ("delegation_depth",): lambda asked: str(asked.delegation_depth),
+    ("delegation_chain",): lambda asked: json.dumps(sorted(set(asked.chain))),
+    ("delegation_root",): lambda asked: _text(asked.chain[0] if asked.chain else asked.agent.name),
     ("user",): lambda asked: None if asked.user is None else _text(asked.user),
+    ("user_attributes",): lambda asked: None if asked.user is None else json.dumps(_lists(asked.user_attributes)),
+    ("approvals", "count"): lambda asked: str(len(asked.approved.by)),
+    ("approvals", "by"): lambda asked: json.dumps(sorted(asked.approved.by)),
+    ("approvals", "groups"): lambda asked: json.dumps(sorted(asked.approved.groups)),
     ("risk",): lambda asked: _text(asked.risk),
     ("time", "hour"): lambda asked: str(asked.now.hour),
     ("time", "weekday"): lambda asked: str(asked.now.isoweekday()),
     ("claimed",): lambda asked: _reference("Claimed", "caller" if _has_tags(asked) else _NO_TAGS),
+    **_in_zone(UTC),
 }
 
 
-def _told(reads: frozenset[Path]) -> tuple[tuple[str, _Telling], ...]:
+def _told(reads: frozenset[Path], time_zone: str) -> tuple[tuple[str, _Telling], ...]:
     """The members of a context that these reads can see, in the order of the schema."""
     flat: dict[str, _Telling] = {}
     records: dict[str, list[tuple[str, _Telling]]] = {}
-    for path, tell in _LEAVES.items():
+    for path, tell in (_LEAVES | _in_zone(time_zone)).items():
         if _touches(reads, path):
             if len(path) == 1:
                 flat[path[0]] = tell

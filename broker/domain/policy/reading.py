@@ -269,13 +269,20 @@ def _known_names(catalogue: Catalogue) -> Mapping[str, frozenset[str]]:
         "Agent": catalogue.principal_names,
         "Resource": frozenset(resource.identifier for resource in catalogue.resources),
         "Action": frozenset(scope for resource in catalogue.resources for scope in resource.scopes),
+        "UserAttribute": frozenset(name for issuer in catalogue.issuers for name in issuer.user_attributes),
     }
 
 
 def _unknown_names(policy: Policy, known: Mapping[str, frozenset[str]]) -> Iterator[str]:
-    """Agents, resources and scopes a policy names and the configuration does not: a typo must not grant or block."""
-    nouns = {"Agent": "agent", "Resource": "resource", "Action": "scope"}
-    for kind, name in dict.fromkeys(_named(policy.body)):
+    """Agents, resources and scopes a policy names and the configuration does not: a typo must not grant or block.
+
+    Nor an attribute of users: to the engine `has` one that no issuer says is false, and no mistake.
+    """
+    nouns = {"Agent": "agent", "Resource": "resource", "Action": "scope", "UserAttribute": "user attribute"}
+    attributes = [
+        ("UserAttribute", path[1]) for path in sorted(policy.reads) if path[:1] == ("user_attributes",) and path[1:]
+    ]
+    for kind, name in dict.fromkeys([*_named(policy.body), *attributes]):
         if kind in known and name not in known[kind]:
             nearest = get_close_matches(name, known[kind], 1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "add it to the configuration, or correct the policy"
