@@ -4,6 +4,7 @@ python -m benchmarks                    # all, on both stores
 python -m benchmarks --only sqlite      # one store
 python -m benchmarks --quick            # only the hot paths
 python -m benchmarks --peer openbao     # and OpenBao beside the broker on PostgreSQL, under the same load
+python -m benchmarks --decisions        # instead: a decision among a thousand policies, without a server
 python -m benchmarks --secrets          # instead: secrets of a real OpenBao, through the broker and read directly
 """
 
@@ -23,7 +24,7 @@ import httpx
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks import decided_again, load, openbao, rows, secrets
+from benchmarks import decided_again, decisions, load, openbao, rows, secrets
 from benchmarks.servers import (
     AGENTS,
     RESOURCE,
@@ -253,6 +254,7 @@ def options_from(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only the hot paths")
     parser.add_argument("--peer", choices=["openbao"], help="its nearest equal, under the same load on PostgreSQL")
     parser.add_argument("--secrets", action="store_true", help="instead: secrets of a real OpenBao, also read directly")
+    parser.add_argument("--decisions", action="store_true", help="instead: one decision among a thousand policies")
     options = parser.parse_args(arguments)
     if options.peer and options.secrets:
         parser.error("--secrets is measured by itself: leave out --peer openbao")
@@ -268,6 +270,11 @@ def main() -> None:
     # So that the servers end with us, and not only when they are asked to.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     report = Report()
+    if options.decisions or not (options.quick or options.secrets):
+        report.title("The engine")
+        report.value("a decision over 1,000 policies", decisions.measure().told)
+    if options.decisions:
+        return
     with tempfile.TemporaryDirectory(prefix="broker-bench-") as directory:
         root = Path(directory)
         with no_op_server() as port:

@@ -47,11 +47,16 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def notify() -> None:
         broker.notifying.send_due()
 
+    def review() -> None:
+        broker.reviews.note_overdue()
+
     def measure() -> None:
         looks, outstanding = broker.reconciliation.looks(), broker.leases.measure()
         for look in looks:
             telemetry.looked(look.provider, look.looked_at, reachable=look.reachable)
         telemetry.owed(outstanding.counts, outstanding.oldest_s, [look.provider for look in looks])
+        broken = broker.reviews.measure()
+        telemetry.break_glass(live=broken.live, owed=broken.owed, overdue=broken.overdue)
 
     # Each its own, so that a provider that hangs delays neither what time ends nor what another is owed.
     return (
@@ -62,6 +67,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         ("decide again", decide_again, 1),
         ("alert", alert, 1),
         ("notify", notify, 1),
+        ("review", review, 5),
         ("measure", measure, 5),
         ("look again", broker.look_again, 1),
         ("confirm keys", broker.keys.tend, 10),

@@ -49,6 +49,8 @@ _LAST_LOOK = Gauge(
     "broker_last_look_timestamp_seconds", "When what a provider has alive was last compared with our rows", ["provider"]
 )
 _REACHABLE = Gauge("broker_provider_reachable", "1 if the last look at the provider was complete, else 0", ["provider"])
+_BREAK_GLASS = Gauge("broker_break_glass_grants", "Grants that are out and were asked for as a break-glass")
+_REVIEWS = Gauge("broker_break_glass_reviews", "Reviews that are owed for one, by whether they are late", ["state"])
 _LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep finished")
 
 
@@ -120,6 +122,13 @@ def looked(provider: str, at: datetime | None, *, reachable: bool) -> None:
     """How a provider was last looked at, by whichever broker."""
     _LAST_LOOK.labels(provider).set(0 if at is None else at.timestamp())
     _REACHABLE.labels(provider).set(reachable)
+
+
+def break_glass(*, live: int, owed: int, overdue: int) -> None:
+    """What is out by a break-glass, and the reviews that are owed; `overdue` are some of them."""
+    _BREAK_GLASS.set(live)
+    _REVIEWS.labels("owed").set(owed - overdue)
+    _REVIEWS.labels("overdue").set(overdue)
 
 
 def exposition() -> tuple[bytes, str]:

@@ -40,6 +40,7 @@ from broker.services.proofs import Proofs
 from broker.services.reconciliation import Reconciliation, settings_in_use
 from broker.services.redeciding import Redeciding
 from broker.services.replaying import Replaying
+from broker.services.reviews import Reviews
 from broker.services.revocation import Revocation
 from broker.services.secrets import Secrets
 from broker.services.signals import Signals
@@ -69,6 +70,7 @@ class Broker:
     issuance: Issuance
     approvals: Approvals
     collection: Collection
+    reviews: Reviews
     waiting: Waiting
     tasks: TaskService
     revocation: Revocation
@@ -195,6 +197,7 @@ def build(
             issuer=issuer,
             clock=clock,
         ),
+        reviews=Reviews(database=database, standing=standing, clock=clock),
         waiting=Waiting(),
         tasks=TaskService(database=database, standing=standing, debts=debts, limits=limits, issuer=issuer, clock=clock),
         revocation=revocation,

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from benchmarks import load, openbao, secrets
+from benchmarks import decisions, load, openbao, secrets
 from benchmarks.__main__ import options_from
 from benchmarks.servers import bench_settings, broker_on, postgres, prepare
 
@@ -20,6 +20,14 @@ def directory(monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", os.environ.get("XDG_RUNTIME_DIR", ""))
     with tempfile.TemporaryDirectory(prefix="broker-tests-") as made:
         yield Path(made)
+
+
+def test_each_decision_that_is_measured_is_among_a_thousand_and_allowed(monkeypatch):
+    monkeypatch.setattr(decisions, "_ROUNDS", 1)
+    found = decisions.measure()
+    assert (found.policies, found.decisions) == (1_000, 500)
+    # It sees those that can concern it, and more than one.
+    assert 2 < found.seen < 20
 
 
 def audited(token: str | None, *, path: str = "auth/jwt/login", type: str = "response", kind: str = "service") -> str:

@@ -47,7 +47,7 @@ def list_approvals(broker: Client, /, *, limit: int, cursor: str | None, state: 
     """
     wanted = filters | {"state": None if state == "all" else state}
     found = page_of(broker, calls.approvals(page_size=limit, **wanted), cursor)
-    columns = ("id", "state", "sensitivity", "resource", "scopes", "ttl", "user", "agent", "votes", "until")
+    columns = ("id", "state", "sensitivity", "resource", "scopes", "ttl", "user", "agent", "votes", "until", "kind")
     output.page(found, columns, _row, empty="nobody asks you for anything")
 
 
@@ -64,6 +64,7 @@ def _row(item: Mapping[str, Any]) -> tuple[Any, ...]:
         item["requested_by"],
         f"{yes} of {item['quorum']}",
         item["expires_at"],
+        "BREAK-GLASS" if item.get("break_glass") else None,
     )
 
 
@@ -126,7 +127,9 @@ def withdraw(broker: Client, /, *, approval_id: str, reason: str | None) -> None
 def _show(found: Approval) -> None:
     raw, opens, requester = found.raw, found.opens, found.raw["requester"]
     whole = list(found.scopes) == opens["scopes"] and found.ttl_s == opens["ttl_s"]
+    loud = "asked for as one: it opens this at once, everybody is told, and a review is owed"
     shown: dict[str, Any] = {
+        "BREAK-GLASS": loud if found.break_glass else None,
         "opens": opens["resource"],
         "sensitivity": f"{opens['sensitivity'] or 'unknown'}, {opens['environment'] or 'unknown'}",
         "scopes": opens["scopes"],
@@ -149,7 +152,12 @@ def _show(found: Approval) -> None:
     }
     said = found.unverified
     claims = {f"claims {name}": text for name, text in (said.get("claims") or {}).items()}
-    theirs = {"the agent says": said.get("intent"), "the task says": said.get("purpose"), **claims}
+    theirs = {
+        "the emergency": said.get("break_glass"),
+        "the agent says": said.get("intent"),
+        "the task says": said.get("purpose"),
+        **claims,
+    }
     always = ("for user", "votes")
     ours = output.facts({name: value for name, value in shown.items() if value not in (None, []) or name in always})
     words = {_in_one_line(name): _quoted(value) for name, value in theirs.items() if value}

@@ -53,6 +53,9 @@ def _handing_out(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--hand-to", multiple=True, help="An agent that may have a part of it. May be repeated.")
 @click.option("--parent", "parent_grant_id", help="The grant that is handed down to you, or a part of it.")
 @user_token_option
+@click.option(
+    "--break-glass", metavar="REASON", help="An emergency, and which: for what a policy with @break_glass has declared."
+)
 @click.option("--intent", help="What you are about to do, in a sentence.")
 @facts_option("--context", "context", "A fact you claim, for policies. May be repeated.")
 @facts_option(
@@ -143,19 +146,34 @@ def renew(broker: Client, /, *, grant_id: str, dpop_key: Path | None, token_only
 @page_options
 @client_options
 def list_grants(broker: Client, /, *, limit: int, cursor: str | None, **filters: Any) -> None:
-    """Grants you may see, newest first; never their credentials.
+    """Grants you may see, newest first; never their credentials. Break-glass that is out comes before all others.
 
     \b
     broker grant list --state active --agent summarizer
     """
     found = page_of(broker, calls.grants(page_size=limit, **filters), cursor)
-    columns = ("id", "state", "live", "agent", "resource", "scopes", "expires")
-    output.page(found, columns, row, empty="no grant is to be seen")
+    if cursor is None:
+        found = _loud_first(broker, found, filters)
+    output.page(found, COLUMNS, row, empty="no grant is to be seen")
+
+
+COLUMNS = ("id", "state", "live", "agent", "resource", "scopes", "expires", "kind")
+
+
+def _loud_first(broker: Client, found: Mapping[str, Any], filters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first page with every break-glass that is out before the others, however old it is."""
+    broken = page_of(broker, calls.grants(**{**filters, "break_glass": True}), None)["items"]
+    out = [item for item in broken if item["live"]]
+    if out:
+        output.say(f"BREAK-GLASS: {len(out)} out, listed first")
+    first = {item["id"] for item in out}
+    return {**found, "items": [*out, *(item for item in found["items"] if item["id"] not in first)]}
 
 
 def row(item: Mapping[str, Any]) -> tuple[Any, ...]:
     """A grant as a line of a list."""
-    return tuple(item[name] for name in ("id", "state", "live", "agent", "resource", "scopes", "expires_at"))
+    shown = tuple(item[name] for name in ("id", "state", "live", "agent", "resource", "scopes", "expires_at"))
+    return (*shown, None if item.get("break_glass") is None else "BREAK-GLASS")
 
 
 @grant.command()
@@ -247,6 +265,9 @@ def _in_file(name: str, path: str) -> str:
 
 def _facts(found: Grant) -> dict[str, Any]:
     shown = {name: value for name, value in found.raw.items() if value not in (None, {}, []) and name != "decision"}
+    if found.break_glass is not None:
+        del shown["break_glass"]
+        shown = {"BREAK-GLASS": f"the agent says: “{found.break_glass.get('reason')}”", **shown}
     if found.ttl_decided_by is not None:
         shown |= {"ttl_s": f"{found.ttl_s}, decided by {found.ttl_decided_by}"}
         del shown["ttl_decided_by"]

@@ -29,6 +29,7 @@ _COMMANDS: Mapping[str, str] = {
     "signal": "broker.cli.signal",
     "migrate": "broker.cli.server",
     "policy": "broker.cli.policy",
+    "review": "broker.cli.review",
     "revoke": "broker.cli.revoke",
     "scheduler": "broker.cli.server",
     "serve": "broker.cli.server",

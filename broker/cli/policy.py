@@ -108,6 +108,7 @@ def test(config: Path, tests_file: Path | None) -> None:
 @facts_option("--label", "labels", "A label of the task. May be repeated.")
 @click.option("--intent", help="What the agent would say it is for.")
 @click.option("--sender-bound", is_flag=True, help="As if it came with a DPoP proof.")
+@click.option("--break-glass", is_flag=True, help="As if it were asked for as a break-glass.")
 @facts_option("--context", "context", "What the agent would claim. May be repeated.")
 @click.option("--url", envvar="BROKER_URL", show_envvar=True, metavar="URL", help="The broker's address.")
 @click.option(

@@ -9,7 +9,7 @@ import click
 
 from broker.cli import output
 from broker.cli.client import client_options
-from broker.cli.grant import row
+from broker.cli.grant import COLUMNS, row
 from broker.sdk import Client, calls
 
 _HELP = {
@@ -82,8 +82,7 @@ def _blast_radius(outcome: Mapping[str, Any]) -> output.Drawing:
         by_agent = sorted(outcome["by_agent"].items(), key=lambda pair: (-pair[1], pair[0]))
         drawn.append(output.table(("agent", "grants"), by_agent, empty=""))
         if dry_run:
-            columns = ("id", "state", "live", "agent", "resource", "scopes", "expires")
-            drawn.append(output.table(columns, map(row, outcome["samples"]), empty="no sample"))
+            drawn.append(output.table(COLUMNS, map(row, outcome["samples"]), empty="no sample"))
         else:
             drawn.append(output.receipt_lines(outcome["receipt"]["grants"]))
     return output.both(*drawn)

@@ -189,6 +189,7 @@ def check_issuers(reader: Reader, rows: Sequence[Row], principals: Sequence[Row]
                 "and a subject, or users = true, or take the issuer out",
                 name,
             )
+        _check_user_attributes(reader, at, values)
         sources = [source for source in KEY_SOURCES if source in raw and raw[source] is not False]
         if len(sources) != 1:
             found = f"has {len(sources)} key sources ({', '.join(sources)})" if sources else "has no key source"
@@ -201,6 +202,17 @@ def check_issuers(reader: Reader, rows: Sequence[Row], principals: Sequence[Row]
                     require_key_set(reader.path(values[source]), source, values)
                 except Wrong as wrong:
                     reader.refuse(f"{at}.{source}", str(wrong), values[source])
+
+
+def _check_user_attributes(reader: Reader, at: str, values: Mapping[str, Any]) -> None:
+    wanted = values.get("user_attributes")
+    if wanted and values.get("users") is False:
+        reader.refuse(f"{at}.user_attributes", "is said of users, and this issuer has none; write users = true, or not")
+    for name, claim in (wanted or {}).items():
+        if not isinstance(claim, str) or not all(claim.split(".")):
+            reader.refuse(
+                f"{at}.user_attributes.{bare(name)}", 'is not the path of a claim; write names joined by "."', claim
+            )
 
 
 def _check_key_source(reader: Reader, at: str, values: Mapping[str, Any], issuer: str, source: str) -> None:

@@ -14,6 +14,7 @@ from broker.config.wording import quoted
 from broker.domain.catalogue import (
     SENSITIVITIES,
     SIGNING_ALGORITHMS,
+    UTC,
     Limits,
     PrincipalRule,
     Resource,
@@ -403,10 +404,23 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             10_000,
             default=Limits.max_open_approvals_per_group,
         ),
+        _integer(
+            "review_within_s",
+            "How long after a break-glass was collected its review may be owed before it is overdue.",
+            60,
+            604_800,
+            default=_seconds(Limits.review_within),
+        ),
     ),
     "policies": (
         _string(
             "directory", f"Directory of the `*.cedar` files and, if there is one, `{SCHEMA_FILE}`.", default="policies"
+        ),
+        _string(
+            "time_zone",
+            "Of `context.local`: a name of the IANA database, like `Europe/Berlin`.",
+            default=UTC,
+            check=values.time_zone,
         ),
     ),
     "alerts": (
@@ -474,6 +488,12 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
         _boolean("single_use", "Each token is accepted once, by its `jti`.", default=TrustedIssuer.single_use),
         _boolean("users", "Its subjects are people on whose behalf agents may act.", default=TrustedIssuer.users),
         *_own_limits("issuer", "limits.live_per_issuer"),
+        _facts(
+            "user_attributes",
+            "With `users = true`: what policies may know of its subjects, each a name and the claim that says it, as a "
+            "dotted path: text, a number, a boolean, or a list of them.",
+            "attribute",
+        ),
     ),
     "principals": (
         _string("name", "What policies, logs and other sections call it.", check=values.name),
@@ -555,7 +575,10 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
             default=list(Resource.verifiers),
             check=values.name,
         ),
-        _facts("attributes", "Facts for policies.", "attribute", ("sensitivity", "environment", "provider")),
+        _facts(
+            "attributes", "Facts for policies.", "attribute", ("sensitivity", "environment", "provider", "destination")
+        ),
+        _facts("destination", "Where its credentials lead, for policies: a host, a region, a network.", "attribute"),
         _table(
             "vault",
             "Which role of which secret engine gives its credentials; with provider `vault`, and only with it.",

@@ -101,6 +101,7 @@ def load(
             max_open_approvals_per_agent=approvals["max_open_per_agent"],
             max_open_approvals_per_group=approvals["max_open_per_group"],
             **_breakers(section["limits"]),
+            review_within=timedelta(seconds=approvals["review_within_s"]),
         ),
         catalogue=Catalogue(
             issuers=tuple(_issuer(reader, values) for _, _, values in rows["issuers"]),
@@ -108,6 +109,7 @@ def load(
             resources=tuple(map(_resource, (values for _, _, values in rows["resources"]))),
             policies=policies,
             schema=schema,
+            time_zone=section["policies"]["time_zone"],
         ),
         source=reader.source,
         policies_directory=reader.path(section["policies"]["directory"]),

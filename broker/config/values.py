@@ -8,6 +8,7 @@ from ipaddress import ip_address
 from urllib.parse import SplitResult, urlsplit
 
 from broker.config.wording import Wrong, quoted, shown
+from broker.domain.catalogue import unknown_zone
 from broker.domain.errors import Invalid, InvalidScope
 from broker.domain.scope import scope_set
 from broker.providers.vault.settings import COMPONENT, MOST_COMPONENTS, component_of, path_of
@@ -266,6 +267,11 @@ def address(value: str) -> tuple[str, int]:
             "is not host:port with a port from 1 to 65535; write 127.0.0.1:8080, or 0.0.0.0:8080 for every interface"
         )
     return found[1] or found[2], int(found[3])
+
+
+def time_zone(value: str) -> None:
+    for wrong in unknown_zone(value):
+        raise Wrong(f"is no time zone that is known here; {wrong.partition(': ')[2]}")
 
 
 def mail_host(value: str) -> None:

@@ -17,7 +17,7 @@ from broker.domain.errors import Conflict, Invalid
 from broker.domain.grant import Grant
 from broker.domain.identity import Principal, Role
 from broker.domain.lifecycle import ApprovalState, GrantState
-from broker.domain.policy import Decision
+from broker.domain.policy import Approved, Decision
 from broker.domain.scope import scope_set
 
 
@@ -121,13 +121,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """By which channel a group is told that it is asked; without groups, every group."""
+    """By which channel a group is told that it is asked; without groups, every group. A break-glass is told by all."""
 
     channel: str
     groups: frozenset[str] = frozenset()
 
-    def leads_to(self, approval: Approval) -> bool:
-        return not self.groups or bool(self.groups & approval.groups)
+    def leads_to(self, case: Case) -> bool:
+        return not self.groups or case.grant.break_glass is not None or bool(self.groups & case.approval.groups)
 
 
 def needs_of(decision: Decision) -> tuple[Need, ...]:
@@ -203,6 +203,13 @@ def met(
         number = sum(counts(need, voter, requesters) for voter in voters)
         found[need.group] = min(number, found.get(need.group, number))
     return found
+
+
+def approved_by(needs: Iterable[Need], votes: Iterable[Vote], requesters: Requesters, catalogue: Catalogue) -> Approved:
+    """Those whose yes counts under this configuration, and the groups they said it for."""
+    voters = [voter for vote in votes if vote.verdict is Verdict.APPROVE and (voter := _voter(vote, catalogue))]
+    counted = [(need.group, voter.name) for need in needs for voter in voters if counts(need, voter, requesters)]
+    return Approved(by=frozenset(name for _, name in counted), groups=frozenset(group for group, _ in counted))
 
 
 def are_met(needs: Iterable[Need], found: Mapping[str, int]) -> bool:

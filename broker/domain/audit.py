@@ -14,9 +14,31 @@ from typing import Any
 
 from broker.domain.clock import rfc3339
 
-# What somebody has to hear of at once, and not when they next look.
+# Every step of a break-glass is told to everybody there is a channel to, besides being an alert. That one is asked for
+# is not among them: the notice of its approval goes to the same channels.
+ANNOUNCED = frozenset(
+    {
+        "break_glass.voted",
+        "break_glass.approved",
+        "break_glass.collected",
+        "break_glass.ended",
+        "review.overdue",
+        "review.completed",
+    }
+)
+# What somebody has to hear of at once, and not when they next look. A break-glass that was refused is not among them:
+# whoever is refused decides how often, and a flood is how an alert that counts is hidden.
 ALERTING = frozenset(
-    {"lease.stuck", "lease.found", "lease.gone", "login.found", "redecision.undecided", "agent.locked_down"}
+    {
+        "lease.stuck",
+        "lease.found",
+        "lease.gone",
+        "login.found",
+        "redecision.undecided",
+        "agent.locked_down",
+        "break_glass.requested",
+    }
+    | ANNOUNCED
 )
 
 # What an agent was refused that it may not have, or that is not there for it. Not what it may ask again (a limit, a

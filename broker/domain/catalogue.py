@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
+from zoneinfo import available_timezones
 
 from broker.domain.errors import InvalidTarget, Unauthenticated
 from broker.domain.identity import Principal, Role, WorkloadIdentity
 
 KEY_SOURCES = ("discovery", "jwks_uri", "jwks_file", "spiffe_bundle_file", "spiffe_bundle_url")
 SENSITIVITIES = ("public", "internal", "confidential", "restricted")
+UTC = "UTC"
 SIGNING_ALGORITHMS = ("ES256", "RS256", "EdDSA")
 
 
@@ -37,6 +40,7 @@ class TrustedIssuer:
     users: bool = False
     max_requests: int | None = None
     max_live: int | None = None
+    user_attributes: Mapping[str, str] = field(default_factory=dict)  # for policies -> the claim that says it
 
     @property
     def trust_domain(self) -> str | None:
@@ -74,7 +78,7 @@ class PrincipalRule:
 
     def is_met_by(self, claims: Mapping[str, Any]) -> bool:
         """Whether every claim it demands is there, with this value."""
-        return all(_claim(claims, path) == (type(value), value) for path, value in self.claims.items())
+        return all(claim_at(claims, path) == (type(value), value) for path, value in self.claims.items())
 
     @property
     def rank(self) -> tuple[bool, int, int]:
@@ -95,14 +99,15 @@ class PrincipalRule:
         )
 
 
-def _claim(claims: Mapping[str, Any], path: str) -> tuple[type, Any] | None:
+def claim_at(claims: Mapping[str, Any], path: str) -> tuple[type, Any] | None:
+    """The type and value of a claim at a dotted path; None where it is not there."""
     # A member's own name may hold dots ("kubernetes.io"), so every split of the path is tried. The type is part of
     # the comparison: in Python True == 1, in a claim they are different facts.
     if path in claims:
         return type(claims[path]), claims[path]
     for name, below in claims.items():
         if isinstance(below, Mapping) and path.startswith(f"{name}."):
-            found = _claim(below, path[len(name) + 1 :])
+            found = claim_at(below, path[len(name) + 1 :])
             if found is not None:
                 return found
     return None
@@ -127,6 +132,7 @@ class Resource:
     require_dpop: bool = False
     verifiers: tuple[str, ...] = ()
     attributes: Mapping[str, str | int | bool] = field(default_factory=dict)
+    destination: Mapping[str, str | int | bool] = field(default_factory=dict)  # where its credentials lead
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_requests: int | None = None
     max_live: int | None = None
@@ -168,6 +174,7 @@ class Limits:
     denials_throttle: int = 30
     throttle_pause: timedelta = timedelta(seconds=5)
     denials_lockdown: int = 100
+    review_within: timedelta = timedelta(seconds=86_400)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +187,7 @@ class Catalogue:
     resources: tuple[Resource, ...] = ()
     policies: Mapping[str, str] = field(default_factory=dict)
     schema: str | None = None
+    time_zone: str = UTC  # of `context.local`
 
     @cached_property
     def _resources(self) -> Mapping[str, Resource]:
@@ -250,14 +258,17 @@ class Catalogue:
         """The JSON kept as a configuration version; `from_document` is its inverse. The version is not part of it."""
         document = asdict(self)
         del document["version"]
+        # Without what is not set, a configuration that has none of it is the document it always was: a broker that is
+        # brought up to date applies no new version.
         for item in (*document["issuers"], *document["principals"], *document["resources"]):
-            # Without what is not set, a configuration that has none of it is the document it always was: a broker that
-            # is brought up to date applies no new version.
             for name in ("max_requests", "max_live"):
                 if item[name] is None:
                     del item[name]
-            if item.get("settings") == {}:
-                del item["settings"]
+            for name in ("settings", "destination", "user_attributes"):
+                if item.get(name) == {}:
+                    del item[name]
+        if self.time_zone == UTC:
+            del document["time_zone"]
         return document
 
     @classmethod
@@ -269,7 +280,16 @@ class Catalogue:
             resources=tuple(_read(Resource, item) for item in document["resources"]),
             policies=document["policies"],
             schema=document["schema"],
+            time_zone=document.get("time_zone", UTC),
         )
+
+
+def unknown_zone(time_zone: str) -> Iterator[str]:
+    """What is wrong with a time zone that this machine does not know by this very name."""
+    if time_zone != UTC and time_zone not in available_timezones():
+        nearest = get_close_matches(time_zone, available_timezones(), 1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "write a name of the IANA database, like Europe/Berlin"
+        yield f"there is no time zone {time_zone[:100]!r} here: {hint}"
 
 
 def _read(kind: Any, item: Mapping[str, Any]) -> Any:

@@ -12,6 +12,9 @@ from broker.domain.lease import Lease
 from broker.domain.lifecycle import GrantState
 from broker.domain.secret import Secret, SecretData
 
+# No break-glass lives longer, whatever anybody configures.
+BREAK_GLASS_LIFE = timedelta(minutes=15)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Authority:
@@ -99,6 +102,7 @@ class Grant(Authority):
     terms: Mapping[str, Any] | None  # what else the decision looked at; None where none was kept yet
     trace_id: str | None
     hand_to: tuple[str, ...] = ()  # the agents that its holder lets have a part of it
+    break_glass: str | None = None  # why it was asked for as a break-glass, in the agent's words; None where it was not
     revoked_at: datetime | None = None
     revoked_by: str | None = None
     reason: str | None = None
@@ -111,6 +115,7 @@ class GrantRequest:
     `parameters` are for the provider of the resource, which has a closed set of them. `takes_secrets` says that the
     answer can carry something else than a token, `may_wait` that it can say that people are asked first.
     `parent_grant_id` is the grant that is handed down, which somebody may have named by presenting its token.
+    `break_glass` asks for what only an emergency opens, and says why.
     """
 
     caller: Caller
@@ -128,6 +133,7 @@ class GrantRequest:
     parent_by_token: bool = False
     user: User | None = None
     may_wait: bool = False
+    break_glass: str | None = None
     idempotency: IdempotencyClaim | None = None
 
 

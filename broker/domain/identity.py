@@ -26,7 +26,7 @@ _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = tuple(high + low for high in _CROCKFORD for low in _CROCKFORD)
 _SHIFTS = range(70, -1, -10)  # of what follows the milliseconds
 _COUNTER = itertools.count()
-_ID = re.compile(r"(task|grt|lea|apr|evt|lck|sig)_[0-7][0-9a-hjkmnp-tv-z]{25}")
+_ID = re.compile(r"(task|grt|lea|apr|evt|lck|sig|rev)_[0-7][0-9a-hjkmnp-tv-z]{25}")
 
 
 class Role(StrEnum):
@@ -109,7 +109,7 @@ class User:
     """A person on whose behalf something is asked for: `<issuer's configured name>:<subject>`, until their token ends.
 
     `resources` and `scopes` are all that they asked it for; None is no such limit. `for_one` says that the token names
-    who may use it, so that nobody else may act by it.
+    who may use it, so that nobody else may act by it. `attributes` are what it says of them and configuration lets in.
     """
 
     name: str
@@ -117,6 +117,7 @@ class User:
     resources: frozenset[str] | None = None
     scopes: frozenset[str] | None = None
     for_one: bool = False
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Actor(Protocol):

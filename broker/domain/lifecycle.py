@@ -12,6 +12,7 @@ drawn cannot happen. "Live" is never stored.
     Lease     intended ──▶ held ──▶ revoking ──▶ released
                  └──────────────────▶ │    └──▶ stuck ──▶ released | revoking
     Approval  open ──▶ approved | denied | expired | withdrawn
+    Review    owed ──▶ overdue ──▶ completed        owed ──▶ completed
     Key       next ──▶ current ──▶ retired          any ──▶ compromised
 """
 
@@ -56,6 +57,12 @@ class ApprovalState(StrEnum):
     WITHDRAWN = "withdrawn"
 
 
+class ReviewState(StrEnum):
+    OWED = "owed"
+    OVERDUE = "overdue"
+    COMPLETED = "completed"
+
+
 class KeyState(StrEnum):
     NEXT = "next"
     CURRENT = "current"
@@ -84,6 +91,8 @@ _DRAWN: tuple[tuple[StrEnum, frozenset[StrEnum]], ...] = (
     (ApprovalState.DENIED, frozenset({ApprovalState.OPEN})),
     (ApprovalState.EXPIRED, frozenset({ApprovalState.OPEN})),
     (ApprovalState.WITHDRAWN, frozenset({ApprovalState.OPEN})),
+    (ReviewState.OVERDUE, frozenset({ReviewState.OWED})),
+    (ReviewState.COMPLETED, frozenset({ReviewState.OWED, ReviewState.OVERDUE})),
     (KeyState.CURRENT, frozenset({KeyState.NEXT})),
     (KeyState.RETIRED, frozenset({KeyState.CURRENT})),
     (KeyState.COMPROMISED, frozenset({KeyState.NEXT, KeyState.CURRENT, KeyState.RETIRED})),

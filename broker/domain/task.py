@@ -21,6 +21,7 @@ class Task:
     created_at: datetime
     deadline_at: datetime
     on_behalf_of: str | None = None
+    user_attributes: Mapping[str, list[str]] | None = None  # what that user's token said of them, as it is configured
     parent_task_id: str | None = None
     ceiling: Mapping[str, list[str]] | None = None  # resource -> scopes; None is "whatever policy allows"
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -34,16 +34,20 @@ _THEIRS = "In their own words, which nobody has checked:"
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """`facts` are the broker's, the dangerous ones first; `words` are what the requester wrote."""
+    """`facts` are the broker's, the dangerous ones first; `words` are what others wrote.
+
+    `kind` is the audit event it tells of; `expires_at` until when something can be decided, if something can.
+    """
 
     id: str
     at: datetime
     summary: str
     link: str
     command: str
-    expires_at: datetime
+    expires_at: datetime | None
     facts: Mapping[str, str]
     words: Mapping[str, str]
+    kind: str = "approval.opened"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +100,14 @@ class HookChannel:
 
 def signed_json(notice: Notice) -> dict[str, Any]:
     """Our own: the members of Standard Webhooks."""
+    until = {} if notice.expires_at is None else {"expires_at": rfc3339(notice.expires_at)}
     return {
         "id": notice.id,
-        "type": "approval.opened",
+        "type": notice.kind,
         "timestamp": rfc3339(notice.at),
         "summary": _plain(notice.summary),
         "link": notice.link,
-        "data": {**_shown(notice.facts), "expires_at": rfc3339(notice.expires_at), "unverified": _shown(notice.words)},
+        "data": {**_shown(notice.facts), **until, "unverified": _shown(notice.words)},
     }
 
 

@@ -31,6 +31,7 @@ from broker.sdk.values import (
     PolicyVersion,
     Receipt,
     Replay,
+    Review,
     Revocation,
     Signal,
     Task,
@@ -136,12 +137,14 @@ def request_grant(
     on_behalf_of: str | None = None,
     parent_grant_id: str | None = None,
     hand_to: Iterable[str] | None = None,
+    break_glass: str | None = None,
     idempotency_key: str | None = None,
 ) -> Call[tuple[Grant, Credential]]:
     """Ask for a credential. Raises Refused with the decision, or ApprovalPending where people are asked first.
 
     `task_id` may be None for a principal that is allowed implicit tasks. With `dpop` it is bound to that key.
     `parameters` are for the system that makes a secret: a certificate's `csr`, an SSH key's `public_key`.
+    `break_glass` says what the emergency is, where a policy declared one: two people decide, everybody is told.
     """
     body = _given(
         task_id=task_id,
@@ -154,6 +157,7 @@ def request_grant(
         on_behalf_of=on_behalf_of,
         parent_grant_id=parent_grant_id,
         hand_to=None if hand_to is None else _listed(hand_to, "hand_to") or None,
+        break_glass=None if break_glass is None else {"reason": break_glass},
     )
     return Call(
         method="POST",
@@ -220,6 +224,22 @@ def withdraw(approval_id: str, reason: str | None = None) -> Call[Approval]:
     return _said(approval_id, "withdraw", _given(reason=reason))
 
 
+def review(review_id: str) -> Call[Review]:
+    """One review as it is now; for admins, auditors, and the approvers of the group that was asked."""
+    return Call(method="GET", path=_review(review_id), read=_reads(Review.of), repeatable=True)
+
+
+def reviews(*, state: str | None = None, agent: str | None = None, page_size: int | None = None) -> Listing[Review]:
+    """Reviews that the caller may see, newest first."""
+    return _listing("/v1/reviews", Review.of, page_size, state=state, agent=agent)
+
+
+def complete_review(review_id: str, note: str) -> Call[Review]:
+    """Say what was found, which ends it. Said again, the same is the same."""
+    path = f"{_review(review_id)}/complete"
+    return Call(method="POST", path=path, body={"note": note}, read=_reads(Review.of), repeatable=True)
+
+
 def explain_grant(grant_id: str) -> Call[Explanation]:
     """Why a grant was decided as it was: policies, ceilings, facts, and for a no what would be allowed."""
     return Call(method="GET", path=f"{_grant(grant_id)}/decision", read=_reads(Explanation.of), repeatable=True)
@@ -232,12 +252,13 @@ def grants(
     agent: str | None = None,
     user: str | None = None,
     resource: str | None = None,
+    break_glass: bool | None = None,
     page_size: int | None = None,
 ) -> Listing[Grant]:
-    """Grants that the caller may see, newest first."""
-    return _listing(
-        "/v1/grants", Grant.of, page_size, state=state, task=task, agent=agent, user=user, resource=resource
-    )
+    """Grants that the caller may see, newest first. `break_glass` is only those asked for as one, or none of them."""
+    only = None if break_glass is None else "true" if break_glass else "false"
+    filters = {"state": state, "task": task, "agent": agent, "user": user, "resource": resource, "break_glass": only}
+    return _listing("/v1/grants", Grant.of, page_size, **filters)
 
 
 def renew_grant(grant_id: str, ttl_s: int | None = None, dpop: DpopKey | None = None) -> Call[tuple[Grant, Credential]]:
@@ -368,6 +389,7 @@ def evaluate_policy(
     intent: str | None = None,
     sender_bound: bool | None = None,
     context: Mapping[str, Any] | None = None,
+    break_glass: bool | None = None,
 ) -> Call[Decision]:
     """What policy would say to such a request; nothing is issued."""
     body = _given(
@@ -380,6 +402,7 @@ def evaluate_policy(
         intent=intent,
         sender_bound=sender_bound,
         context=None if context is None else dict(context),
+        break_glass=break_glass,
     )
     return Call(method="POST", path="/v1/policies/evaluate", body=body, read=_reads(Decision.of), repeatable=True)
 
@@ -454,6 +477,10 @@ def _said(approval_id: str, verb: str, body: dict[str, Any]) -> Call[Approval]:
 
 def _approval(approval_id: str) -> str:
     return f"/v1/approvals/{require_id(approval_id, 'approval_id')}"
+
+
+def _review(review_id: str) -> str:
+    return f"/v1/reviews/{require_id(review_id, 'review_id')}"
 
 
 def _task(task_id: str) -> str:

@@ -141,6 +141,10 @@ class Client:
     deny = _verb(calls.deny)
     withdraw = _verb(calls.withdraw)
 
+    review = _verb(calls.review)
+    reviews = _pages(calls.reviews)
+    complete_review = _verb(calls.complete_review)
+
     lease = _verb(calls.lease)
     leases = _pages(calls.leases)
     abandon_lease = _verb(calls.abandon_lease)

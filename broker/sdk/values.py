@@ -146,6 +146,7 @@ class Grant:
     parent_grant_id: str | None = None
     chain: tuple[str, ...] = ()
     on_behalf_of: str | None = None
+    break_glass: Mapping[str, Any] | None = None
     decision: Decision | None = None
     revoked_at: datetime | None = None
     revoked_by: str | None = None
@@ -177,6 +178,7 @@ class Grant:
             parent_grant_id=read.maybe_text("parent_grant_id"),
             chain=read.texts("chain") if "chain" in read.raw else (),
             on_behalf_of=read.maybe_text("on_behalf_of"),
+            break_glass=read.mapping("break_glass") or None,
             decision=Decision.of(decision) if decision else None,
             revoked_at=read.maybe_time("revoked_at"),
             revoked_by=read.maybe_text("revoked_by"),
@@ -204,6 +206,7 @@ class Approval:
     quorum: int
     expires_at: datetime
     request_hash: str
+    break_glass: bool = False
     decided_at: datetime | None = None
     decided_by: str | None = None
     reason: str | None = None
@@ -228,11 +231,55 @@ class Approval:
             quorum=read.integer("quorum"),
             expires_at=read.time("expires_at"),
             request_hash=read.text("request_hash"),
+            # Anything but an explicit false is one: a person decides by it.
+            break_glass=read.raw.get("break_glass", False) is not False,
             decided_at=read.maybe_time("decided_at"),
             decided_by=read.maybe_text("decided_by"),
             reason=read.maybe_text("reason"),
             collect_by=read.maybe_time("collect_by"),
             collected_at=read.maybe_time("collected_at"),
+            raw=read.raw,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Review:
+    """What is owed for a break-glass. `state` is `owed`, `overdue` or `completed`, as it was at the broker's answer."""
+
+    id: str
+    state: str
+    grant_id: str
+    approval_id: str
+    agent: str
+    resource: str
+    scopes: tuple[str, ...]
+    approved_by: tuple[str, ...]
+    unverified: Mapping[str, Any]
+    opened_at: datetime
+    due_at: datetime
+    completed_at: datetime | None = None
+    completed_by: str | None = None
+    note: str | None = None
+    raw: Mapping[str, Any] = _raw()
+
+    @classmethod
+    def of(cls, value: object) -> Review:
+        read = Members("review", value)
+        return cls(
+            id=read.text("id"),
+            state=read.text("state"),
+            grant_id=read.text("grant_id"),
+            approval_id=read.text("approval_id"),
+            agent=read.text("agent"),
+            resource=read.text("resource"),
+            scopes=read.texts("scopes"),
+            approved_by=read.texts("approved_by"),
+            unverified=read.mapping("unverified"),
+            opened_at=read.time("opened_at"),
+            due_at=read.time("due_at"),
+            completed_at=read.maybe_time("completed_at"),
+            completed_by=read.maybe_text("completed_by"),
+            note=read.maybe_text("note"),
             raw=read.raw,
         )
 

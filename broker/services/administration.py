@@ -50,6 +50,7 @@ class WhatIf:
     intent: str | None
     sender_bound: bool
     claimed: Mapping[str, Any]
+    break_glass: bool = False
 
 
 class Administration:
@@ -174,6 +175,7 @@ def evaluate(catalogue: Catalogue, policies: PolicySet, asked: WhatIf, *, now: d
         sender_bound=asked.sender_bound,
         claimed=asked.claimed,
         now=now,
+        break_glass="an evaluation" if asked.break_glass else None,
     )
     decision = policies.decide(request)
     return decision.with_reasons(policies.explain(request, decision))

@@ -13,6 +13,7 @@ from broker.domain.clock import Clock
 from broker.domain.errors import ProviderUnavailable
 from broker.domain.lease import next_attempt
 from broker.providers.alerts import Alert, Alerts
+from broker.services import break_glass
 from broker.store import alerts
 from broker.store.database import Database
 
@@ -20,6 +21,7 @@ _AT_ONCE = 20
 _CLAIMED_FOR = timedelta(seconds=30)
 
 _SUMMARIES = {
+    **break_glass.SUMMARIES,
     "lease.stuck": "a credential could not be revoked six times; it may still be alive, and is tried again without end",
     "lease.found": "a credential was alive outside that no row accounted for; it is being killed",
     "login.found": "a database login was alive that no lease accounted for; it is being ended",

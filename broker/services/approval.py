@@ -49,6 +49,7 @@ from broker.domain.identity import Caller, Role, is_id, new_id
 from broker.domain.lease import Urgency
 from broker.domain.lifecycle import ApprovalState, GrantState
 from broker.domain.task import Task
+from broker.services.break_glass import step
 from broker.services.endings import end_approvals, end_grants
 from broker.services.refusals import recorded
 from broker.services.standing import Standing, StandingReader, current_caller
@@ -277,6 +278,8 @@ class Approvals:
             if not (ended and moved):
                 # Rolled back: neither moves without the other.
                 raise Conflict(f"approval {approval.id} was decided meanwhile")
+            if grant.break_glass is not None:
+                record(db, [step(grant, held.caller, now, "approved", approval_id=approval.id)])
             return self._now(db, approval.id, held.standing.catalogue)
 
     def deny(self, caller: Caller, approval_id: str, *, reason: str | None = None) -> Case:
@@ -440,7 +443,11 @@ class _Held:
             "ttl_s": said.ttl_s,
             "subject": principal.subject,
         }
-        record(db, [_event(self.approval, self.caller, self.now, "approval.voted", reason=said.reason, data=data)])
+        events = [_event(self.approval, self.caller, self.now, "approval.voted", reason=said.reason, data=data)]
+        if self.grant.break_glass is not None:
+            facts = {"approval_id": self.approval.id, "verdict": str(said.verdict)}
+            events.append(step(self.grant, self.caller, self.now, "voted", **facts))
+        record(db, events)
         return [*self.votes, vote]
 
 

@@ -7,8 +7,8 @@ another; the task and the moment are those of the decision.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from broker.domain.catalogue import Catalogue, PrincipalRule, Resource
@@ -16,7 +16,7 @@ from broker.domain.clock import from_epoch
 from broker.domain.errors import BrokerError
 from broker.domain.grant import Grant
 from broker.domain.identity import Principal, WorkloadIdentity
-from broker.domain.policy import AccessRequest, PolicySet, TaskFacts
+from broker.domain.policy import NOBODY, AccessRequest, Approved, PolicySet, TaskFacts
 from broker.domain.task import Task
 from broker.services.standing import StandingReader
 from broker.store.database import Database
@@ -88,6 +88,8 @@ class Kept:
     live_grants: int | None
     recent_denials: int | None
     complete: bool
+    user_attributes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    approved: Approved = NOBODY
 
 
 def kept_of(grant: Grant) -> Kept:
@@ -117,7 +119,14 @@ def kept_of(grant: Grant) -> Kept:
         live_grants=terms.get("live_grants"),
         recent_denials=terms.get("recent_denials"),
         complete=True,
+        user_attributes=terms.get("user_attributes") or {},
+        approved=approved_of(terms.get("approved")),
     )
+
+
+def approved_of(said: Mapping[str, Sequence[str]] | None) -> Approved:
+    """Who had said yes, as the terms of a grant keep it."""
+    return NOBODY if said is None else Approved(by=frozenset(said["by"]), groups=frozenset(said["groups"]))
 
 
 def decided_before_terms(created_at: datetime, expires_at: datetime, ttl_s: int) -> datetime:
@@ -149,8 +158,12 @@ def asked(grant: Grant, task: Task, found: Kept, *, agent: Principal, resource: 
         claimed=grant.claimed,
         now=found.decided_at,
         user=grant.on_behalf_of,
+        user_attributes=found.user_attributes,
         delegation_depth=found.delegation_depth,
+        chain=grant.chain,
+        approved=found.approved,
         risk=found.risk,
         live_grants=found.live_grants or 0,
         recent_denials=found.recent_denials or 0,
+        break_glass=grant.break_glass,
     )

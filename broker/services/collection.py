@@ -13,10 +13,20 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
-from broker.domain.approval import Approval, Vote, are_met, met, narrowed, needs_of, parameters_hash
+from broker.domain.approval import (
+    Approval,
+    Verdict,
+    Vote,
+    approved_by,
+    are_met,
+    met,
+    narrowed,
+    needs_of,
+    parameters_hash,
+)
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits, Resource
-from broker.domain.clock import Clock
+from broker.domain.clock import Clock, rfc3339
 from broker.domain.errors import (
     BrokerError,
     Conflict,
@@ -31,11 +41,14 @@ from broker.domain.errors import (
 )
 from broker.domain.grant import Grant, GrantRequest, Issued, joined
 from broker.domain.identity import Caller, Principal, is_id, new_id
-from broker.domain.lifecycle import GrantState
+from broker.domain.lifecycle import GrantState, ReviewState
 from broker.domain.policy import DENY, NEEDS_APPROVAL, Decision
+from broker.domain.review import Review
 from broker.domain.task import Task
 from broker.services import live_limits
 from broker.services.approval import requesters_of
+from broker.services.asked import kept_of
+from broker.services.break_glass import step
 from broker.services.breakers import Breakers, is_denial
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING
@@ -49,6 +62,7 @@ from broker.services.terms import Terms, require_known_user, require_may_ask, te
 from broker.store import approvals, gate, grants, locks, models
 from broker.store.database import Database
 from broker.store.leases import insert_leases
+from broker.store.reviews import insert_review
 from broker.store.tasks import Tasks
 from broker.store.transitions import move, record
 
@@ -189,6 +203,8 @@ class Collection:
         # Nothing is written before this line: what is refused above leaves the approval as it was.
         if not approvals.collect(held.db, held.approval.id, now=now):
             raise _collected_before(grant)
+        if grant.break_glass is not None:
+            self._open_review(held, collected)
         if issued is not None:
             return self._active(held, issued)
         return self._intended(held, collected, resource, parameters)
@@ -199,6 +215,7 @@ class Collection:
         principal: Principal = held.caller.principal
         require_known_user(grant.on_behalf_of, standing.catalogue)
         left = narrowed(approval, held.votes)
+        requesters = requesters_of(held.db, grant, standing.catalogue)
         require_may_ask(principal, resource, left.scopes, grant.jkt)
         most = live_limits.agent_bound(self._limits, standing.catalogue, grant.agent)
         denied = self._breakers.denials(held.db, [grant.agent], standing, held.now)[grant.agent]
@@ -212,12 +229,15 @@ class Collection:
                 intent=grant.intent,
                 claimed=grant.claimed,
                 jkt=grant.jkt,
+                break_glass=grant.break_glass,
             ),
             principal=principal,
             resource=resource,
             task=held.task,
             user=grant.on_behalf_of,
+            user_attributes=kept_of(grant).user_attributes,
             parent=held.parent,
+            approved=approved_by(approval.needs, held.votes, requesters, standing.catalogue),
             policies=standing.policies,
             limits=self._limits,
             now=held.now,
@@ -298,6 +318,27 @@ class Collection:
             # People allowed this much and no more, so no renewal leads further (INV-16).
             renewable_until=now + found.ttl,
         )
+
+    def _open_review(self, held: _Held, grant: Grant) -> None:
+        """Owed from here on, since here a credential is made, or is about to be."""
+        now = held.now
+        review = Review(
+            id=new_id("rev", now),
+            state=ReviewState.OWED,
+            grant_id=grant.id,
+            opened_at=now,
+            due_at=now + self._limits.review_within,
+        )
+        insert_review(held.db, review)
+        approved_by = [vote.voter for vote in held.votes if vote.verdict is Verdict.APPROVE]
+        facts: dict[str, str | int] = {
+            "approval_id": held.approval.id,
+            "approved_by": " ".join(approved_by),
+            "ttl_s": grant.ttl_s,
+            "review_id": review.id,
+            "review_due_at": rfc3339(review.due_at),
+        }
+        record(held.db, [step(grant, held.caller, now, "collected", **facts)])
 
     def _active(self, held: _Held, issued: Issued) -> Issued:
         db, now, grant = held.db, held.now, issued.grant

@@ -16,8 +16,9 @@ from broker.domain.audit import Event
 from broker.domain.identity import new_id
 from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState
+from broker.services import break_glass
 from broker.store import approvals, grants, leases, models
-from broker.store.transitions import GRANT_FACTS, move
+from broker.store.transitions import GRANT_FACTS, move, record
 
 ACTOR = "broker"  # of what time alone, or our own work, brought about
 OWES_NOTHING = "jwt"  # the provider whose credentials exist nowhere but in their bearer's hand
@@ -46,6 +47,9 @@ def end_grants(
         actor, reason = str(values.get("revoked_by", ACTOR)), values.get("reason")
         ended = _WITH_ITS_GRANT.get(to, ApprovalState.WITHDRAWN)
         end_approvals(db, ended, approvals.of_grants(db, waited), now=now, actor=actor, reason=reason)
+    broken = [row for row in moved if row.break_glass is not None]
+    if broken:
+        record(db, [break_glass.ended(row, event(row), str(to), now) for row in broken])
     owing = [row.id for row in moved if row.provider != OWES_NOTHING]
     if owing:
         move(

@@ -10,7 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
+from broker.domain.approval import in_quotes
+from broker.domain.catalogue import unknown_zone
 from broker.domain.errors import InvalidTarget, NotFound
 from broker.domain.grant import Grant
 from broker.domain.identity import Caller, is_id
@@ -32,6 +35,8 @@ from broker.store.database import Database
 from broker.store.grants import find_grant
 from broker.store.tasks import find_task
 
+_LONGEST_WORDS = 300
+
 # What each ceiling is, for whoever wants more time.
 _CEILINGS = {
     "request": "what was asked for",
@@ -43,6 +48,7 @@ _CEILINGS = {
     "parent": "the end of the grant it was handed down from",
     "user": "the end of the token of the user it is for",
     "approval": "what people left of it",
+    "break_glass": "the longest that a break-glass lives",
     "grant": "the end of what this grant may be renewed to",
     "policy": "@max_ttl of the policy",
 }
@@ -127,7 +133,7 @@ def _explained(grant: Grant, task: Task, version: Version | None) -> Explanation
         ttl_decided_by=grant.ttl_decided_by,
         requested_s=found.requested_s,
         ceilings_s=ceilings,
-        facts=_facts(grant, task, found, question),
+        facts=_facts(grant, task, found, question, version),
         looked_at=policies.looked_at(question) if policies is not None and question is not None else None,
         missing=tuple(_missing(grant, found, version, question, agrees=agrees)),
     )
@@ -211,7 +217,9 @@ def _nearest(ceiling: tuple[str, int]) -> tuple[int, str]:
     return ceiling[1], ceiling[0]
 
 
-def _facts(grant: Grant, task: Task, found: Kept, question: AccessRequest | None) -> Mapping[str, Any]:
+def _facts(
+    grant: Grant, task: Task, found: Kept, question: AccessRequest | None, version: Version | None
+) -> Mapping[str, Any]:
     """What was known when it was decided. `intent` and `claimed` are the agent's own words, vouched for by nobody."""
     agent: dict[str, Any] = {"name": grant.agent, "issuer": grant.issuer, "subject": grant.subject}
     resource: dict[str, Any] = {"identifier": grant.resource}
@@ -232,14 +240,31 @@ def _facts(grant: Grant, task: Task, found: Kept, question: AccessRequest | None
             "scopes": list(grant.scopes),
             "ttl_s": found.ttl_s,
             "sender_bound": grant.jkt is not None,
+            "break_glass": grant.break_glass is not None,
             "user": grant.on_behalf_of,
+            "user_attributes": {name: list(values) for name, values in found.user_attributes.items()},
             "delegation_depth": found.delegation_depth,
+            "delegation_chain": list(grant.chain),
+            "approved_by": sorted(found.approved.by),
             "risk": found.risk,
             "agent": {"live_grants": found.live_grants, "recent_denials": found.recent_denials},
             "time": {"hour": found.decided_at.hour, "weekday": found.decided_at.isoweekday()},
+            "local": None if version is None else _local(found.decided_at, version.catalogue.time_zone),
         },
-        "agents_words": {"intent": grant.intent or "", "claimed": dict(grant.claimed)},
+        "agents_words": {
+            "intent": grant.intent or "",
+            "claimed": dict(grant.claimed),
+            "break_glass": in_quotes(grant.break_glass or "", _LONGEST_WORDS),
+        },
     }
+
+
+def _local(at: datetime, time_zone: str) -> Mapping[str, Any] | None:
+    """The time of day there; None where this machine does not know the zone."""
+    if any(unknown_zone(time_zone)):
+        return None
+    there = at.astimezone(ZoneInfo(time_zone))
+    return {"zone": time_zone, "hour": there.hour, "minute": there.minute, "weekday": there.isoweekday()}
 
 
 def _missing(

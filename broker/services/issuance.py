@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
-from broker.domain.approval import Approval, Case, Route
+from broker.domain.approval import Case, Route
 from broker.domain.audit import Event
 from broker.domain.catalogue import Limits, Resource
 from broker.domain.clock import Clock
@@ -41,7 +41,9 @@ from broker.domain.policy import NEEDS_APPROVAL, PolicySet
 from broker.domain.task import Task
 from broker.services import live_limits
 from broker.services.approval import Opening, cases, opened_event
+from broker.services.asked import kept_of
 from broker.services.batching import Batching
+from broker.services.break_glass import require_narrow, require_no_break_glass, step
 from broker.services.breakers import Breakers, is_denial, throttled
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING, end_with_descendants
@@ -52,7 +54,7 @@ from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.services.status_indexes import StatusIndexes
-from broker.services.terms import Terms, require_known_user, require_may_ask, terms, user_of
+from broker.services.terms import Terms, attributes_of_user, require_known_user, require_may_ask, terms, user_of
 from broker.store import gate, locks
 from broker.store.approvals import approval_of_grant, insert_approvals
 from broker.store.database import Database
@@ -99,7 +101,7 @@ class _Batch:
     grants: list[Grant] = field(default_factory=list)
     leases: list[Lease] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    approvals: list[Approval] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
     answers: dict[str, Issued | Intent | Case | PolicyDenied] = field(default_factory=dict)
 
 
@@ -198,8 +200,8 @@ class Issuance:
             insert_tasks(db, batch.tasks)
             insert_grants(db, batch.grants)
             insert_leases(db, batch.leases)
-            insert_approvals(db, batch.approvals)
-            owe_notices(db, batch.approvals, self._routes)
+            insert_approvals(db, [case.approval for case in batch.cases])
+            owe_notices(db, batch.cases, self._routes)
             record(db, batch.events)
         denied = {
             request.caller.name
@@ -262,7 +264,8 @@ class Issuance:
                     key_sha256=request.idempotency.key_sha256,
                     made_id=grant_id,
                 )
-            if not isinstance(refusal, PolicyDenied | Unavailable) and self._is_told(request, refusal):
+            broken = request.break_glass is not None
+            if (broken or not isinstance(refusal, PolicyDenied)) and self._is_told(request, refusal):
                 batch.events.append(_refused(request, moment, refusal))
             if is_denial(refusal):
                 self._count_denial(request.caller.name, moment, batch)
@@ -270,7 +273,9 @@ class Issuance:
 
     def _is_told(self, request: GrantRequest, refusal: BrokerError) -> bool:
         """Whether it is recorded: that a limit is reached is said once a window, however often somebody asks."""
-        return not isinstance(refusal, LimitExceeded) or self._limiter.is_news(refusal.limit, request.caller.name)
+        if isinstance(refusal, LimitExceeded):
+            return self._limiter.is_news(refusal.limit, request.caller.name)
+        return not isinstance(refusal, Unavailable)
 
     def _count_denial(self, agent: str, moment: _Moment, batch: _Batch) -> None:
         before = moment.denials[agent]
@@ -281,6 +286,7 @@ class Issuance:
         now, standing = moment.now, moment.standing
         principal = _known(request.caller, moment)
         self._breakers.require_rest(principal.name, moment.denials[principal.name], now)
+        require_narrow(request)
         parent = self._parent_for(request, principal, moment)
         if parent is not None:
             request = replace(request, task_id=parent.task_id)
@@ -309,6 +315,7 @@ class Issuance:
             resource=resource,
             task=task,
             user=user,
+            user_attributes=attributes_of_user(request, task, parent),
             parent=parent,
             policies=standing.policies,
             limits=self._limits,
@@ -374,12 +381,14 @@ class Issuance:
             batch.tasks.append(task)
             batch.events.append(_task_opened(task, request.caller, moment.now))
         batch.grants.append(case.grant)
-        batch.approvals.append(case.approval)
+        batch.cases.append(case)
         approval_id = case.approval.id
         batch.events.append(
             grant_event(case.grant, request.caller, moment.now, "grant.pending", approval_id=approval_id)
         )
         batch.events.append(opened_event(case, request.caller, moment.now))
+        if case.grant.break_glass is not None:
+            batch.events.append(step(case.grant, request.caller, moment.now, "requested", approval_id=approval_id))
         batch.answers[grant.id] = case
         return case
 
@@ -468,6 +477,7 @@ class Issuance:
             tasks_above=task.tasks_above,
             orchestrators_above=task.orchestrators_above,
             hand_to=tuple(sorted(set(request.hand_to))),
+            break_glass=request.break_glass,
             policy_version=found.decision.policy_version,
             terms=found.as_json(),
             trace_id=request.caller.trace_id,
@@ -514,6 +524,7 @@ class Issuance:
                 f"grant {parent.id} is of another task: what is handed down stays in its task", member="task_id"
             )
         _require_live(parent, task, moment.standing, moment.now)
+        require_no_break_glass(parent, "handed down")
         if request.resource != parent.resource:
             raise InvalidTarget(
                 f"grant {parent.id} is for {parent.resource}, and only that is handed down", member="resource"
@@ -725,6 +736,7 @@ class Issuance:
         _require_live(grant, task, standing, now)
         if parent is not None:
             _require_live(parent, task, standing, now)
+        require_no_break_glass(grant, "renewed")
         require_known_user(grant.on_behalf_of, standing.catalogue)
         if grant.provider != OWES_NOTHING:
             raise Invalid(f"a secret of {grant.resource} is not renewed: ask for a new one, and hand this one back")
@@ -737,6 +749,7 @@ class Issuance:
         resource = standing.catalogue.resource(grant.resource)
         scopes = frozenset(grant.scopes)
         require_may_ask(principal, resource, scopes, grant.jkt)
+        kept = kept_of(grant)
         found = terms(
             GrantRequest(
                 caller=caller,
@@ -752,7 +765,9 @@ class Issuance:
             resource=resource,
             task=task,
             user=grant.on_behalf_of,
+            user_attributes=kept.user_attributes,
             parent=parent,
+            approved=kept.approved,
             policies=standing.policies,
             limits=self._limits,
             now=now,
@@ -858,7 +873,8 @@ def _refused(request: GrantRequest, moment: _Moment, refusal: BrokerError) -> Ev
     return Event(
         id=new_id("evt", moment.now),
         at=moment.now,
-        type="grant.refused",
+        # Of its own kind, beside the denial that a policy's no is: who tries to break a glass is to be found at once.
+        type="grant.refused" if request.break_glass is None else "break_glass.refused",
         actor=request.caller.name,
         outcome=refusal.code,
         # Only what exists may be named, so that the trail holds no text of an attacker's in the place of an id.
@@ -868,7 +884,11 @@ def _refused(request: GrantRequest, moment: _Moment, refusal: BrokerError) -> Ev
         reason=refusal.detail[:1000],
         policy_version=moment.standing.catalogue.version,
         trace_id=request.caller.trace_id,
-        data={"subject": request.caller.principal.subject, "scopes": sorted(request.scopes)},
+        data={
+            "subject": request.caller.principal.subject,
+            "scopes": sorted(request.scopes),
+            **({} if request.break_glass is None else {"break_glass": request.break_glass}),
+        },
     )
 
 

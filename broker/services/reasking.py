@@ -25,7 +25,7 @@ from broker.domain.lifecycle import GrantState
 from broker.domain.policy import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, PolicySet, TaskFacts
 from broker.domain.policy.reading import Path
 from broker.domain.risk import Risks
-from broker.services.asked import Versions, decided_before_terms, holder
+from broker.services.asked import Versions, approved_of, decided_before_terms, holder
 from broker.services.terms import is_known_user, require_may_ask
 
 _QUESTIONS_REMEMBERED = 1000  # of one agent for one thing
@@ -102,9 +102,11 @@ class Reasking:
         if row.on_behalf_of is not None and not is_known_user(row.on_behalf_of, self.catalogue):
             return "the issuer of the user it is for is not configured any more"
         key = (row.agent, row.issuer, row.subject, row.policy_version, row.resource, row.scopes, row.provider)
-        alike = self._alike.get((key, row.sender_bound))
+        # A break-glass is decided by other policies, whatever those read.
+        asked_as = (row.sender_bound, row.break_glass is not None)
+        alike = self._alike.get((key, asked_as))
         if alike is None:
-            alike = self._alike[(key, row.sender_bound)] = self._found(row)
+            alike = self._alike[(key, asked_as)] = self._found(row)
         if isinstance(alike, str):
             return alike
         asked = _Asked(
@@ -224,6 +226,10 @@ class _Asked:
         return decided_at_of(self.row)
 
     @property
+    def minute(self) -> datetime:
+        return self.decided_at.replace(second=0)
+
+    @property
     def purpose(self) -> str:
         # An implicit task has no purpose but the agent's own word.
         return "" if self.row.implicit else str(self.row.purpose)
@@ -251,10 +257,14 @@ class _Asked:
             claimed=json.loads(row.claimed),
             now=self.decided_at,
             user=row.on_behalf_of,
+            user_attributes=json.loads(row.user_attributes or "null") or {},
             delegation_depth=row.delegation_depth or 0,
+            chain=tuple(row.chain.split()),
+            approved=approved_of(json.loads(row.approved or "null")),
             risk=self.risk,
             live_grants=row.live_grants or 0,
             recent_denials=row.recent_denials or 0,
+            break_glass=row.break_glass,
         )
 
 
@@ -270,13 +280,25 @@ _TELLS: Mapping[Path, Callable[[_Asked], Any]] = {
     ("ttl_s",): lambda asked: asked.ttl_s,
     ("scopes",): lambda asked: None,
     ("sender_bound",): lambda asked: None,
+    ("break_glass",): lambda asked: None,
     ("delegation_depth",): lambda asked: asked.row.delegation_depth,
+    ("delegation_chain",): lambda asked: asked.row.chain,
+    ("delegation_root",): lambda asked: asked.row.chain,
     ("user",): lambda asked: asked.row.on_behalf_of,
+    ("user_attributes",): lambda asked: asked.row.user_attributes,
+    ("approvals", "count"): lambda asked: asked.row.approved,
+    ("approvals", "by"): lambda asked: asked.row.approved,
+    ("approvals", "groups"): lambda asked: asked.row.approved,
     ("risk",): lambda asked: asked.risk,
     ("agent", "live_grants"): lambda asked: asked.row.live_grants or 0,
     ("agent", "recent_denials"): lambda asked: asked.row.recent_denials or 0,
     ("time", "hour"): lambda asked: asked.decided_at.hour,
     ("time", "weekday"): lambda asked: asked.decided_at.isoweekday(),
+    # Whatever the zone is: each is a whole number of minutes away from UTC.
+    ("local", "zone"): lambda asked: None,
+    ("local", "hour"): lambda asked: asked.minute,
+    ("local", "minute"): lambda asked: asked.minute,
+    ("local", "weekday"): lambda asked: asked.minute,
     ("claimed",): lambda asked: asked.row.claimed,
 }
 

@@ -104,6 +104,7 @@ class TaskService:
                 heartbeat_s=None if request.heartbeat is None else int(request.heartbeat.total_seconds()),
                 heartbeat_due_at=None if request.heartbeat is None else now + request.heartbeat,
                 on_behalf_of=None if request.user is None else request.user.name,
+                user_attributes=_attributes(request.user),
             )
             earlier = self._claimed(db, request, task, now)
             if earlier is not None:
@@ -143,6 +144,7 @@ class TaskService:
             orchestrators_above=(*parent.orchestrators_above, parent.orchestrator),
             ceiling=_ceiling_inside(task, parent),
             on_behalf_of=task.on_behalf_of or parent.on_behalf_of,
+            user_attributes=parent.user_attributes if task.on_behalf_of is None else task.user_attributes,
             upheld_until=min(
                 (at for at in (parent.heartbeat_due_at, parent.upheld_until) if at is not None), default=None
             ),
@@ -321,6 +323,12 @@ def _require_no_more_than_it_was_given(part: Task, whole: Task) -> None:
             f"only {whole.orchestrator} says what a part of task {whole.id} is for: give it the same purpose and no "
             f"labels but those of the whole{f' (not {said[0]})' if said else ''}"
         )
+
+
+def _attributes(user: User | None) -> Mapping[str, list[str]] | None:
+    if user is None or not user.attributes:
+        return None
+    return {name: list(values) for name, values in user.attributes.items()}
 
 
 def _ceiling_inside(task: Task, parent: Task) -> Mapping[str, list[str]] | None:

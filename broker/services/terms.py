@@ -7,7 +7,7 @@ issue, at renewal and in a rehearsal.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from broker.domain.catalogue import Catalogue, Limits, Resource
 from broker.domain.clock import epoch
 from broker.domain.errors import Conflict, Forbidden, Invalid, RoleMissing, Unauthenticated
-from broker.domain.grant import Grant, GrantRequest
+from broker.domain.grant import BREAK_GLASS_LIFE, Grant, GrantRequest
 from broker.domain.identity import Principal, Role
-from broker.domain.policy import AccessRequest, Decision, PolicySet, TaskFacts
+from broker.domain.policy import NOBODY, AccessRequest, Approved, Decision, PolicySet, TaskFacts
 from broker.domain.scope import effective_ttl, require_offered
 from broker.domain.task import Task
 
@@ -44,6 +44,7 @@ class Terms:
 
     def as_json(self) -> dict[str, Any]:
         """What no other column of a grant tells of its decision, for whoever explains it or asks again."""
+        said, attributes = self.asked.approved, {name: list(v) for name, v in self.asked.user_attributes.items()}
         return {
             "decided_at": epoch(self.asked.now),
             "requested_s": None if self.requested is None else int(self.requested.total_seconds()),
@@ -53,6 +54,9 @@ class Terms:
             "risk": self.asked.risk,
             "live_grants": self.asked.live_grants,
             "recent_denials": self.asked.recent_denials,
+            # Most requests have neither, and a row is as long as what it says.
+            **({"user_attributes": attributes} if attributes else {}),
+            **({"approved": {"by": sorted(said.by), "groups": sorted(said.groups)}} if said.by else {}),
         }
 
 
@@ -65,6 +69,16 @@ def user_of(request: GrantRequest, task: Task, parent: Grant | None) -> str | No
     if len(bound | given) > 1:
         raise Forbidden("the task or the grant that is handed down is on behalf of another user")
     return next(iter(bound | given), None)
+
+
+def attributes_of_user(request: GrantRequest, task: Task, parent: Grant | None) -> Mapping[str, Sequence[str]]:
+    """What is known of that user: by the token that came with the request, or by the one that came before it."""
+    if request.user is not None:
+        return request.user.attributes
+    if parent is not None and parent.on_behalf_of is not None:
+        kept: Mapping[str, Sequence[str]] = (parent.terms or {}).get("user_attributes") or {}
+        return kept
+    return task.user_attributes or {}
 
 
 def require_known_user(user: str | None, catalogue: Catalogue) -> None:
@@ -96,7 +110,9 @@ def terms(
     limits: Limits,
     now: datetime,
     user: str | None = None,
+    user_attributes: Mapping[str, Sequence[str]] | None = None,
     parent: Grant | None = None,
+    approved: Approved = NOBODY,
     renewable_until: datetime | None = None,
     risk: str = "low",
     live_grants: int = 0,
@@ -117,6 +133,8 @@ def terms(
         ceilings["user"] = request.user.expires_at - now
     if renewable_until is not None:
         ceilings["grant"] = renewable_until - now
+    if request.break_glass is not None:
+        ceilings["break_glass"] = BREAK_GLASS_LIFE
     ttl, decided_by = effective_ttl(request.ttl, ceilings)
     if ttl <= timedelta(0):
         # Within the leeway a workload token that just expired still names its bearer, and opens nothing.
@@ -143,10 +161,14 @@ def terms(
         claimed=request.claimed,
         now=now,
         user=user,
+        user_attributes=user_attributes or {},
         delegation_depth=0 if parent is None else len(parent.chain) + 1,
+        chain=() if parent is None else (*parent.chain, parent.agent),
+        approved=approved,
         risk=risk,
         live_grants=live_grants,
         recent_denials=recent_denials,
+        break_glass=request.break_glass,
     )
     decision = policies.decide(asked)
     if decision.failure is not None:

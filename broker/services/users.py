@@ -5,10 +5,11 @@ Such a token never makes a caller: whoever presents it has proven itself by anot
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import datetime
 
-from broker.domain.catalogue import Catalogue
+from broker.domain.catalogue import Catalogue, claim_at
 from broker.domain.errors import Unauthenticated
 from broker.domain.identity import Principal, User, WorkloadIdentity
 from broker.providers import jose
@@ -17,6 +18,8 @@ from broker.services.authentication import Authenticator
 # draft-ietf-oauth-identity-assertion-authz-grant: for one client, once, and for no more than it says.
 _ID_JAG = "oauth-id-jag+jwt"
 _LONGEST_NAME = 255
+_LONGEST_VALUE = 255
+_MOST_VALUES = 100
 
 
 def is_of_a_user(token: str, catalogue: Catalogue) -> bool:
@@ -55,7 +58,34 @@ def acting_for(
         resources=_several(identity, "resource") if is_grant else None,
         scopes=_words(identity, "scope") if is_grant else None,
         for_one=is_grant or "may_act" in identity.claims,
+        attributes=_attributes(identity, catalogue),
     )
+
+
+def _attributes(identity: WorkloadIdentity, catalogue: Catalogue) -> Mapping[str, tuple[str, ...]]:
+    """What the configuration lets in of what the issuer says of its user; each is a set of text.
+
+    What is there and is no text refuses the token: left out, a policy that forbids by it would forbid nothing.
+    """
+    wanted = next(trusted.user_attributes for trusted in catalogue.issuers if trusted.name == identity.issuer)
+    found: dict[str, tuple[str, ...]] = {}
+    for name, path in wanted.items():
+        claim = claim_at(identity.claims, path)
+        if claim is not None and claim[1] is not None:
+            found[name] = _texts(claim[1], path)
+    return found
+
+
+def _texts(value: object, path: str) -> tuple[str, ...]:
+    found: set[str] = set()
+    for one in value if isinstance(value, list) else [value]:
+        text = json.dumps(one) if isinstance(one, bool | int) else one
+        if not (isinstance(text, str) and text.isprintable() and len(text) <= _LONGEST_VALUE):
+            raise Unauthenticated(f"the claim {path} of the user's token is neither plain text nor a list of it")
+        found.add(text)
+    if len(found) > _MOST_VALUES:
+        raise Unauthenticated(f"the claim {path} of the user's token has more than {_MOST_VALUES} values")
+    return tuple(sorted(found))
 
 
 def _require_may_act(identity: WorkloadIdentity, actor: Principal, catalogue: Catalogue) -> None:

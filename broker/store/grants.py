@@ -277,9 +277,15 @@ def matching(
     agent: str | None = None,
     user: str | None = None,
     resource: str | None = None,
+    break_glass: str | None = None,
 ) -> list[ColumnElement[bool]]:
+    """`break_glass` "true" is those that were asked for as one, "false" all others."""
     wanted = {"state": state, "task_id": task_id, "agent": agent, "on_behalf_of": user, "resource": resource}
-    return [_grants.c[name] == value for name, value in wanted.items() if value is not None]
+    where: list[Any] = [_grants.c[name] == value for name, value in wanted.items() if value is not None]
+    if break_glass is not None:
+        # As text: SQLite takes a partial index only where the query spells its condition the way the index does.
+        where.append(text(f"grants.break_glass IS {'NOT ' if break_glass == 'true' else ''}NULL"))
+    return where
 
 
 def with_id(grant_id: str) -> ColumnElement[bool]:

@@ -34,7 +34,8 @@ from sqlalchemy.types import TypeEngine
 
 from broker.domain.audit import DENIAL_OUTCOMES, DENIAL_TYPES
 from broker.domain.clock import epoch, from_epoch
-from broker.domain.lifecycle import ApprovalState, GrantState, KeyState, LeaseState, TaskState
+from broker.domain.grant import BREAK_GLASS_LIFE
+from broker.domain.lifecycle import ApprovalState, GrantState, KeyState, LeaseState, ReviewState, TaskState
 
 
 class Instant(TypeDecorator[datetime]):
@@ -83,7 +84,10 @@ def table_of(model: type[Base]) -> Table:
     return cast(Table, model.__table__)
 
 
-_States = type[TaskState] | type[GrantState] | type[LeaseState] | type[ApprovalState] | type[KeyState]
+_States = (
+    type[TaskState] | type[GrantState] | type[LeaseState] | type[ApprovalState] | type[ReviewState] | type[KeyState]
+)
+_BREAK_GLASS_S = int(BREAK_GLASS_LIFE.total_seconds())
 
 
 def _one_of(column: str, states: _States) -> str:
@@ -136,6 +140,7 @@ class Task(Base):
     purpose: Mapped[str] = mapped_column(String(1000))
     orchestrator: Mapped[str] = mapped_column(Name)
     on_behalf_of: Mapped[str | None] = mapped_column(Name)
+    user_attributes: Mapped[dict[str, list[str]] | None] = mapped_column(Json)
     parent_task_id: Mapped[str | None] = mapped_column(Id, ForeignKey("tasks.id"), index=True)
     ceiling: Mapped[dict[str, list[str]] | None] = mapped_column(Json)
     labels: Mapped[dict[str, str]] = mapped_column(Json)
@@ -166,6 +171,7 @@ class Grant(Base):
         CheckConstraint(_one_of("state", GrantState), name="state_is_known"),
         CheckConstraint("(state = 'revoked') = (revoked_at IS NOT NULL)", name="revoked_has_a_time"),
         CheckConstraint("issued_at IS NULL OR expires_at > issued_at", name="expires_after_issue"),
+        CheckConstraint(f"break_glass IS NULL OR ttl_s <= {_BREAK_GLASS_S}", name="break_glass_is_short"),
         Index("grants_task_idx", "task_id", "state"),
         Index("grants_agent_idx", "agent", "id"),
         Index(
@@ -201,6 +207,12 @@ class Grant(Base):
             "tasks_above",
             postgresql_where=text("tasks_above <> ''"),
             sqlite_where=text("tasks_above <> ''"),
+        ),
+        Index(
+            "grants_break_glass_idx",
+            "id",
+            postgresql_where=text("break_glass IS NOT NULL"),
+            sqlite_where=text("break_glass IS NOT NULL"),
         ),
         Index(
             "grants_handed_down_idx", "chain", postgresql_where=text("chain <> ''"), sqlite_where=text("chain <> ''")
@@ -241,6 +253,7 @@ class Grant(Base):
     tasks_above: Mapped[str] = mapped_column(Text, server_default=text("''"))
     orchestrators_above: Mapped[str] = mapped_column(Text, server_default=text("''"))
     hand_to: Mapped[str] = mapped_column(Text, server_default=text("''"))
+    break_glass: Mapped[str | None] = mapped_column(String(1000))
     policy_version: Mapped[int | None] = mapped_column(Integer)
     terms: Mapped[dict[str, Any] | None] = mapped_column(Json)
     trace_id: Mapped[str | None] = mapped_column(String(32))
@@ -310,6 +323,53 @@ class Vote(Base):
     ttl_s: Mapped[int | None] = mapped_column(Integer)
     reason: Mapped[str | None] = mapped_column(String(1000))
     voted_at: Mapped[datetime] = mapped_column(Instant)
+
+
+class Review(Base):
+    """What is owed for a break-glass whose credential was handed out: that somebody else looks at it afterwards."""
+
+    __tablename__ = "reviews"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", ReviewState), name="state_is_known"),
+        CheckConstraint("(state = 'completed') = (completed_at IS NOT NULL)", name="completed_has_a_time"),
+        CheckConstraint("(state = 'completed') = (note IS NOT NULL)", name="completed_has_a_note"),
+        Index("reviews_grant_idx", "grant_id", unique=True),
+        Index(
+            "reviews_open_idx",
+            "due_at",
+            postgresql_where=text("state <> 'completed'"),
+            sqlite_where=text("state <> 'completed'"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    grant_id: Mapped[str] = mapped_column(Id, ForeignKey("grants.id"))
+    opened_at: Mapped[datetime] = mapped_column(Instant)
+    due_at: Mapped[datetime] = mapped_column(Instant)
+    completed_at: Mapped[datetime | None] = mapped_column(Instant)
+    completed_by: Mapped[str | None] = mapped_column(Name)
+    note: Mapped[str | None] = mapped_column(String(1000))
+
+
+class Announcement(Base):
+    """An audit event that was told, or is yet to be, by one channel to everybody it reaches."""
+
+    __tablename__ = "announcements"
+    __table_args__ = (
+        Index(
+            "announcements_due_idx",
+            "next_attempt_at",
+            postgresql_where=text("taken_at IS NULL"),
+            sqlite_where=text("taken_at IS NULL"),
+        ),
+    )
+
+    event_id: Mapped[str] = mapped_column(Id, ForeignKey("events.id"), primary_key=True)
+    channel: Mapped[str] = mapped_column(Name, primary_key=True)
+    attempts: Mapped[int] = mapped_column(Integer)
+    next_attempt_at: Mapped[datetime] = mapped_column(Instant)
+    taken_at: Mapped[datetime | None] = mapped_column(Instant)
 
 
 class Notice(Base):

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, select, text, tuple_, update
 
-from broker.domain.approval import Approval, Route
+from broker.domain.approval import Case, Route
 from broker.store import models
 from broker.store.rows import insert_rows
 
@@ -16,19 +16,19 @@ _notices = models.table_of(models.Notice)
 _WAITING = text("notices.taken_at IS NULL")
 
 
-def owe_notices(db: Connection, approvals: Iterable[Approval], routes: Collection[Route]) -> None:
+def owe_notices(db: Connection, cases: Iterable[Case], routes: Collection[Route]) -> None:
     """Whoever opens an approval owes that those who are asked are told; in the same transaction."""
     rows = [
         {
-            "approval_id": approval.id,
+            "approval_id": case.approval.id,
             "channel": route.channel,
             "attempts": 0,
-            "next_attempt_at": approval.created_at,
+            "next_attempt_at": case.approval.created_at,
             "taken_at": None,
         }
-        for approval in approvals
+        for case in cases
         for route in routes
-        if route.leads_to(approval)
+        if route.leads_to(case)
     ]
     insert_rows(db, models.Notice, rows)
 

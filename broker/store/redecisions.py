@@ -28,7 +28,8 @@ _tasks = models.table_of(models.Task)
 _GIVEN = (str(GrantState.APPROVED), str(GrantState.ACTIVE))
 _OF_GRANT = (
     "id", "task_id", "state", "agent", "issuer", "subject", "orchestrator", "on_behalf_of", "resource", "provider",
-    "jti", "created_at", "expires_at", "ttl_s", "intent", "policies", "policy_version",
+    "jti", "created_at", "expires_at", "ttl_s", "intent", "policies", "policy_version", "break_glass",
+    "chain",
 )  # fmt: skip
 _terms = _grants.c.terms
 # What was decided, with all that is needed to ask it again. JSON as text, and of the large objects only what is asked
@@ -46,6 +47,8 @@ RECORDED: Select[Any] = select(
     _terms["risk"].as_string().label("risk"),
     _terms["live_grants"].as_integer().label("live_grants"),
     _terms["recent_denials"].as_integer().label("recent_denials"),
+    cast(_terms["user_attributes"], Text).label("user_attributes"),
+    cast(_terms["approved"], Text).label("approved"),
     _tasks.c.purpose,
     _tasks.c.implicit,
     cast(_tasks.c.labels, Text).label("labels"),

@@ -27,7 +27,9 @@ _grants = table_of(Grant)
 _EVENT = tuple(Event.__dataclass_fields__)
 _values_of = attrgetter(*_EVENT)
 # What is told of a grant that moved; the rest of a row is most of what moving ten thousand costs.
-GRANT_FACTS = ("id", "task_id", "agent", "on_behalf_of", "resource", "policy_version", "provider", "issued_at")
+GRANT_FACTS = (
+    "id", "task_id", "agent", "on_behalf_of", "resource", "policy_version", "provider", "issued_at", "break_glass",
+)  # fmt: skip
 
 
 def move(

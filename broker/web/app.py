@@ -18,6 +18,7 @@ from broker.web.api.audit import audit
 from broker.web.api.grants import grants
 from broker.web.api.leases import leases
 from broker.web.api.policies import policies
+from broker.web.api.reviews import reviews
 from broker.web.api.revocations import revocations
 from broker.web.api.signals import signals
 from broker.web.api.tasks import tasks
@@ -32,7 +33,7 @@ from broker.web.operations import openapi
 from broker.web.reading import MAX_BODY_BYTES
 from broker.wiring import Broker
 
-API = (tasks, grants, approvals, leases, revocations, signals, policies, audit)
+API = (tasks, grants, approvals, reviews, leases, revocations, signals, policies, audit)
 # What agents and verifiers ask all day long, and what nobody else waits for.
 _BUSY = ("grants.request_grant", "token.issue_token", "token.introspect")
 

@@ -17,8 +17,9 @@ from broker.domain.audit import Event
 from broker.domain.clock import rfc3339
 from broker.domain.grant import Credential, Grant, Issued
 from broker.domain.lease import Lease
-from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, TaskState
+from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, ReviewState, TaskState
 from broker.domain.policy import claimed_text
+from broker.domain.review import ReviewCase
 from broker.domain.risk import Signal
 from broker.domain.task import Task
 from broker.services.administration import AppliedVersion
@@ -81,6 +82,12 @@ class Abandon(Request):
     reason: Sentence
 
 
+class BreakGlass(Request):
+    """An emergency, and which. Policy has declared beforehand what it opens; two people at least have to agree."""
+
+    reason: Sentence
+
+
 class RequestGrant(Request):
     task_id: Name | None = None
     resource: Identifier
@@ -99,6 +106,9 @@ class RequestGrant(Request):
         Name | None,
         Field(description="A grant in the same task of which the caller wants a part; its holder said so by hand_to."),
     ] = None
+    break_glass: Annotated[
+        BreakGlass | None, Field(description="For an emergency that a policy with @break_glass has declared.")
+    ] = None
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
     parameters: Annotated[dict[Name, Parameter], Field(max_length=8)] = Field(
         default_factory=dict, description="For the provider of the resource: `csr`, `public_key`. Each takes its own."
@@ -109,6 +119,10 @@ class CollectGrant(Request):
     parameters: Annotated[dict[Name, Parameter], Field(max_length=8)] = Field(
         default_factory=dict, description="Those of the request once more, where it had some."
     )
+
+
+class CompleteReview(Request):
+    note: Annotated[Sentence, Field(description="What was found; it goes into the audit trail.")]
 
 
 class Approve(Request):
@@ -171,6 +185,7 @@ class Evaluate(Request):
     labels: Annotated[dict[Name, Label], Field(max_length=32)] = Field(default_factory=dict)
     intent: Sentence | None = None
     sender_bound: bool = False
+    break_glass: bool = False
     context: Annotated[dict[Name, Any], Field(max_length=32)] = Field(default_factory=dict)
 
 
@@ -233,6 +248,16 @@ class GrantQuery(Page):
     agent: Name | None = None
     user: Name | None = None
     resource: Identifier | None = None
+    break_glass: Annotated[
+        Literal["true", "false"] | None, Field(description="Only those that were asked for as one, or none of them.")
+    ] = None
+
+
+class ReviewQuery(Page):
+    state: Annotated[
+        Literal["open", "owed", "overdue", "completed"] | None, Field(description="`open` is both owed and overdue.")
+    ] = None
+    agent: Name | None = None
 
 
 class ApprovalQuery(Page):
@@ -320,6 +345,10 @@ class LeaseAnswer(LeaseOfGrantAnswer):
     abandoned_reason: str | None
 
 
+class BreakGlassAnswer(Answer):
+    reason: Annotated[str, Field(description="The agent's words, which nobody has checked: cut, and escaped.")]
+
+
 class GrantAnswer(Answer):
     id: str
     task_id: str
@@ -339,6 +368,7 @@ class GrantAnswer(Answer):
     parent_grant_id: str | None
     chain: Annotated[list[str], Field(description="The agents that handed it down, the root first.")]
     on_behalf_of: str | None
+    break_glass: Annotated[BreakGlassAnswer | None, Field(description="Null where it was not asked for as one.")]
     decision: DecisionAnswer
     revoked_at: When | None
     revoked_by: str | None
@@ -438,6 +468,7 @@ class LeftAnswer(Answer):
 class UnverifiedAnswer(Answer):
     """What the requester says, which nobody has checked: cut, and escaped so that nothing in it acts."""
 
+    break_glass: Annotated[str | None, Field(description="What the emergency is, in the agent's words.")]
     intent: Annotated[str | None, Field(description="The agent's words.")]
     claims: Annotated[dict[str, str], Field(description="The agent's words.")]
     purpose: Annotated[str | None, Field(description="The orchestrator's words.")]
@@ -446,6 +477,9 @@ class UnverifiedAnswer(Answer):
 class ApprovalAnswer(Answer):
     id: str
     state: ApprovalState
+    break_glass: Annotated[
+        bool, Field(description="Asked for as a break-glass: everybody is told, and a review is owed.")
+    ]
     opens: OpensAnswer
     requester: RequesterAnswer
     requested_by: str
@@ -474,6 +508,32 @@ class PendingAnswer(Answer):
 
 class ApprovalPage(Answer):
     items: list[ApprovalAnswer]
+    next_cursor: str | None
+
+
+class ReviewAnswer(Answer):
+    id: str
+    state: Annotated[ReviewState, Field(description="As it is now: past `due_at` it is overdue.")]
+    grant_id: str
+    approval_id: str
+    agent: str
+    user: Annotated[str | None, Field(description="On whose behalf, if on anybody's.")]
+    resource: str
+    scopes: list[str]
+    policies: list[str]
+    approved_by: list[str]
+    opened_at: When
+    grant_state: GrantState
+    grant_expires_at: Annotated[When, Field(description="When the grant ends, or would have ended.")]
+    due_at: When
+    completed_at: When | None
+    completed_by: str | None
+    note: str | None
+    unverified: Annotated[BreakGlassAnswer, Field(description="What the agent said the emergency was.")]
+
+
+class ReviewPage(Answer):
+    items: list[ReviewAnswer]
     next_cursor: str | None
 
 
@@ -722,12 +782,17 @@ def of_grant(grant: Grant, live: bool, lease: Lease | None = None) -> dict[str, 
         "parent_grant_id": grant.parent_grant_id,
         "chain": list(grant.chain),
         "on_behalf_of": grant.on_behalf_of,
+        "break_glass": None if grant.break_glass is None else _emergency(grant),
         "decision": grant.decision,
         "revoked_at": _time(grant.revoked_at),
         "revoked_by": grant.revoked_by,
         "reason": grant.reason,
         "lease": None if lease is None else _lease_of_grant(lease),
     }
+
+
+def _emergency(grant: Grant) -> dict[str, Any]:
+    return {"reason": in_quotes(grant.break_glass or "", _LONGEST_WORDS)}
 
 
 def _lease_of_grant(lease: Lease) -> dict[str, Any]:
@@ -765,6 +830,7 @@ def of_approval(case: Case) -> dict[str, Any]:
     return {
         "id": approval.id,
         "state": str(approval.state),
+        "break_glass": grant.break_glass is not None,
         "opens": {
             "resource": approval.resource,
             "sensitivity": case.sensitivity,
@@ -818,6 +884,7 @@ def of_approval(case: Case) -> dict[str, Any]:
         "reason": approval.reason,
         "collected_at": _time(approval.collected_at),
         "unverified": {
+            "break_glass": None if grant.break_glass is None else in_quotes(grant.break_glass, _LONGEST_WORDS),
             "intent": None if grant.intent is None else in_quotes(grant.intent, _LONGEST_WORDS),
             "claims": {
                 in_quotes(name, _LONGEST_CLAIM): in_quotes(text, _LONGEST_CLAIM)
@@ -825,6 +892,30 @@ def of_approval(case: Case) -> dict[str, Any]:
             },
             "purpose": in_quotes(case.purpose, _LONGEST_WORDS) or None,
         },
+    }
+
+
+def of_review(case: ReviewCase) -> dict[str, Any]:
+    review, grant = case.review, case.grant
+    return {
+        "id": review.id,
+        "state": str(case.state),
+        "grant_id": grant.id,
+        "approval_id": case.approval.id,
+        "agent": grant.agent,
+        "user": grant.on_behalf_of,
+        "resource": grant.resource,
+        "scopes": list(grant.scopes),
+        "policies": list(grant.policies),
+        "approved_by": list(case.approved_by),
+        "opened_at": rfc3339(review.opened_at),
+        "grant_state": str(grant.state),
+        "grant_expires_at": rfc3339(grant.expires_at),
+        "due_at": rfc3339(review.due_at),
+        "completed_at": _time(review.completed_at),
+        "completed_by": review.completed_by,
+        "note": review.note,
+        "unverified": _emergency(grant),
     }
 
 

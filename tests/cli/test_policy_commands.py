@@ -25,8 +25,8 @@ def test_check_says_what_is_wrong_with_which(configuration):
 
 def test_the_sample_policies_pass_their_tests(configuration):
     passed = command("policy", "test", "--config", configuration)
-    assert "all 12 tests passed" in passed.stderr
-    assert passed.stdout.count("passed\t") == 12
+    assert "all 15 tests passed" in passed.stderr
+    assert passed.stdout.count("passed\t") == 15
 
 
 def test_a_policy_that_changed_its_mind_fails_its_test(configuration):
@@ -35,9 +35,9 @@ def test_a_policy_that_changed_its_mind_fails_its_test(configuration):
     failed = command("policy", "test", "--config", configuration, ends=1)
     row = next(line for line in failed.stdout.splitlines() if line.startswith("FAILED"))
     assert row.split("\t")[1:3] == ["not for an hour", "allow"] and "expected deny, got allow" in row
-    assert "1 of 12 tests failed" in failed.stderr
+    assert "1 of 15 tests failed" in failed.stderr
     as_json = json.loads(command("policy", "test", "--config", configuration, "--json", ends=1).stdout)
-    assert (as_json["passed"], as_json["failed"]) == (11, 1)
+    assert (as_json["passed"], as_json["failed"]) == (14, 1)
 
 
 @pytest.mark.parametrize(

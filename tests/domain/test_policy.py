@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.domain.catalogue import Catalogue, PrincipalRule, Resource
+from broker.domain.catalogue import Catalogue, PrincipalRule, Resource, TrustedIssuer
 from broker.domain.errors import ConfigurationError
 from broker.domain.identity import Principal
 from broker.domain.policy import (
     ALLOW,
     DENY,
     NEEDS_APPROVAL,
+    NOBODY,
     AccessRequest,
+    Approved,
     PolicySet,
     TaskFacts,
     read_tests,
@@ -22,6 +24,14 @@ from broker.domain.policy import (
 )
 
 CRM = "https://crm.example/api"
+BERLIN = "Europe/Berlin"
+PEOPLE = TrustedIssuer(
+    name="people",
+    issuer="https://people.example",
+    key_source="discovery",
+    users=True,
+    user_attributes={"groups": "groups", "department": "org.department"},
+)
 SCOPES = tuple(f"contacts:{number}" for number in range(64))
 RULES = (
     PrincipalRule(name="summarizer", kind="agent", issuer="https://issuer.example", subject="s", owner="sales"),
@@ -43,6 +53,8 @@ RULES = (
 def catalogue(policies: str, *, resource: str = CRM, scopes: tuple[str, ...] = SCOPES) -> Catalogue:
     return Catalogue(
         version=7,
+        issuers=(PEOPLE,),
+        time_zone=BERLIN,
         principals=RULES,
         resources=(Resource(identifier=resource, scopes=scopes, sensitivity="restricted"),),
         policies={"test.cedar": policies},
@@ -266,6 +278,98 @@ def test_a_decision_keeps_no_more_reasons_than_somebody_reads():
     assert decision.reasons[-1] == "and 108 reasons more: ask for fewer scopes at once"
 
 
+# --- The facts --------------------------------------------------------------------------------------------------------
+
+
+def allowed_where(condition, **facts):
+    text = f'@id("it") permit (principal, action, resource) when {{ {condition} }};'
+    return compiled(text).decide(asked(**facts)).outcome == ALLOW
+
+
+@pytest.mark.parametrize(
+    ("now", "hour", "minute", "weekday"),
+    [
+        # The last and the first minute of summer time, and a day that is another one there.
+        (datetime(2026, 3, 29, 0, 59, tzinfo=UTC), 1, 59, 7),
+        (datetime(2026, 3, 29, 1, 0, tzinfo=UTC), 3, 0, 7),
+        (datetime(2026, 10, 25, 0, 30, tzinfo=UTC), 2, 30, 7),
+        (datetime(2026, 10, 25, 1, 30, tzinfo=UTC), 2, 30, 7),
+        (datetime(2026, 7, 5, 22, 0, tzinfo=UTC), 0, 0, 1),
+    ],
+)
+def test_the_time_of_day_is_that_of_the_named_zone(now, hour, minute, weekday):
+    there = f'{{zone: "{BERLIN}", hour: {hour}, minute: {minute}, weekday: {weekday}}}'
+    assert allowed_where(f"context.local == {there}", now=now)
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlim", "../../etc/passwd", "/etc/localtime", "europe/berlin", "", "+01:00"])
+def test_a_zone_that_is_not_known_is_refused_on_load(zone):
+    with pytest.raises(ConfigurationError, match="there is no time zone"):
+        PolicySet.compile(dataclasses.replace(catalogue(EVERYTHING), time_zone=zone))
+
+
+def test_one_that_is_in_force_denies_what_looks_at_it_and_nothing_else():
+    """INV-13: a machine without it does not know the time there."""
+    policies = (
+        f'@id("day") permit (principal, action == Action::"{SCOPES[0]}", resource) when {{ context.local.hour < 24 }};'
+        f'@id("any") permit (principal, action == Action::"{SCOPES[1]}", resource);'
+    )
+    nowhere = dataclasses.replace(catalogue(policies), time_zone="Atlantis/Poseidonis")
+    in_force = PolicySet.compile(nowhere, applied=True)
+    denied = in_force.decide(asked(SCOPES[0]))
+    assert (denied.outcome, "Atlantis" in denied.failure) == (DENY, True)
+    assert in_force.decide(asked(SCOPES[1])).outcome == ALLOW
+
+
+def test_what_an_issuer_says_of_a_user_is_a_closed_list_of_sets():
+    condition = "context has user_attributes && context.user_attributes has groups"
+    member = f'{condition} && context.user_attributes.groups.contains("it")'
+    assert allowed_where(member, user="people:alice", user_attributes={"groups": ("hr", "it")})
+    assert not allowed_where(member, user="people:alice", user_attributes={"groups": ("hr",)})
+    assert not allowed_where(member, user="people:alice")
+    assert not allowed_where(condition)
+    # Without a user there is nothing to know of one, whoever says so.
+    assert not allowed_where(condition, user_attributes={"groups": ("it",)})
+    for misspelt in ("has grops", '.grops.contains("it")'):
+        with pytest.raises(ConfigurationError, match="there is no user attribute 'grops': did you mean 'groups'"):
+            allowed_where(f"context has user_attributes && context.user_attributes {misspelt}")
+
+
+def test_the_callers_word_is_in_claimed_alone():
+    """A claim that is called like a fact is no fact."""
+    claimed = {"user_attributes": {"groups": ["it"]}, "approvals": {"count": 7}, "delegation_root": "planner"}
+    for condition in (
+        "context has user_attributes",
+        "context.approvals.count > 0",
+        'context.delegation_root == "planner"',
+        "context.break_glass",
+    ):
+        assert not allowed_where(condition, claimed=claimed | {"break_glass": True})
+    assert allowed_where('context.claimed.hasTag("delegation_root")', claimed=claimed)
+
+
+def test_the_chain_is_a_set_and_the_root_is_the_agent_itself_without_one():
+    assert allowed_where('context.delegation_root == "summarizer" && context.delegation_chain.isEmpty()')
+    chain = 'context.delegation_root == "planner" && context.delegation_chain.containsAll(["planner", "scribe"])'
+    assert allowed_where(chain, chain=("planner", "scribe"))
+    assert not allowed_where(chain, chain=("scribe", "planner"))
+
+
+def test_where_a_resource_leads_is_typed_by_what_the_configuration_says():
+    def with_destination(condition, destination):
+        made = catalogue(f'@id("it") permit (principal, action, resource) when {{ {condition} }};')
+        [crm] = made.resources
+        made = dataclasses.replace(made, resources=(dataclasses.replace(crm, destination=destination),))
+        return PolicySet.compile(made).decide(dataclasses.replace(asked(), resource=made.resources[0]))
+
+    eu = 'resource.destination.region == "eu" && resource.destination.port == 443'
+    assert with_destination(eu, {"region": "eu", "port": 443}).outcome == ALLOW
+    assert with_destination(eu, {"region": "us", "port": 443}).outcome == DENY
+    for destination in ({"region": "eu"}, {"region": "eu", "port": "443"}, {}):
+        with pytest.raises(ConfigurationError):
+            with_destination(eu, destination)
+
+
 # --- What a slice reads -----------------------------------------------------------------------------------------------
 
 CONDITIONS = (
@@ -282,6 +386,14 @@ CONDITIONS = (
     '[context.intent, context.risk].contains("low")',
     "{x: context}.x.sender_bound",
     "context.agent.live_grants < 3 || context.agent.recent_denials == 0",
+    "context.break_glass || context.delegation_depth > 0",
+    'context.delegation_chain.contains("planner") && context.delegation_root == "planner"',
+    "context has user_attributes && context.user_attributes has groups && "
+    'context.user_attributes.groups.contains("it")',
+    'context.approvals.count > 0 && context.approvals.groups.contains("board")',
+    'context.approvals.by.contains("sam")',
+    'context.local.hour == 13 && context.local.zone == "Europe/Berlin"',
+    'context.local == {zone: "Europe/Berlin", hour: 4, minute: 0, weekday: 1}',
 )
 
 
@@ -298,6 +410,10 @@ CONDITIONS = (
             "user": st.sampled_from([None, "alice", "bob"]),
             "labels": st.sampled_from([{}, {"team": "crm"}]),
             "claimed": st.sampled_from([{}, {"team": "crm"}, {"team": 1}]),
+            "break_glass": st.sampled_from([None, "an emergency"]),
+            "chain": st.sampled_from([(), ("planner", "scribe"), ("scribe", "planner")]),
+            "user_attributes": st.sampled_from([{}, {"groups": ("hr", "it")}]),
+            "approved": st.sampled_from([NOBODY, Approved(by=frozenset({"sam"}), groups=frozenset({"board"}))]),
             "now": st.sampled_from([datetime(2026, 3, 2, hour, tzinfo=UTC) for hour in (3, 12)]),
         }
     ),
@@ -307,7 +423,7 @@ def test_leaving_out_what_no_policy_reads_changes_no_answer(condition, unless, e
     text += ";" if unless is None else f" unless {{ {unless} }};"
     told_what_it_reads = compiled(EVERYTHING * (effect == "forbid") + text)
     told_everything = PolicySet(
-        7, [dataclasses.replace(policy, reads=frozenset({()})) for policy in told_what_it_reads._by_id.values()]
+        7, [dataclasses.replace(policy, reads=frozenset({()})) for policy in told_what_it_reads._by_id.values()], BERLIN
     )
     assert told_what_it_reads.decide(asked(**facts)) == told_everything.decide(asked(**facts))
 
@@ -318,6 +434,10 @@ def test_whatever_is_asked_reaches_the_engine_as_the_values_it_is(text, ttl_s, c
     told = []
     policies = compiled('@id("it") permit (principal, action, resource) when { {x: context}.x.ttl_s > 0 };')
     request = asked(intent=text, user=text, ttl_s=ttl_s, claimed=claimed, live_grants=3, recent_denials=2)
+    said = Approved(by=frozenset({text}), groups=frozenset({text}))
+    request = asked(
+        intent=text, user=text, user_attributes={"groups": (text,)}, approved=said, ttl_s=ttl_s, claimed=claimed
+    )
     request = dataclasses.replace(request, task=dataclasses.replace(request.task, purpose=text, orchestrator=text))
     really = cedarpy.is_authorized
     with pytest.MonkeyPatch.context() as patch:
@@ -339,11 +459,17 @@ def test_whatever_is_asked_reaches_the_engine_as_the_values_it_is(text, ttl_s, c
         "ttl_s": ttl_s,
         "scopes": [SCOPES[0]],
         "sender_bound": False,
+        "break_glass": False,
         "delegation_depth": 0,
+        "delegation_chain": [],
+        "delegation_root": "summarizer",
         "user": text,
+        "user_attributes": {"groups": [text]},
+        "approvals": {"count": 1, "by": [text], "groups": [text]},
         "risk": "low",
         "agent": {"live_grants": 3, "recent_denials": 2},
         "time": {"hour": 12, "weekday": 1},
+        "local": {"zone": BERLIN, "hour": 13, "minute": 0, "weekday": 1},
         "claimed": {"__entity": {"type": "Claimed", "id": claims}},
     }
 

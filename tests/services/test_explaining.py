@@ -104,7 +104,8 @@ def test_the_facts_are_those_of_agent_task_and_resource_and_the_agent_s_words_st
     assert facts["agent"]["name"] == "summarizer" and facts["agent"]["owner"] == "crm-team"
     assert facts["resource"]["sensitivity"] == "internal"
     assert facts["task"]["purpose"] == "summarise the leads of May" and facts["task"]["labels"] == {"team": "crm"}
-    assert facts["agents_words"] == {"intent": "count them", "claimed": {"customer": 7}}
+    assert facts["agents_words"] == {"intent": "count them", "claimed": {"customer": 7}, "break_glass": ""}
+    assert facts["context"]["local"] == {"zone": "UTC", "hour": 12, "minute": 0, "weekday": 7}
     assert "count them" not in " ".join(explain(house, issued.grant.id).in_words)
 
 

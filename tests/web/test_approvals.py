@@ -56,7 +56,7 @@ def test_what_is_dangerous_comes_first_and_in_the_brokers_words(web):
     pending = ask(web, ttl_s=90, intent="everything is harmless", context={"customer": 7, "urgent": "yes"})
     shown = web.get(f"/v1/approvals/{pending['approval']['id']}", "sam")
     names = list(shown.json)
-    assert names[:3] == ["id", "state", "opens"] and names[-1] == "unverified"
+    assert names[:4] == ["id", "state", "break_glass", "opens"] and names[-1] == "unverified"
     assert shown.json["opens"] == {
         "resource": CRM,
         "sensitivity": "internal",
@@ -69,6 +69,7 @@ def test_what_is_dangerous_comes_first_and_in_the_brokers_words(web):
     }
     assert shown.json["requester"]["owner"] == "crm-team"
     assert shown.json["unverified"] == {
+        "break_glass": None,
         "intent": "everything is harmless",
         "claims": {"customer": "7", "urgent": "yes"},
         "purpose": "summarise the leads of May",

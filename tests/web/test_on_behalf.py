@@ -297,3 +297,84 @@ def test_nothing_is_given_for_a_user_whose_issuer_was_taken_out(people_on_both):
     assert web.post(f"/v1/grants/{out['grant']['id']}/renew", "summarizer", json={}).status_code == 403
     web.house.broker.redeciding.run()
     assert web.introspect(out["credential"]["token"]) == {"active": False}
+
+
+# --- What their issuer says of them -----------------------------------------------------------------------------------
+
+BY_GROUP = """
+@id("of-finance")
+permit (principal, action == Action::"contacts:read", resource)
+when {
+  context has user_attributes && context.user_attributes has groups &&
+  context.user_attributes.groups.contains("finance")
+};
+@id("of-level-three")
+permit (principal, action == Action::"contacts:read", resource)
+when {
+  context has user_attributes && context.user_attributes has level &&
+  context.user_attributes.level.contains("3")
+};
+"""
+
+
+@pytest.fixture
+def known(web):
+    catalogue = catalogue_for(web.house.issuer)
+    said = {"groups": "groups", "level": "org.level"}
+    issuers = tuple(replace(one, user_attributes=said) if one.users else one for one in catalogue.issuers)
+    return with_people(web, issuers=issuers, policies={"by-group.cedar": BY_GROUP})
+
+
+@pytest.mark.parametrize(
+    ("claims", "status"),
+    [
+        ({}, 403),
+        ({"groups": "finance"}, 201),
+        ({"groups": ["hr", "finance"]}, 201),
+        ({"groups": ["hr"]}, 403),
+        ({"groups": []}, 403),
+        ({"groups": None}, 403),
+        ({"org": {"level": 3}}, 201),
+        ({"org": {"level": True}}, 403),
+        ({"level": 3}, 403),
+        ({"user_attributes": {"groups": ["finance"]}}, 403),
+    ],
+)
+def test_policy_sees_what_the_configuration_lets_in_and_nothing_else(known, claims, status):
+    answer = known.grant(known.open_task(), on_behalf_of=user_token(known, **claims))
+    assert answer.status_code == status, answer.json
+    shown = exchange(known, user_token(known, **claims), known.open_task())
+    assert shown.status_code == (200 if status == 201 else 400)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"finance": True},
+        [["finance"]],
+        [1.5],
+        3.5,
+        ["finance", None],
+        ["a\0b"],
+        ["a\nb"],
+        ["\u202efinance"],
+        ["x" * 256],
+        [f"group-{number}" for number in range(101)],
+    ],
+)
+def test_what_is_no_plain_text_is_refused_and_not_left_out(known, groups):
+    """Left out, a policy that forbids by it would forbid nothing."""
+    answer = known.grant(known.open_task(), on_behalf_of=user_token(known, groups=groups))
+    assert (answer.status_code, answer.json["member"]) == (400, "on_behalf_of")
+    body = {"purpose": "x", "agents": ["summarizer"], "deadline_s": 60}
+    opened = known.post("/v1/tasks", "pipeline", json={**body, "on_behalf_of": user_token(known, groups=groups)})
+    assert (opened.status_code, opened.json["member"]) == (400, "on_behalf_of")
+
+
+def test_a_task_does_not_tell_what_is_known_of_its_user(known):
+    groups = ["finance", "of-three-and-four"]
+    task = known.open_task(on_behalf_of=user_token(known, groups=groups))
+    assert groups[1] not in str(task)
+    answer = known.grant(task)
+    assert answer.status_code == 201
+    assert groups[1] not in str(answer.json)

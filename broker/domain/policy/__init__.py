@@ -7,7 +7,17 @@ that is missing, a policy that cannot be evaluated. What a caller sent is data t
 
 from __future__ import annotations
 
-from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, TaskFacts, claimed_text
+from broker.domain.policy.decision import (
+    ALLOW,
+    DENY,
+    NEEDS_APPROVAL,
+    NOBODY,
+    AccessRequest,
+    Approved,
+    Decision,
+    TaskFacts,
+    claimed_text,
+)
 from broker.domain.policy.engine import PolicySet
 from broker.domain.policy.expectations import PolicyTest, PolicyTestResult, read_tests, run_tests
 from broker.domain.policy.schema import BASE_SCHEMA, agent_facts, complete_schema, resource_facts
@@ -17,7 +27,9 @@ __all__ = [
     "BASE_SCHEMA",
     "DENY",
     "NEEDS_APPROVAL",
+    "NOBODY",
     "AccessRequest",
+    "Approved",
     "Decision",
     "PolicySet",
     "PolicyTest",

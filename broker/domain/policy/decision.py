@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -36,8 +36,23 @@ class TaskFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Approved:
+    """Who had said yes when it was decided, and for which groups: nobody, until what was approved is collected."""
+
+    by: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
+
+
+NOBODY = Approved()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AccessRequest:
-    """Everything a decision may look at. The broker's facts have names of their own, so a claim cannot shadow one."""
+    """Everything a decision may look at. The broker's facts have names of their own, so a claim cannot shadow one.
+
+    `chain` are the agents that handed it down, the root first. `user_attributes` is what the issuer of the user said of
+    them, as far as the configuration lets it in.
+    """
 
     agent: Principal
     resource: Resource
@@ -49,11 +64,15 @@ class AccessRequest:
     claimed: Mapping[str, Any]
     now: datetime
     user: str | None = None
+    user_attributes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     delegation_depth: int = 0
+    chain: tuple[str, ...] = ()
+    approved: Approved = NOBODY
     risk: str = "low"
     # Of this moment, and so no part of what was asked.
     live_grants: int = 0
     recent_denials: int = 0
+    break_glass: str | None = None  # why; None where it is not asked for as one
 
     def sha256(self) -> str:
         """Of what was asked, not of the moment it was asked in: the same request hashes the same (INV-14)."""
@@ -68,6 +87,8 @@ class AccessRequest:
             "claimed": self.claimed_text(),
             "user": self.user,
             "delegation_depth": self.delegation_depth,
+            # Only where there is one: what waits for people while a broker is brought up to date keeps its hash.
+            **({} if self.break_glass is None else {"break_glass": self.break_glass}),
         }
         return hashlib.sha256(canonical_json(asked)).hexdigest()
 

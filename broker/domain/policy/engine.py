@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import cedarpy
 
-from broker.domain.catalogue import Catalogue
+from broker.domain.catalogue import UTC, Catalogue, unknown_zone
 from broker.domain.errors import ConfigurationError
 from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision
 from broker.domain.policy.reading import Path, Policy, read_policies, set_json, unsatisfiable
@@ -37,6 +39,7 @@ class _Slice:
     policies: tuple[Policy, ...]
     plain: Any  # permits without @approval, and forbids
     asking: Any | None  # permits with @approval, and forbids
+    glass: Any | None  # permits with @break_glass, and forbids: all that decides a break-glass
     reads: frozenset[Path]
     told: tuple[tuple[str, _Telling], ...]  # members of the context, and what of a request each tells
     tagged: bool  # labels or claims are among them
@@ -59,8 +62,9 @@ class _Verdict:
 class PolicySet:
     """All policies of one configuration version."""
 
-    def __init__(self, version: int, policies: Sequence[Policy]) -> None:
+    def __init__(self, version: int, policies: Sequence[Policy], time_zone: str = UTC) -> None:
         self.version = version
+        self.time_zone = time_zone
         self._by_id = {policy.id: policy for policy in policies}
         self._slices: dict[tuple[str, str, str], _Slice] = {}
         self._slices_by_policies: dict[tuple[str, ...], _Slice] = {}
@@ -89,15 +93,17 @@ class PolicySet:
         """Parse and check every policy; ConfigurationError names each problem with file, policy and remedy.
 
         `applied`: it is in force already. An approval nobody can give is refused where it would come into force, and
-        where it did, it is one that nobody gives: no reason to answer nothing at all.
+        where it did, it is one that nobody gives: no reason to answer nothing at all. Nor is a time zone that is not
+        known on this machine: what looks at it is refused (INV-13).
         """
         problems: list[str] = []
         policies = read_policies(catalogue, problems)
         if not applied:
             problems += unsatisfiable(policies, catalogue)
+            problems += unknown_zone(catalogue.time_zone)
         if problems:
             raise ConfigurationError(problems)
-        return cls(catalogue.version, policies)
+        return cls(catalogue.version, policies, catalogue.time_zone)
 
     def unfit(self) -> list[str]:
         """Why these policies must not come into force, though they can be read: nobody means what they say."""
@@ -201,7 +207,10 @@ class PolicySet:
         }
         known = entities.for_slice(found)
         failures: list[str] = []
-        for outcome, policies in ((ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)):
+        passes = [(ALLOW, found.plain), (NEEDS_APPROVAL, found.asking)]
+        if request.break_glass is not None:
+            passes = [(NEEDS_APPROVAL, found.glass)]
+        for outcome, policies in passes:
             if policies is None:
                 continue
             answer = cedarpy.is_authorized(asked, policies, known)
@@ -238,7 +247,7 @@ class PolicySet:
         names = tuple(policy.id for policy in policies)
         found = self._slices_by_policies.get(names)
         if found is None:
-            found = self._slices_by_policies[names] = _slice_of(policies)
+            found = self._slices_by_policies[names] = _slice_of(policies, self.time_zone)
         return found
 
     def _known_entities(self, request: AccessRequest) -> Any:
@@ -257,15 +266,18 @@ class PolicySet:
         return known
 
 
-def _slice_of(policies: tuple[Policy, ...]) -> _Slice:
-    asking = [policy for policy in policies if not policy.permits or policy.approval is not None]
+def _slice_of(policies: tuple[Policy, ...], time_zone: str) -> _Slice:
+    forbids = [policy for policy in policies if not policy.permits]
+    glass = [policy for policy in policies if policy.break_glass]
+    asking = [policy for policy in policies if policy.approval is not None and not policy.break_glass]
     reads = frozenset(path for policy in policies for path in policy.reads)
     return _Slice(
         policies=policies,
-        plain=_parsed(policy for policy in policies if policy.approval is None),
-        asking=_parsed(asking) if any(policy.permits for policy in asking) else None,
+        plain=_parsed(policy for policy in policies if policy.approval is None and not policy.break_glass),
+        asking=_parsed([*forbids, *asking]) if asking else None,
+        glass=_parsed([*forbids, *glass]) if glass else None,
         reads=reads,
-        told=_told(reads),
+        told=_told(reads, time_zone),
         tagged=_touches(reads, ("claimed",)) or _touches(reads, ("task", "labels")),
     )
 
@@ -300,7 +312,7 @@ class _Search:
         self.left = left
 
     def what_would_do(self) -> str | None:
-        if not any(policy.permits for policy in self._slice.policies):
+        if not any(_may_permit(policy, self._request) for policy in self._slice.policies):
             return None
         ways: list[tuple[dict[str, Any], str]] = [({}, "")]
         if not self._request.sender_bound and self._slice.may_read("sender_bound"):
@@ -341,11 +353,17 @@ def _why_not(
             yield f"policy {policy.id!r} forbids {scope} on {resource} {policy.condition}".strip()
     if forbids:
         return
-    near = [policy for policy in found.policies if policy.permits]
+    # What only a break-glass opens is not held out to who asks plainly: nobody is to be led to break one.
+    near = [policy for policy in found.policies if _may_permit(policy, request)]
     if not near:
         yield f"no policy allows {scope} on {resource} to {request.agent.name}: ask for another scope"
     for policy in near:
         yield f"policy {policy.id!r} allows {scope} on {resource} only {policy.condition}".rstrip()
+
+
+def _may_permit(policy: Policy, request: AccessRequest) -> bool:
+    """Whether it is a permit of the kind that this request is decided by."""
+    return policy.permits and policy.break_glass == (request.break_glass is not None)
 
 
 def _owners_in(asking: Sequence[Policy]) -> frozenset[str]:
@@ -364,9 +382,28 @@ def _first(reasons: Iterable[str]) -> tuple[str, ...]:
 
 # --- What the engine is told of a request ---
 
+
+def _in_zone(time_zone: str) -> dict[Path, _Telling]:
+    """The time of day there. A zone this machine does not know is an error where somebody looks (INV-13)."""
+
+    def local(asked: AccessRequest) -> datetime:
+        return asked.now.astimezone(ZoneInfo(time_zone))
+
+    return {
+        ("local", "zone"): lambda asked: _text(time_zone),
+        ("local", "hour"): lambda asked: str(local(asked).hour),
+        ("local", "minute"): lambda asked: str(local(asked).minute),
+        ("local", "weekday"): lambda asked: str(local(asked).isoweekday()),
+    }
+
+
+def _lists(attributes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {name: list(values) for name, values in attributes.items()}
+
+
 # By hand, and only what the policies of a slice read: making and parsing a context is most of what a decision costs.
 # Every text goes through the encoder, so that it stays a value (INV-31). None is a fact that is not there.
-_LEAVES: Mapping[Path, _Telling] = {
+_LEAVES: dict[Path, _Telling] = {
     ("task", "id"): lambda asked: _text(asked.task.id),
     ("task", "purpose"): lambda asked: _text(asked.task.purpose),
     ("task", "age_s"): lambda asked: str(asked.task.age_s),
@@ -376,22 +413,30 @@ _LEAVES: Mapping[Path, _Telling] = {
     ("ttl_s",): lambda asked: str(asked.ttl_s),
     ("scopes",): lambda asked: json.dumps(sorted(asked.scopes)),
     ("sender_bound",): lambda asked: "true" if asked.sender_bound else "false",
+    ("break_glass",): lambda asked: "false" if asked.break_glass is None else "true",
     ("delegation_depth",): lambda asked: str(asked.delegation_depth),
+    ("delegation_chain",): lambda asked: json.dumps(sorted(set(asked.chain))),
+    ("delegation_root",): lambda asked: _text(asked.chain[0] if asked.chain else asked.agent.name),
     ("user",): lambda asked: None if asked.user is None else _text(asked.user),
+    ("user_attributes",): lambda asked: None if asked.user is None else json.dumps(_lists(asked.user_attributes)),
+    ("approvals", "count"): lambda asked: str(len(asked.approved.by)),
+    ("approvals", "by"): lambda asked: json.dumps(sorted(asked.approved.by)),
+    ("approvals", "groups"): lambda asked: json.dumps(sorted(asked.approved.groups)),
     ("risk",): lambda asked: _text(asked.risk),
     ("agent", "live_grants"): lambda asked: str(asked.live_grants),
     ("agent", "recent_denials"): lambda asked: str(asked.recent_denials),
     ("time", "hour"): lambda asked: str(asked.now.hour),
     ("time", "weekday"): lambda asked: str(asked.now.isoweekday()),
     ("claimed",): lambda asked: _reference("Claimed", "caller" if _has_tags(asked) else _NO_TAGS),
+    **_in_zone(UTC),
 }
 
 
-def _told(reads: frozenset[Path]) -> tuple[tuple[str, _Telling], ...]:
+def _told(reads: frozenset[Path], time_zone: str) -> tuple[tuple[str, _Telling], ...]:
     """The members of a context that these reads can see, in the order of the schema."""
     flat: dict[str, _Telling] = {}
     records: dict[str, list[tuple[str, _Telling]]] = {}
-    for path, tell in _LEAVES.items():
+    for path, tell in (_LEAVES | _in_zone(time_zone)).items():
         if _touches(reads, path):
             if len(path) == 1:
                 flat[path[0]] = tell

@@ -10,7 +10,7 @@ from typing import Any
 from broker.domain.catalogue import Catalogue
 from broker.domain.errors import BrokerError, ConfigurationError
 from broker.domain.identity import Principal
-from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Decision, TaskFacts
+from broker.domain.policy.decision import ALLOW, DENY, NEEDS_APPROVAL, AccessRequest, Approved, Decision, TaskFacts
 from broker.domain.policy.engine import PolicySet
 
 _MEMBERS: Mapping[str, type] = {
@@ -23,11 +23,16 @@ _MEMBERS: Mapping[str, type] = {
     "labels": dict,
     "intent": str,
     "sender_bound": bool,
+    "break_glass": bool,
     "claimed": dict,
     "delegation_depth": int,
     "live_grants": int,
     "recent_denials": int,
+    "delegation_chain": list,
     "user": str,
+    "user_attributes": dict,
+    "approved_by": list,
+    "approved_groups": list,
     "time": datetime,
     "expect": str,
     "policies": list,
@@ -119,10 +124,16 @@ def _read_test(name: str, entry: Mapping[str, Any], catalogue: Catalogue) -> Pol
         sender_bound=entry.get("sender_bound", False),
         claimed=entry.get("claimed", {}),
         now=entry.get("time", _NOON).astimezone(UTC),
-        delegation_depth=entry.get("delegation_depth", 0),
+        delegation_depth=entry.get("delegation_depth", len(entry.get("delegation_chain", ()))),
+        chain=tuple(entry.get("delegation_chain", ())),
+        approved=Approved(
+            by=frozenset(entry.get("approved_by", ())), groups=frozenset(entry.get("approved_groups", ()))
+        ),
         user=entry.get("user"),
         live_grants=entry.get("live_grants", 0),
         recent_denials=entry.get("recent_denials", 0),
+        user_attributes=_sets(entry.get("user_attributes", {})),
+        break_glass="a test" if entry.get("break_glass") else None,
     )
     policies = entry.get("policies")
     return PolicyTest(
@@ -132,6 +143,15 @@ def _read_test(name: str, entry: Mapping[str, Any], catalogue: Catalogue) -> Pol
         policies=None if policies is None else tuple(sorted(policies)),
         max_ttl_s=entry.get("max_ttl_s"),
     )
+
+
+def _sets(attributes: Mapping[str, Any]) -> Mapping[str, list[str]]:
+    """What an issuer would say of a user: text, or a list of it."""
+    found = {name: value if isinstance(value, list) else [value] for name, value in attributes.items()}
+    for name, values in found.items():
+        if not _holds_text(values):
+            raise ValueError(f"user_attributes.{name} is neither text nor a list of text")
+    return found
 
 
 def _holds_text(value: object) -> bool:

@@ -11,14 +11,19 @@ from typing import Any
 
 import cedarpy
 
-from broker.domain.catalogue import Catalogue
+from broker.domain.catalogue import Catalogue, PrincipalRule
+from broker.domain.grant import BREAK_GLASS_LIFE
 from broker.domain.identity import Role
 from broker.domain.policy.schema import complete_schema, one_line, quoted
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_ANNOTATIONS = ("id", "approval", "quorum", "approve_within", "owner_may_approve", "max_ttl", "description")
+_ANNOTATIONS = (
+    "id", "approval", "quorum", "approve_within", "owner_may_approve", "break_glass", "max_ttl", "description",
+)  # fmt: skip
 _OF_APPROVAL = ("quorum", "approve_within", "owner_may_approve")
 _MAX_TTL = 86_400
+_BREAK_GLASS_S = int(BREAK_GLASS_LIFE.total_seconds())
+_FEWEST_TO_BREAK = 2
 _LONGEST_WAIT = 604_800
 _LONGEST_CONDITION = 500
 _STRING = re.compile(r'("(?:[^"\\]|\\.)*")')
@@ -42,6 +47,7 @@ class Policy:
     quorum: int
     approve_within_s: int | None
     owner_may_approve: bool  # an identity of the same owner as the requester counts
+    break_glass: bool  # decides only what is asked for as one
     max_ttl_s: int | None
     condition: str
     reads: frozenset[Path]
@@ -86,6 +92,9 @@ def unsatisfiable(policies: Iterable[Policy], catalogue: Catalogue) -> Iterator[
             for group in rule.groups:
                 members[group] = members.get(group, 0) + 1
     for policy in policies:
+        if policy.break_glass and policy.approval is not None:
+            yield from _unbreakable(policy, catalogue)
+            continue
         if policy.approval is None or members.get(policy.approval, 0) >= policy.quorum:
             continue
         where, found = f"{policy.file}, policy {policy.id!r}", members.get(policy.approval, 0)
@@ -98,6 +107,34 @@ def unsatisfiable(policies: Iterable[Policy], catalogue: Catalogue) -> Iterator[
                 f"{where}: wants {policy.quorum} of {policy.approval!r}, which has {found}: "
                 "add approvers to it, or lower the quorum"
             )
+
+
+def _unbreakable(policy: Policy, catalogue: Catalogue) -> Iterator[str]:
+    """A break-glass that nobody could give in an emergency, or that would leave nobody to review it."""
+    where = f"{policy.file}, policy {policy.id!r}"
+    named = policy.body["principal"].get("entity")
+    agent = None if named is None else catalogue.rule(named["id"])
+    if agent is not None and agent.subject is None:
+        yield f"{where}: {agent.name} is everybody below a subject_prefix: @break_glass is for one workload"
+    owner = None if agent is None else agent.owner
+    others = [rule for rule in catalogue.principals if rule is not agent and not _answers_to(rule, owner)]
+    group = [rule for rule in others if Role.APPROVER in rule.roles and policy.approval in rule.groups]
+    if len(group) < policy.quorum:
+        yield (
+            f"{where}: wants {policy.quorum} of {policy.approval!r} who neither ask nor own who asks, and there are "
+            f"{len(group)}: add approvers to it, or lower the quorum"
+        )
+        return
+    may_review = [rule for rule in others if rule in group or {Role.ADMIN, Role.AUDITOR} & set(rule.roles)]
+    if len(may_review) <= policy.quorum:
+        yield (
+            f"{where}: when {policy.quorum} of {policy.approval!r} have approved it, nobody is left who may review it: "
+            "add an approver, an auditor or an admin who neither asks nor approves"
+        )
+
+
+def _answers_to(rule: PrincipalRule, owner: str | None) -> bool:
+    return owner is not None and owner in (rule.name, rule.subject, rule.owner)
 
 
 def _read_file(
@@ -164,6 +201,11 @@ def _read_policy(file: str, number: int, body: Mapping[str, Any], problems: list
     if annotations.get("owner_may_approve", "true") != "true":
         # Anything else could be meant as no, and no is what it is without the annotation.
         problems.append(f'{where}: write @owner_may_approve("true"), or leave it out: then they may not')
+    max_ttl_s = _count(annotations, "max_ttl", _MAX_TTL, where, problems)
+    break_glass = "break_glass" in annotations
+    if break_glass:
+        problems += [f"{where}: {wrong}" for wrong in _too_wide_to_break(annotations, body, max_ttl_s)]
+        max_ttl_s = min(max_ttl_s or _BREAK_GLASS_S, _BREAK_GLASS_S)
     if "max_ttl" in annotations and not permits:
         problems.append(f"{where}: @max_ttl on a forbid shortens nothing: put it on a permit")
     try:
@@ -181,10 +223,33 @@ def _read_policy(file: str, number: int, body: Mapping[str, Any], problems: list
         quorum=_count(annotations, "quorum", 10, where, problems) or 1,
         approve_within_s=_count(annotations, "approve_within", _LONGEST_WAIT, where, problems),
         owner_may_approve=annotations.get("owner_may_approve") == "true",
-        max_ttl_s=_count(annotations, "max_ttl", _MAX_TTL, where, problems),
+        break_glass=break_glass,
+        max_ttl_s=max_ttl_s,
         condition=condition,
         reads=frozenset(_reads(body["conditions"])),
     )
+
+
+def _too_wide_to_break(
+    annotations: Mapping[str, str | None], body: Mapping[str, Any], max_ttl_s: int | None
+) -> Iterator[str]:
+    """What keeps a policy from being a break-glass: it says beforehand who may do exactly what, and asks two people."""
+    if annotations["break_glass"] != "true":
+        # Anything else could be meant as no, and no is what it is without the annotation.
+        yield 'write @break_glass("true"), or leave it out'
+    if body["effect"] != "permit":
+        yield "@break_glass on a forbid opens nothing: put it on a permit"
+    for part, noun in (("principal", "agent"), ("resource", "resource")):
+        if body[part]["op"] != "==":
+            yield f'@break_glass names its one {noun}: {part} == {noun.capitalize()}::"…", and no wildcard'
+    if body["action"]["op"] not in ("==", "in"):
+        yield '@break_glass names its scopes: action == Action::"…" or action in [Action::"…", …], and no wildcard'
+    if "approval" not in annotations or not re.fullmatch("[2-9]|10", annotations.get("quorum") or ""):
+        yield f'@break_glass is given by {_FEWEST_TO_BREAK} people at least: @approval("group") @quorum("2")'
+    if "owner_may_approve" in annotations:
+        yield "@owner_may_approve has no place beside @break_glass: who owns the agent never counts there"
+    if max_ttl_s is not None and max_ttl_s > _BREAK_GLASS_S:
+        yield f"@break_glass lives {_BREAK_GLASS_S} s at most: lower @max_ttl, or leave it out"
 
 
 def _count(
@@ -204,13 +269,20 @@ def _known_names(catalogue: Catalogue) -> Mapping[str, frozenset[str]]:
         "Agent": catalogue.principal_names,
         "Resource": frozenset(resource.identifier for resource in catalogue.resources),
         "Action": frozenset(scope for resource in catalogue.resources for scope in resource.scopes),
+        "UserAttribute": frozenset(name for issuer in catalogue.issuers for name in issuer.user_attributes),
     }
 
 
 def _unknown_names(policy: Policy, known: Mapping[str, frozenset[str]]) -> Iterator[str]:
-    """Agents, resources and scopes a policy names and the configuration does not: a typo must not grant or block."""
-    nouns = {"Agent": "agent", "Resource": "resource", "Action": "scope"}
-    for kind, name in dict.fromkeys(_named(policy.body)):
+    """Agents, resources and scopes a policy names and the configuration does not: a typo must not grant or block.
+
+    Nor an attribute of users: to the engine `has` one that no issuer says is false, and no mistake.
+    """
+    nouns = {"Agent": "agent", "Resource": "resource", "Action": "scope", "UserAttribute": "user attribute"}
+    attributes = [
+        ("UserAttribute", path[1]) for path in sorted(policy.reads) if path[:1] == ("user_attributes",) and path[1:]
+    ]
+    for kind, name in dict.fromkeys([*_named(policy.body), *attributes]):
         if kind in known and name not in known[kind]:
             nearest = get_close_matches(name, known[kind], 1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "add it to the configuration, or correct the policy"

@@ -21,6 +21,8 @@ type Task = { id: String, purpose: String, age_s: Long, orchestrator: String, la
 // Of the agent as it stands now: grants it holds beside the one it asks for, and what it was refused lately.
 type Standing = { live_grants: Long, recent_denials: Long };
 type Time = { hour: Long, weekday: Long }; // UTC; Monday is 1
+type Local = { zone: String, hour: Long, minute: Long, weekday: Long }; // in the time zone of the configuration
+type Approvals = { count: Long, by: Set<String>, groups: Set<String> }; // who said yes: nobody before it is collected
 
 type Context = {
   task: Task,
@@ -28,11 +30,17 @@ type Context = {
   ttl_s: Long,
   scopes: Set<String>, // everything this request asks for
   sender_bound: Bool,
+  break_glass: Bool, // asked for as one: then only permits with @break_glass count, and every forbid
   delegation_depth: Long,
+  delegation_chain: Set<String>, // the agents it was handed down by
+  delegation_root: String, // the first of them; the agent itself where it was not handed down
   user?: String, // only on behalf of somebody
+  user_attributes?: UserAttributes, // likewise: what the issuers' user_attributes let in, each a set
+  approvals: Approvals,
   risk: String,
   agent: Standing,
   time: Time,
+  local: Local,
   claimed: Claimed,
 };
 """
@@ -50,6 +58,7 @@ def resource_facts(resource: Resource) -> dict[str, Any]:
         "sensitivity": resource.sensitivity,
         "environment": resource.environment,
         "provider": resource.provider,
+        **({"destination": dict(resource.destination)} if resource.destination else {}),
     }
 
 
@@ -60,7 +69,9 @@ def complete_schema(catalogue: Catalogue, problems: list[str]) -> str:
     ]
     resources = [(resource_facts(resource), resource.identifier) for resource in catalogue.resources]
     scopes = sorted({scope for resource in catalogue.resources for scope in resource.scopes})
+    said = sorted({name for issuer in catalogue.issuers for name in issuer.user_attributes})
     text = catalogue.schema or BASE_SCHEMA
+    text += f"\ntype UserAttributes = {{ {', '.join(f'{quoted(name)}?: Set<String>' for name in said)} }};"
     text += f"\nentity Agent = {_record(agents, problems)};\nentity Resource = {_record(resources, problems)};\n"
     if scopes:
         names = ", ".join(map(quoted, scopes))
@@ -75,9 +86,12 @@ def _facts_of(rule: PrincipalRule) -> dict[str, Any]:
 def _record(things: Sequence[tuple[Mapping[str, Any], str]], problems: list[str]) -> str:
     """A record type of all their attributes; one that some lack is optional."""
     types: dict[str, tuple[str, str]] = {}
+    tables: dict[str, list[tuple[Mapping[str, Any], str]]] = {}
     for facts, thing in things:
         for name, value in facts.items():
-            kind = "Bool" if isinstance(value, bool) else "Long" if isinstance(value, int) else "String"
+            if isinstance(value, Mapping):
+                tables.setdefault(name, []).append((value, thing))
+            kind = _kind(value)
             first, example = types.setdefault(name, (kind, thing))
             if first != kind:
                 problems.append(
@@ -86,8 +100,14 @@ def _record(things: Sequence[tuple[Mapping[str, Any], str]], problems: list[str]
     members = []
     for name, (kind, _) in sorted(types.items()):
         optional = "" if all(name in facts for facts, _ in things) else "?"
-        members.append(f"{quoted(name)}{optional}: {kind}")
+        members.append(f"{quoted(name)}{optional}: {_record(tables[name], problems) if kind == 'table' else kind}")
     return "{ " + ", ".join(members) + " }"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "table"
+    return "Bool" if isinstance(value, bool) else "Long" if isinstance(value, int) else "String"
 
 
 def quoted(text: str) -> str:

@@ -47,6 +47,7 @@ def request_grant(caller: Caller, body: shapes.RequestGrant) -> tuple[int, Any] 
         parent_grant_id=body.parent_grant_id,
         user=user_in_body(body.on_behalf_of, caller),
         may_wait=True,
+        break_glass=None if body.break_glass is None else body.break_glass.reason,
         idempotency=idempotency(),
         jkt=proven_key(),
     )
@@ -92,6 +93,7 @@ def list_grants(caller: Caller, query: shapes.GrantQuery) -> tuple[int, Any]:
         "agent": query.agent,
         "user": query.user,
         "resource": query.resource,
+        "break_glass": query.break_glass,
     }
     filters = {name: str(value) for name, value in wanted.items() if value is not None}
     found = broker().verification.page_of_grants(caller, filters, before=before(query.cursor, "grt"), limit=query.limit)

@@ -46,6 +46,7 @@ def evaluate(caller: Caller, body: shapes.Evaluate) -> tuple[int, Any]:
             intent=body.intent,
             sender_bound=body.sender_bound,
             claimed=body.context,
+            break_glass=body.break_glass,
         ),
     )
     return 200, decision.as_json()
