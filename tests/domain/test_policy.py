@@ -433,10 +433,15 @@ def test_whatever_is_asked_reaches_the_engine_as_the_values_it_is(text, ttl_s, c
     """INV-31."""
     told = []
     policies = compiled('@id("it") permit (principal, action, resource) when { {x: context}.x.ttl_s > 0 };')
-    request = asked(intent=text, user=text, ttl_s=ttl_s, claimed=claimed, live_grants=3, recent_denials=2)
-    said = Approved(by=frozenset({text}), groups=frozenset({text}))
     request = asked(
-        intent=text, user=text, user_attributes={"groups": (text,)}, approved=said, ttl_s=ttl_s, claimed=claimed
+        intent=text,
+        user=text,
+        user_attributes={"groups": (text,)},
+        approved=Approved(by=frozenset({text}), groups=frozenset({text})),
+        ttl_s=ttl_s,
+        claimed=claimed,
+        live_grants=3,
+        recent_denials=2,
     )
     request = dataclasses.replace(request, task=dataclasses.replace(request.task, purpose=text, orchestrator=text))
     really = cedarpy.is_authorized
