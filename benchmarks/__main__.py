@@ -27,6 +27,7 @@ import sqlalchemy as sa
 from benchmarks import decided_again, decisions, load, openbao, rows, secrets
 from benchmarks.servers import (
     AGENTS,
+    LIMITS,
     RESOURCE,
     Bench,
     bench_settings,
@@ -176,6 +177,25 @@ def measure_decisions(report: Report, bench: Bench, seconds: float) -> None:
         report.value(f"  by a broker that issues, in {took:.0f} s", value)
 
 
+def measure_limits(report: Report, bench: Bench, seconds: float) -> None:
+    """Grants beside limits that are counted down and handed out all the time, and beside such that are never near.
+
+    By turns, because a machine is not as fast in every minute.
+    """
+    near = replace(LIMITS, requests_per_task=20_000, requests_per_resource=200_000, requests_per_issuer=200_000)
+    names = ("requests_per_agent", "requests_per_task", "requests_per_resource", "requests_per_issuer")
+    far = replace(near, **dict.fromkeys(names, 1_000_000_000))
+    rates: dict[str, list[float]] = {"near": [], "far": []}
+    for name, limits in (("near", near), ("far", far), ("far", far), ("near", near)):
+        limited = replace(bench, settings=replace(bench.settings, limits=limits))
+        with broker_on(limited):
+            requests = fleet_requests(limited)
+            load.run(limited.port, requests, count=AGENTS, expect=b"201")
+            rates[name].append(load.run(limited.port, requests, seconds=seconds, expect=b"201").per_second)
+    on, off = (sum(rates[name]) / len(rates[name]) for name in ("near", "far"))
+    report.value("limits on, beside effectively off", f"{on:,.0f}/s and {off:,.0f}/s, {on / off:.2f} ×")
+
+
 def measure_two_workers(report: Report, bench: Bench, seconds: float) -> None:
     two = replace(bench, settings=replace(bench.settings, server=replace(bench.settings.server, workers=2)))
     with broker_on(two):
@@ -192,6 +212,7 @@ def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> 
     if not on_sqlite(bench):
         measure_two_workers(report, bench, options.seconds)
     grants = measure_http(report, bench, options.seconds, quick=options.quick)
+    measure_limits(report, bench, options.seconds)
     if beside:
         logins = openbao.measure_logins(beside / "logins", options.seconds, _LIFE_S)
         report.rate(f"OpenBao {openbao.version()}: logins, 32 connections", logins)

@@ -25,6 +25,8 @@ from broker.domain.clock import system_clock
 from broker.providers.dev_issuer import DevIssuer
 from broker.wiring import build
 
+# Those of everybody, but of tasks in which a hundred agents ask without a pause.
+LIMITS = Limits(requests_per_task=1_000_000, mints_per_task=100_000_000)
 AGENTS = 1000  # a fleet: each asks now and then, all together without a pause
 RESOURCE = "https://crm.example/api"
 # A hundred policies, of which a few concern any one request: what a house of some size would have.
@@ -93,7 +95,7 @@ def bench_settings(directory: Path, store_url: str, *, workers: int = 1) -> Benc
         store_url=store_url,
         master_key_file=key_file,
         rotate_every=timedelta(days=1),
-        limits=Limits(),
+        limits=LIMITS,
         catalogue=catalogue,
         source=directory / "broker.toml",
     )

@@ -20,11 +20,13 @@ from broker.store import models
 from broker.store.rows import among
 
 AHEAD = 8  # this part of what is left is handed out beyond what is needed now
+MOST_AHEAD = 1_000  # and no more: a bound that is lowered meets what was handed out by the one before
 
 _allowances = models.table_of(models.Allowance)
 _BASE = "CASE WHEN held.window_start >= excluded.window_start THEN held.taken ELSE 0 END"
 _LEFT = f"{{greatest}}(excluded.bound - {_BASE}, 0)"
-_GIVEN = f"{{least}}({_LEFT}, excluded.asked + {{greatest}}({_LEFT} - excluded.asked, 0) / {AHEAD})"
+_MORE = f"{{least}}({{greatest}}({_LEFT} - excluded.asked, 0) / {AHEAD}, {MOST_AHEAD})"
+_GIVEN = f"{{least}}({_LEFT}, excluded.asked + {_MORE})"
 _TAKE = f"""
     INSERT INTO allowances AS held (name, key_sha256, window_start, bound, asked, given, taken, forget_at)
     SELECT name, key_sha256, window_start, bound, asked, given, given, {{forget_at}} FROM {{wanted}}
@@ -92,7 +94,7 @@ def take(db: Connection, wanted: Sequence[Wanted]) -> dict[tuple[str, str], int]
             "bound": one.bound,
             "asked": one.asked,
             # Of a row that is not there yet; of one that is, the statement finds it out.
-            "given": min(one.bound, one.asked + max(one.bound - one.asked, 0) // AHEAD),
+            "given": min(one.bound, one.asked + min(max(one.bound - one.asked, 0) // AHEAD, MOST_AHEAD)),
             "forget_at": epoch(one.forget_at),
         }
         for one in wanted

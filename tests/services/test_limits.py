@@ -252,6 +252,10 @@ def test_an_allowance_is_handed_out_in_parts_that_shrink_and_never_beyond_its_bo
     assert given[-1] == 0
 
 
+def test_of_a_large_bound_no_more_than_so_much_is_handed_out_ahead(house):
+    assert take(house, 1, bound=10**9) == take(house, 1, bound=10**9) == 1 + allowances.MOST_AHEAD
+
+
 def test_what_is_asked_is_given_as_far_as_there_is(house):
     assert take(house, 79) == 79
     assert take(house, 5) == 1
