@@ -27,9 +27,11 @@ from broker.services.approval import Approvals
 from broker.services.asked import Versions
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
+from broker.services.broadcast import Broadcast, Places
 from broker.services.collection import Collection
 from broker.services.debts import Debts
 from broker.services.explaining import Explaining
+from broker.services.feed import Feed
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.leases import Leases
@@ -49,6 +51,8 @@ from broker.services.verification import Verification
 from broker.services.waiting import Waiting
 from broker.store.clock import DatabaseClock
 from broker.store.database import Database
+from broker.store.feed import CHANNEL
+from broker.store.listening import listen
 from broker.store.migration import is_current, migrate
 
 
@@ -76,6 +80,9 @@ class Broker:
     alerting: Alerting
     notifying: Notifying
     verification: Verification
+    feed: Feed
+    broadcast: Broadcast
+    feed_places: Places
     explaining: Explaining
     administration: Administration
     redeciding: Redeciding
@@ -105,10 +112,12 @@ class Broker:
 
     def stop(self) -> None:
         """Begin nothing more that takes long, and let nobody wait on; what is under way is ended."""
+        self.broadcast.stop()
         self.waiting.stop()
         self.debts.stop()
 
     def close(self) -> None:
+        self.broadcast.stop()
         self.waiting.stop()
         self.debts.close()
         self.keys.close()
@@ -126,7 +135,8 @@ def build(
 
     `providers` and `targets` stand in for those that the settings name.
     """
-    database = Database(settings.store_url, committed=telemetry.committed)
+    # Whoever reads the feed in this process is woken by what it commits itself; of others PostgreSQL tells.
+    database = Database(settings.store_url, committed=telemetry.committed, announced=lambda: broadcast.ring())
     if clock is None:
         # One clock decides (INV-09): on SQLite there is one process and its own will do.
         clock = system_clock if database.is_sqlite else DatabaseClock(database)
@@ -154,6 +164,18 @@ def build(
     revocation = Revocation(
         database=database, standing=standing, debts=debts, keys=keys, wakeups=wakeups, issuer=issuer, clock=clock
     )
+    feed = Feed(database=database, standing=standing, issuer=issuer, clock=clock)
+
+    def heard(ring: Callable[[], None]) -> Callable[[], None]:
+        stops = (listen(database, CHANNEL, ring), wakeups.listen(ring))
+
+        def stopped() -> None:
+            for stop in stops:
+                stop()
+
+        return stopped
+
+    broadcast = Broadcast(feed, listen=heard)
     versions = Versions(database=database, standing=standing)
     redeciding = Redeciding(database=database, standing=standing, versions=versions, clock=clock)
     return Broker(
@@ -198,6 +220,9 @@ def build(
             database=database, standing=standing, channels=_channels(settings, clock), issuer=issuer, clock=clock
         ),
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
+        feed=feed,
+        broadcast=broadcast,
+        feed_places=Places(settings.feed.streams_of_serve),
         explaining=Explaining(database=database, versions=versions),
         administration=Administration(
             database=database, standing=standing, redeciding=redeciding, keys=keys, wakeups=wakeups, clock=clock
@@ -208,7 +233,9 @@ def build(
         ),
         signals=Signals(database=database, standing=standing, redeciding=redeciding, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
-        sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
+        sweeper=Sweeper(
+            database=database, revocation=revocation, keys=keys, feed_kept_for=settings.feed.kept_for, clock=clock
+        ),
         wakeups=wakeups,
     )
 
