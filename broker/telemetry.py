@@ -51,6 +51,10 @@ _REACHABLE = Gauge("broker_provider_reachable", "1 if the last look at the provi
 _LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep finished")
 
 
+_STREAMS = Gauge("broker_feed_streams", "Streams of the feed that are open")
+_CUT_OFF = Counter("broker_feed_cut_off", "Streams that did not read what they were sent, and were ended")
+
+
 _OPEN = tuple(str(state) for state in LeaseState if state is not LeaseState.RELEASED)
 _OWING: set[str] = set()  # every provider whose leases were counted
 
@@ -114,6 +118,16 @@ def looked(provider: str, at: datetime | None, *, reachable: bool) -> None:
     """How a provider was last looked at, by whichever broker."""
     _LAST_LOOK.labels(provider).set(0 if at is None else at.timestamp())
     _REACHABLE.labels(provider).set(reachable)
+
+
+def streams(more: int) -> None:
+    """So many streams of the feed were opened, or closed."""
+    _STREAMS.inc(more)
+
+
+def cut_off() -> None:
+    """A stream was ended because nobody read it."""
+    _CUT_OFF.inc()
 
 
 def exposition() -> tuple[bytes, str]:

@@ -55,6 +55,8 @@ from broker.store.feed import CHANNEL
 from broker.store.listening import listen
 from broker.store.migration import is_current, migrate
 
+_POLLS_OF_SERVE = 16  # each takes a thread while it waits; one more is answered at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Broker:
@@ -83,6 +85,7 @@ class Broker:
     feed: Feed
     broadcast: Broadcast
     feed_places: Places
+    feed_waiting: Places
     explaining: Explaining
     administration: Administration
     redeciding: Redeciding
@@ -222,7 +225,8 @@ def build(
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
         feed=feed,
         broadcast=broadcast,
-        feed_places=Places(settings.feed.streams_of_serve),
+        feed_places=_places(settings.feed.streams_of_serve),
+        feed_waiting=_places(_POLLS_OF_SERVE),
         explaining=Explaining(database=database, versions=versions),
         administration=Administration(
             database=database, standing=standing, redeciding=redeciding, keys=keys, wakeups=wakeups, clock=clock
@@ -238,6 +242,11 @@ def build(
         ),
         wakeups=wakeups,
     )
+
+
+def _places(at_once: int) -> Places:
+    # Two thirds for one caller, so that one gone wrong leaves room for the others.
+    return Places(at_once, of_one_caller=max(1, at_once * 2 // 3))
 
 
 def _alerts(settings: Settings, clock: Clock) -> Alerts:

@@ -330,7 +330,7 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             "streams_of_serve",
             "Streams that each worker of `broker serve` answers itself; each takes a thread.",
             0,
-            64,
+            32,
             default=FeedSettings.streams_of_serve,
         ),
         _integer(

@@ -25,7 +25,8 @@ FOR_EVER = 253_402_300_799
 _UNSURE_S = 2
 _MARGIN_S = 1
 _IN_TOKENS = ("agent", "user", "resource")
-_POSITION = re.compile(r"([A-Za-z0-9_-]{1,64}):(0|[1-9][0-9]{0,17})", re.ASCII)
+POSITION_PATTERN = "^[A-Za-z0-9_-]{1,64}:(0|[1-9][0-9]{0,17})$"
+_POSITION = re.compile(POSITION_PATTERN.strip("^$"), re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,21 @@ class Position:
         >>> Position.parse("feed:17").seq
         17
         """
-        found = _POSITION.fullmatch(text)
-        if found is None:
+        if not _POSITION.fullmatch(text):
             raise Invalid("after is <feed>:<seq>, as next_after of an earlier answer gives it", member="after")
-        return cls(feed_id=found[1], seq=int(found[2]))
+        feed_id, _, seq = text.partition(":")
+        return cls(feed_id=feed_id, seq=int(seq))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The feed at one moment; `waiting` says that something committed has no number yet."""
+
+    feed_id: str
+    seq: int
+    head: str
+    waiting: bool = False
+
+    @property
+    def position(self) -> Position:
+        return Position(feed_id=self.feed_id, seq=self.seq)

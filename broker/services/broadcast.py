@@ -129,6 +129,15 @@ class Broadcast:
             self._changed.wait_for(lambda: self._edition is not edition or self._stopped.is_set(), at_most_s)
             return self._edition or edition
 
+    def until(self, edition: Edition, settled: Callable[[Edition], bool], *, at_most_s: float) -> None:
+        """Wait for an edition after this one that settles it, or until the time is over."""
+        until = self._monotonic() + at_most_s
+        while (left_s := until - self._monotonic()) > 0 and not self.is_stopped:
+            newer = self.wait(edition, at_most_s=left_s)
+            if newer is not edition and settled(newer):
+                return
+            edition = newer
+
     def look(self) -> Edition:
         """A new edition. Readers of this process are told of it before this returns."""
         with self._looking:
@@ -162,8 +171,7 @@ class Broadcast:
             return seen.seq, ()
         if seen.seq == last.seq:
             return last.since, last.texts
-        new = tuple(row.text for row in self._feed.since(last.looked.seen, seen))
-        texts = (*last.texts, *new)[-_REMEMBERED:]
+        texts = (*last.texts, *self._feed.since(last.looked.seen, seen))[-_REMEMBERED:]
         return seen.seq - len(texts), texts
 
     def _run(self) -> None:
@@ -212,20 +220,25 @@ class Broadcast:
 
 
 class Places:
-    """How many may read at once, all together and each caller: one more is told to come again (INV-35)."""
+    """How many may read at once, all together and of one caller: one more is told to come again (INV-35)."""
 
-    def __init__(self, at_once: int) -> None:
+    def __init__(self, at_once: int, *, of_one_caller: int | None = None) -> None:
         self._at_once = at_once
-        self._of_one_caller = max(1, at_once * 2 // 3)
+        self._of_one_caller = at_once if of_one_caller is None else of_one_caller
         self._guard = threading.Lock()
         self._taken: dict[str, int] = {}
 
     def take(self, name: str) -> None:
+        if not self.try_take(name):
+            raise Unavailable("as many read the feed here as may: poll, or try again")
+
+    def try_take(self, name: str) -> bool:
         with self._guard:
             mine = self._taken.get(name, 0)
             if sum(self._taken.values()) >= self._at_once or mine >= self._of_one_caller:
-                raise Unavailable("as many read the feed here as may: poll, or try again")
+                return False
             self._taken[name] = mine + 1
+            return True
 
     def give_back(self, name: str) -> None:
         with self._guard:

@@ -12,21 +12,18 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import NamedTuple
 
-from sqlalchemy import Row
-
-from broker.domain.audit import Event
+from broker.domain import audit
 from broker.domain.clock import Clock, epoch
 from broker.domain.errors import RoleMissing, Unauthenticated, Unavailable
-from broker.domain.feed import Position, first_head, next_head
+from broker.domain.feed import Position, Seen, first_head, next_head
 from broker.domain.identity import Caller, Role, new_id
 from broker.services.endings import ACTOR
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader, current_caller
 from broker.store import feed
 from broker.store.database import Database
-from broker.store.feed import Seen
 from broker.store.transitions import record
 
 # A verifier's bound: older than this, a statement vouches for nothing (INV-25).
@@ -36,16 +33,23 @@ BOUND = timedelta(seconds=15)
 _LOOKS_BACK = timedelta(seconds=5)
 # A lost heartbeat ends a task when the sweeper comes by, every second. If it does not, we cannot vouch for the feed.
 _SWEPT_WITHIN = timedelta(seconds=5)
-_AT_ONCE = 1000
+AT_ONCE = 1000
 _READERS = (Role.VERIFIER, Role.AUDITOR, Role.ADMIN)
 STATEMENT_TYPE = "feed-statement+jwt"
 
 _log = logging.getLogger(__name__)
 
 
+class Event(NamedTuple):
+    """One event as it goes out."""
+
+    seq: int
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Looked:
-    """The feed when all that was committed before `at` had its number. `vouched`: and nothing else had ended by then."""
+    """The feed when all that was committed before `at` had its number; `vouched` if nothing else had ended by then."""
 
     seen: Seen
     at: datetime
@@ -92,12 +96,12 @@ class Feed:
             due = feed.any_shortened_due(db, now=now)
         while due:
             with self._database.begin() as db:
-                due = feed.tell_shortened(db, now=now, at_most=_AT_ONCE) == _AT_ONCE
+                due = feed.tell_shortened(db, now=now, at_most=AT_ONCE) == AT_ONCE
         with self._database.read() as db:
             seen = feed.look(db)
         while seen.waiting or not seen.feed_id:
             with self._database.begin() as db:
-                if feed.number(db, now=now, at_most=_AT_ONCE) < _AT_ONCE:
+                if feed.number(db, now=now, at_most=AT_ONCE) < AT_ONCE:
                     break
 
     def look(self) -> Looked:
@@ -120,8 +124,8 @@ class Feed:
         with self._database.read() as db:
             return feed.look(db), feed.heartbeats_lost(db, before=at - _SWEPT_WITHIN, now=at)
 
-    def since(self, last: Seen, looked: Seen) -> Sequence[Row[*tuple[Any, ...]]]:
-        """The events between two looks at one feed; if they do not continue its chain, it is replaced by another."""
+    def since(self, last: Seen, looked: Seen) -> Sequence[str]:
+        """The texts between two looks at one feed; if they do not continue its chain, it is replaced by another."""
         with self._database.read() as db:
             rows = feed.page(db, after=last.seq, upto=looked.seq, limit=looked.seq - last.seq)
         head = last.head
@@ -130,12 +134,12 @@ class Feed:
         if head != looked.head or len(rows) != looked.seq - last.seq:
             self.renew("its events are not those that were seen", instead_of=looked.feed_id)
             raise Unavailable("the feed begins anew: try again")
-        return rows
+        return [row.text for row in rows]
 
-    def replay(self, after: int, upto: int) -> Sequence[Row[*tuple[Any, ...]]]:
-        """(seq, text) of the next events that a reader missed, some at a time."""
+    def replay(self, after: int, upto: int) -> Sequence[Event]:
+        """The next events that a reader missed, so many at a time."""
         with self._database.read() as db:
-            return feed.page(db, after=after, upto=upto, limit=_AT_ONCE)
+            return [Event(row.seq, row.text) for row in feed.page(db, after=after, upto=upto, limit=AT_ONCE)]
 
     def start(self, wanted: Position | None, looked: Looked) -> Start:
         """Where a reader that came so far goes on; a reset where that is another feed, or not kept any more."""
@@ -180,7 +184,8 @@ class Feed:
             now = self._clock()
             renewed = feed.renew(db, now=now, instead_of=instead_of)
             if renewed:
-                record(db, [Event(id=new_id("evt", now), at=now, type="feed.renewed", actor=by, reason=why)])  # INV-32
+                told = audit.Event(id=new_id("evt", now), at=now, type="feed.renewed", actor=by, reason=why)
+                record(db, [told])  # INV-32
         if renewed:
             _log.error("the feed begins anew", extra={"fields": {"reason": why}})
         return renewed

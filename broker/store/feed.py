@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, exists, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from broker.domain.feed import LISTS, Ended, Position, end_of_grant, first_head, next_head, text_of
+from broker.domain.feed import LISTS, Ended, Seen, end_of_grant, first_head, next_head, text_of
 from broker.domain.lifecycle import TaskState
 from broker.store import models
 from broker.store.database import announced
@@ -33,20 +32,6 @@ _NOTIFY = text("SELECT pg_notify(:channel, '')")
 # One statement, so one moment: with nothing waiting, `seq` is all that was committed before it.
 _LOOK = select(_feed.c.feed_id, _feed.c.seq, _feed.c.head, exists(select(_outbox.c.id)).label("waiting"))
 _LISTS_LOOK = select(_feed.c.lists_seq, exists(select(_outbox.c.id).where(_outbox.c.kind == LISTS.kind)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """The feed at one moment; `waiting` says that something committed has no number yet."""
-
-    feed_id: str
-    seq: int
-    head: str
-    waiting: bool = False
-
-    @property
-    def position(self) -> Position:
-        return Position(feed_id=self.feed_id, seq=self.seq)
 
 
 def announce(db: Connection, at: datetime, ended: Iterable[Ended]) -> None:

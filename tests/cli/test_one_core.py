@@ -6,8 +6,8 @@ import sys
 
 _ASK = """
 import os
-from broker.cli.server import _stay_on_one_core
-_stay_on_one_core()
+from broker.cli.server import stay_on_one_core
+stay_on_one_core()
 print(len(os.sched_getaffinity(0)))
 """
 
