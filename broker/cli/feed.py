@@ -109,6 +109,10 @@ def watch(broker: Client, /, *, after: str | None, once: bool) -> None:
     """
     while True:
         found = broker.send(_poll(after, 0 if once else _WAIT_S))
+        if once and after is None and found["reset"] is not None:
+            # From the oldest on, and not from now on; where that is not kept any more, it is answered with a reset.
+            after = f"{found['reset']['feed']}:0"
+            continue
         if found["reset"] is not None:
             output.say(f"the feed is at {found['next_after']}")
         for item in found["items"]:
