@@ -31,13 +31,13 @@ class FeedProcess:
         self.port = free_port()
         self.log = deployment.directory / f"{name}.log"
         self.start()
+        until(self._is_ready, what="broker feed")
 
     def start(self):
         environment = {**os.environ, "BROKER__FEED__LISTEN": f"127.0.0.1:{self.port}"}
         command = [BROKER, "feed", "--config", self.deployment.configuration]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        until(self._is_ready, what="broker feed")
 
     def _is_ready(self):
         assert self.process.poll() is None, self.log.read_text()[-3000:]
@@ -82,18 +82,22 @@ class Verifier:
             port, parser = self.ports[self.streams % len(self.ports)], Parser()
             headers = {"Authorization": f"Bearer {self.deployment.token('crm-api')}"}
             headers |= {"Last-Event-ID": last_id} if last_id else {}
-            with contextlib.suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=5) as client:
-                with client.stream("GET", f"http://127.0.0.1:{port}{STREAM}", headers=headers) as answer:
-                    for piece in answer.iter_bytes():
-                        try:
-                            for name, data in parser.feed(piece):
-                                self.heard.hear(name, data)
-                        except AssertionError as problem:
-                            self.problem = problem
-                            return
-                        last_id = parser.last_id or last_id
-                        if self._over.is_set():
-                            return
+            url = f"http://127.0.0.1:{port}{STREAM}"
+            with (
+                contextlib.suppress(httpx.HTTPError),
+                httpx.Client(trust_env=False, timeout=5) as client,
+                client.stream("GET", url, headers=headers) as answer,
+            ):
+                for piece in answer.iter_bytes():
+                    try:
+                        for name, data in parser.feed(piece):
+                            self.heard.hear(name, data)
+                    except AssertionError as problem:
+                        self.problem = problem
+                        return
+                    last_id = parser.last_id or last_id
+                    if self._over.is_set():
+                        return
             self.streams += 1
             self._over.wait(0.05)
 
@@ -126,7 +130,7 @@ def test_a_server_of_the_feed_that_is_killed_again_and_again_loses_nothing_and_r
                 if number % 10 == 5:
                     victim = (one, two)[number // 10 % 2]
                     victim.kill()
-                    threading.Thread(target=victim.start).start()
+                    victim.start()
             verifier.until(lambda: len(verifier.heard.events) >= TASKS)
             assert [event["task_id"] for event in verifier.heard.events] == tasks
             assert verifier.heard.resets == 1
