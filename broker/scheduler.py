@@ -41,6 +41,9 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def decide_again() -> None:
         broker.redeciding.run()
 
+    def tell() -> None:
+        broker.feed.advance()
+
     def alert() -> None:
         broker.alerting.send_due()
 
@@ -65,6 +68,7 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         ("pay", pay, 1),
         ("reconcile", reconcile, 1),
         ("decide again", decide_again, 1),
+        ("tell", tell, 1),
         ("alert", alert, 1),
         ("notify", notify, 1),
         ("review", review, 5),

@@ -54,6 +54,10 @@ _REVIEWS = Gauge("broker_break_glass_reviews", "Reviews that are owed for one, b
 _LAST_SWEEP = Gauge("broker_last_sweep_timestamp_seconds", "When the last sweep finished")
 
 
+_STREAMS = Gauge("broker_feed_streams", "Streams of the feed that are open")
+_CUT_OFF = Counter("broker_feed_cut_off", "Streams that did not read what they were sent, and were ended")
+
+
 _OPEN = tuple(str(state) for state in LeaseState if state is not LeaseState.RELEASED)
 _OWING: set[str] = set()  # every provider whose leases were counted
 
@@ -129,6 +133,16 @@ def break_glass(*, live: int, owed: int, overdue: int) -> None:
     _BREAK_GLASS.set(live)
     _REVIEWS.labels("owed").set(owed - overdue)
     _REVIEWS.labels("overdue").set(overdue)
+
+
+def streams(more: int) -> None:
+    """So many streams of the feed were opened, or closed."""
+    _STREAMS.inc(more)
+
+
+def cut_off() -> None:
+    """A stream was ended because nobody read it."""
+    _CUT_OFF.inc()
 
 
 def exposition() -> tuple[bytes, str]:

@@ -28,9 +28,11 @@ from broker.services.asked import Versions
 from broker.services.audit_trail import AuditTrail
 from broker.services.authentication import Authenticator
 from broker.services.breakers import Breakers
+from broker.services.broadcast import Broadcast, Places
 from broker.services.collection import Collection
 from broker.services.debts import Debts
 from broker.services.explaining import Explaining
+from broker.services.feed import Feed
 from broker.services.issuance import Issuance
 from broker.services.keys import Envelope, Keys, MasterKey, Sealing
 from broker.services.leases import Leases
@@ -52,7 +54,11 @@ from broker.services.verification import Verification
 from broker.services.waiting import Waiting
 from broker.store.clock import DatabaseClock
 from broker.store.database import Database
+from broker.store.feed import CHANNEL
+from broker.store.listening import listen
 from broker.store.migration import is_current, migrate
+
+_POLLS_OF_SERVE = 16  # each takes a thread while it waits; one more is answered at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,10 @@ class Broker:
     alerting: Alerting
     notifying: Notifying
     verification: Verification
+    feed: Feed
+    broadcast: Broadcast
+    feed_places: Places
+    feed_waiting: Places
     explaining: Explaining
     administration: Administration
     redeciding: Redeciding
@@ -109,10 +119,12 @@ class Broker:
 
     def stop(self) -> None:
         """Begin nothing more that takes long, and let nobody wait on; what is under way is ended."""
+        self.broadcast.stop()
         self.waiting.stop()
         self.debts.stop()
 
     def close(self) -> None:
+        self.broadcast.stop()
         self.waiting.stop()
         self.debts.close()
         self.keys.close()
@@ -130,7 +142,8 @@ def build(
 
     `providers` and `targets` stand in for those that the settings name.
     """
-    database = Database(settings.store_url, committed=telemetry.committed)
+    # Whoever reads the feed in this process is woken by what it commits itself; of others PostgreSQL tells.
+    database = Database(settings.store_url, committed=telemetry.committed, announced=lambda: broadcast.ring())
     if clock is None:
         # One clock decides (INV-09): on SQLite there is one process and its own will do.
         clock = system_clock if database.is_sqlite else DatabaseClock(database)
@@ -160,6 +173,18 @@ def build(
     )
     limiter = Limiter(database=database, standing=standing, limits=limits, clock=clock)
     breakers = Breakers(database=database, standing=standing, revocation=revocation, limits=limits, clock=clock)
+    feed = Feed(database=database, standing=standing, issuer=issuer, clock=clock)
+
+    def heard(ring: Callable[[], None]) -> Callable[[], None]:
+        stops = (listen(database, CHANNEL, ring), wakeups.listen(ring))
+
+        def stopped() -> None:
+            for stop in stops:
+                stop()
+
+        return stopped
+
+    broadcast = Broadcast(feed, listen=heard)
     versions = Versions(database=database, standing=standing)
     redeciding = Redeciding(database=database, standing=standing, versions=versions, clock=clock)
     return Broker(
@@ -209,6 +234,10 @@ def build(
             database=database, standing=standing, channels=_channels(settings, clock), issuer=issuer, clock=clock
         ),
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
+        feed=feed,
+        broadcast=broadcast,
+        feed_places=_places(settings.feed.streams_of_serve),
+        feed_waiting=_places(_POLLS_OF_SERVE),
         explaining=Explaining(database=database, versions=versions),
         administration=Administration(
             database=database, standing=standing, redeciding=redeciding, keys=keys, wakeups=wakeups, clock=clock
@@ -219,9 +248,16 @@ def build(
         ),
         signals=Signals(database=database, standing=standing, redeciding=redeciding, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
-        sweeper=Sweeper(database=database, revocation=revocation, keys=keys, clock=clock),
+        sweeper=Sweeper(
+            database=database, revocation=revocation, keys=keys, feed_kept_for=settings.feed.kept_for, clock=clock
+        ),
         wakeups=wakeups,
     )
+
+
+def _places(at_once: int) -> Places:
+    # Two thirds for one caller, so that one gone wrong leaves room for the others.
+    return Places(at_once, of_one_caller=max(1, at_once * 2 // 3))
 
 
 def _alerts(settings: Settings, clock: Clock) -> Alerts:

@@ -50,6 +50,8 @@ WHO = {
     "GET /v1/leases/{id}": "admin, auditor",
     "POST /v1/leases/{id}/abandon": "admin",
     "POST /v1/revocations": "admin",
+    "GET /v1/revocations": "verifier, admin, auditor",
+    "GET /v1/revocations/feed": "verifier, admin, auditor",
     "GET /v1/lockdowns": "admin",
     "POST /v1/lockdowns": "admin",
     "DELETE /v1/lockdowns/{id}": "admin",
@@ -178,7 +180,9 @@ def _operation(route: str, operation: Mapping[str, Any]) -> Iterator[str]:
         yield from ("| parameter | in | type |", "|---|---|---|", *rows, "")
     for status, answer in operation["responses"].items():
         if int(status) < 300:
-            yield f"Answers {status} {_type(answer['content']['application/json']['schema'])}."
+            [(media_type, content)] = answer["content"].items()
+            what = _type(content["schema"]) if "schema" in content else f"`{media_type}`"
+            yield f"Answers {status} {what}."
 
 
 def _shape(schema: Mapping[str, Any]) -> Iterator[str]:

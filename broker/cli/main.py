@@ -22,6 +22,7 @@ _COMMANDS: Mapping[str, str] = {
     "audit": "broker.cli.audit",
     "check": "broker.cli.server",
     "dev": "broker.cli.dev",
+    "feed": "broker.cli.feed",
     "grant": "broker.cli.grant",
     "keys": "broker.cli.keys",
     "lease": "broker.cli.lease",

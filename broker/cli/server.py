@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from broker import scheduler as scheduling
 from broker import telemetry
 from broker.cli import output, stopping
 from broker.cli.foreseen import foreseen
-from broker.config import ServerSettings, Settings, load
+from broker.config import Settings, load
 from broker.domain.errors import BrokerError
 from broker.services.drafts import fit
 from broker.services.redeciding import as_json
 from broker.web.app import create_app
+from broker.web.feed_server import FeedServer
 from broker.wiring import Broker, build
 
 _log = logging.getLogger(__name__)
@@ -154,25 +155,33 @@ def serve(config: Path, no_scheduler: bool, and_migrate: bool) -> None:
 
 def prepare(settings: Settings, *, and_migrate: bool) -> None:
     """What has to be true before the first request, said before the first request."""
-    _require_free(settings.server)
+    require_free(_addresses(settings))
     with opened(settings, migrated=not and_migrate) as house:
         if and_migrate:
             house.migrate()
         house.apply(by="broker serve")
 
 
-def _require_free(server: ServerSettings) -> None:
-    """Refuse an address on which somebody serves already.
-
-    The server shares a port between its workers, and the system would share it with another broker just as well:
-    requests would go to the one or the other, by chance.
-    """
+def _addresses(settings: Settings) -> list[tuple[str, str | None, int | None]]:
+    """All on which it will serve, each by the key that says so."""
+    server = settings.server
     if server.unix_path is not None:
         _require_free_socket(server.unix_path)
     addresses = [("server.listen", server.host, server.port)]
     if server.metrics_port is not None:
         ports = range(server.metrics_port, server.metrics_port + server.workers)
         addresses += [("server.metrics_listen", server.metrics_host, port) for port in ports]
+    if settings.store_url.startswith("sqlite:"):
+        addresses.append(("feed.listen", settings.feed.host, settings.feed.port))
+    return addresses
+
+
+def require_free(addresses: Iterable[tuple[str, str | None, int | None]]) -> None:
+    """Refuse an address on which somebody serves already.
+
+    The server shares a port between its workers, and the system would share it with another broker just as well:
+    requests would go to the one or the other, by chance.
+    """
     for key, host, port in addresses:
         if host is None or port is None:
             continue
@@ -244,11 +253,20 @@ def _application(settings: Settings, sweeping: bool, cores: SynchronizedArray[in
 
 
 def _built(settings: Settings, sweeping: bool, cores: SynchronizedArray[int]) -> Callable[..., Any]:
-    _stay_on_one_core(cores)
+    stay_on_one_core(cores)
     _share_memory()
     house = build(settings)
-    # Or the threads that pay go on until no debt is due, and the process waits for them.
-    stopping.in_worker(house.stop)
+    # One process writes on SQLite (decision 0011), so there the feed's server is a thread of this one.
+    at = settings.feed if house.database.is_sqlite else None
+    feed = None if at is None or at.host is None or at.port is None else FeedServer(house, at.host, at.port)
+
+    def stop() -> None:
+        if feed is not None:
+            feed.stop()
+        # Or the threads that pay go on until no debt is due, and the process waits for them.
+        house.stop()
+
+    stopping.in_worker(stop)
     # Before anything is read of them: what Vault has opened once needs no trust in a row.
     house.keys.tend()
     # Fetched before the first request needs them; an issuer that is down now is tried again when its token comes.
@@ -257,11 +275,13 @@ def _built(settings: Settings, sweeping: bool, cores: SynchronizedArray[int]) ->
     server = settings.server
     if server.metrics_host is not None and server.metrics_port is not None:
         telemetry.serve_metrics(server.metrics_host, server.metrics_port, server.workers)
+    if feed is not None:
+        feed.start()
     application: Callable[..., Any] = create_app(house).wsgi_app
     return application
 
 
-def _stay_on_one_core(taken: SynchronizedArray[int]) -> None:
+def stay_on_one_core(taken: SynchronizedArray[int]) -> None:
     """Keep this worker's threads together, and away from the other workers': only one of them runs Python at a time.
 
     Spread over cores they hand the interpreter's lock from one to the other, and each hand-over wakes a core. Measured:

@@ -68,6 +68,25 @@ def check_server(reader: Reader, server: Mapping[str, Any], issuer: str | None) 
         reader.refuse("server.metrics_listen", f"{what}; give the metrics a port of their own", metrics)
 
 
+def check_feed(reader: Reader, feed: Mapping[str, Any], server: Mapping[str, Any], issuer: str | None) -> None:
+    taken = {server.get("listen"): "server.listen", server.get("metrics_listen"): "server.metrics_listen"}
+    for name in ("listen", "metrics_listen"):
+        listen = feed.get(name)
+        if listen is None:
+            continue
+        if listen in taken:
+            reader.refuse(f"feed.{name}", f"is {taken[listen]} too; give it an address of its own", listen)
+        taken[listen] = f"feed.{name}"
+        host, port = address(listen)
+        if name == "listen" and issuer is not None and issuer.startswith("http:") and not is_loopback(host):
+            reader.refuse(
+                "feed.listen",
+                f"is reachable from outside while issuer is {shown(issuer)}, and tokens would travel in the clear; "
+                f"listen on 127.0.0.1:{port}, or make the issuer https",
+                listen,
+            )
+
+
 def check_store(reader: Reader, url: str | None, workers: int | None) -> None:
     if url is None or not url.startswith("sqlite:"):
         return

@@ -9,6 +9,7 @@ from typing import Any
 
 from broker.config import values
 from broker.config.files import SCHEMA_FILE
+from broker.config.settings import FeedSettings
 from broker.config.values import WORKLOAD_ALGORITHMS
 from broker.config.wording import quoted
 from broker.domain.catalogue import (
@@ -410,6 +411,38 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             60,
             604_800,
             default=_seconds(Limits.review_within),
+        ),
+    ),
+    "feed": (
+        _string(
+            "listen",
+            "`host:port` of `broker feed`, which answers the streams of many verifiers; on SQLite `broker serve` does. "
+            "Loopback only while `issuer` is http.",
+            default=None,
+            check=values.metrics_listen,
+        ),
+        _string("metrics_listen", "`host:port` of its metrics.", default=None, check=values.metrics_listen),
+        _integer("streams", "Streams and polls it holds at once.", 1, 100_000, default=FeedSettings.streams),
+        _integer(
+            "streams_of_serve",
+            "Streams that each worker of `broker serve` answers itself; each takes a thread.",
+            0,
+            32,
+            default=FeedSettings.streams_of_serve,
+        ),
+        _integer(
+            "longest_stream_s",
+            "How long one stream may last; none lasts longer than its caller's token.",
+            10,
+            86_400,
+            default=_seconds(FeedSettings.longest_stream),
+        ),
+        _integer(
+            "kept_for_s",
+            "How long events are kept for those who missed them; longer than any grant lasts.",
+            7_200,
+            2_592_000,
+            default=_seconds(FeedSettings.kept_for),
         ),
     ),
     "policies": (

@@ -10,6 +10,7 @@ from typing import Any
 
 from broker.config.checks import (
     check_breakers,
+    check_feed,
     check_issuers,
     check_keys,
     check_limits,
@@ -27,7 +28,7 @@ from broker.config.checks import (
 )
 from broker.config.keys import ARRAYS, SECTIONS, TOP
 from broker.config.reading import Reader
-from broker.config.settings import ServerSettings, Settings, VaultAdministrator
+from broker.config.settings import FeedSettings, ServerSettings, Settings, VaultAdministrator
 from broker.config.values import address, vault_address
 from broker.config.wording import Wrong, shown
 from broker.domain.catalogue import (
@@ -63,6 +64,7 @@ def load(
     rows = {name: reader.rows(document, name, keys) for name, keys in ARRAYS.items()}
 
     check_server(reader, section["server"], top.get("issuer"))
+    check_feed(reader, section["feed"], section["server"], top.get("issuer"))
     check_store(reader, section["store"].get("url"), section["server"].get("workers"))
     has_vault = "vault" in document
     check_keys(reader, section["keys"], document.get("keys"), has_vault=has_vault)
@@ -114,6 +116,7 @@ def load(
         source=reader.source,
         policies_directory=reader.path(section["policies"]["directory"]),
         vault=vault,
+        feed=_feed(section["feed"]),
         alerts=alerts,
         notify=notify,
         targets=targets,
@@ -161,6 +164,21 @@ def _server(reader: Reader, server: Mapping[str, Any]) -> ServerSettings:
         metrics_listen=metrics,
         metrics_host=metrics_host,
         metrics_port=metrics_port,
+    )
+
+
+def _feed(feed: Mapping[str, Any]) -> FeedSettings:
+    host, port = address(feed["listen"]) if feed["listen"] else (None, None)
+    metrics_host, metrics_port = address(feed["metrics_listen"]) if feed["metrics_listen"] else (None, None)
+    return FeedSettings(
+        host=host,
+        port=port,
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
+        streams=feed["streams"],
+        streams_of_serve=feed["streams_of_serve"],
+        longest_stream=timedelta(seconds=feed["longest_stream_s"]),
+        kept_for=timedelta(seconds=feed["kept_for_s"]),
     )
 
 

@@ -30,6 +30,20 @@ class ServerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeedSettings:
+    """Where the streams of the feed are answered: some by `serve`, many by a server of their own, if it listens."""
+
+    host: str | None = None
+    port: int | None = None
+    metrics_host: str | None = None
+    metrics_port: int | None = None
+    streams: int = 5000
+    streams_of_serve: int = 16
+    longest_stream: timedelta = timedelta(hours=1)
+    kept_for: timedelta = timedelta(days=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AlertSettings:
     """Who is told of what must not wait."""
 
@@ -56,6 +70,7 @@ class Settings:
     source: Path
     policies_directory: Path | None = None
     vault: VaultSettings | None = None
+    feed: FeedSettings = field(default_factory=FeedSettings)
     alerts: AlertSettings | None = None
     notify: tuple[ChannelSettings, ...] = ()
     targets: tuple[Target, ...] = ()

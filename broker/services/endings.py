@@ -13,15 +13,19 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row
 
 from broker.domain.audit import Event
+from broker.domain.feed import LISTS, Ended, end_of_grant
 from broker.domain.identity import new_id
 from broker.domain.lease import Lease, Urgency
 from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState
 from broker.services import break_glass
 from broker.store import approvals, grants, leases, models
+from broker.store.feed import announce
 from broker.store.transitions import GRANT_FACTS, move, record
 
 ACTOR = "broker"  # of what time alone, or our own work, brought about
 OWES_NOTHING = "jwt"  # the provider whose credentials exist nowhere but in their bearer's hand
+
+_TOLD_ONE_BY_ONE = 100  # grants that one transaction ends; of more, verifiers are sent to the status lists
 
 # What an open approval becomes with its grant; whatever else ends the grant takes the question back.
 _WITH_ITS_GRANT = {GrantState.DENIED: ApprovalState.DENIED, GrantState.EXPIRED: ApprovalState.EXPIRED}
@@ -87,7 +91,14 @@ def end_with_descendants(
         below = grants.children_of(db, [row.id for row in level]) & grants.unexpired(now)
         handed = {**values, "reason": f"what it was handed down from ended: {values['reason']}"[:1000]}
         level = end_grants(db, GrantState.REVOKED, below, now=now, urgency=urgency, event=event, **handed)
+    announce(db, now, _told_of(ended))
     return ended
+
+
+def _told_of(ended: Sequence[Row[Any]]) -> list[Ended]:
+    """What verifiers hear of grants that ended: only a token that was issued is ever shown to them."""
+    shown = [row.id for row in ended if row.provider == OWES_NOTHING and row.issued_at is not None]
+    return [end_of_grant(grant_id) for grant_id in shown] if len(shown) <= _TOLD_ONE_BY_ONE else [LISTS]
 
 
 def end_approvals(

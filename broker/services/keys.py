@@ -33,11 +33,13 @@ from broker.domain.errors import (
     ProviderUnavailable,
     Unavailable,
 )
+from broker.domain.feed import end_of_trust
 from broker.domain.identity import new_id
 from broker.domain.lifecycle import KeyState
 from broker.providers.jwt import PublicKey, SigningKey, public_key
 from broker.store import gate, models
 from broker.store.database import Database
+from broker.store.feed import announce
 from broker.store.rows import insert_rows
 from broker.store.transitions import move, record
 
@@ -409,6 +411,8 @@ class Keys:
         stopped_at = func.coalesce(_keys.c.retired_at, literal(now, models.Instant()))
         gone = _move(db, KeyState.COMPROMISED, kid, "key.compromised", actor, now, reason, retired_at=stopped_at)
         _promote(db, algorithm, actor, now)
+        if gone:
+            announce(db, now, [end_of_trust(kid)])
         return gone
 
     def listing(self) -> list[ListedKey]:

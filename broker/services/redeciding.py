@@ -39,6 +39,7 @@ from broker.services.reasking import Again, Outcome, Reasking, unhurried
 from broker.services.standing import Standing, StandingReader
 from broker.store import gate, grants, redecisions
 from broker.store.database import Database
+from broker.store.feed import note_shortened
 from broker.store.redecisions import Share
 from broker.store.signals import standing_signals
 from broker.store.standing import latest_version
@@ -327,6 +328,7 @@ def _shortened(
             alike.setdefault((again.expires_at, mine.expires_at, again.why), []).append(row)
     for (until, before, why), rows in alike.items():
         redecisions.shorten(db, [row.id for row in rows], until)
+        note_shortened(db, [row.id for row in rows], ends_at=until, token_ends_at=before)
         data = {"configuration_version": version, "expires_at": rfc3339(until), "expired_before_at": rfc3339(before)}
         change = change_of(now, share.run.ordered_by, "grant.shortened", reason=_reason(share, why), data=data)
         record_alike(db, change, rows)
@@ -334,6 +336,9 @@ def _shortened(
         later = [part for row in rows for part in below.get(row.id, ()) if part.expires_at > until]
         if later:
             redecisions.shorten(db, [part.id for part in later], until)
+            note_shortened(
+                db, [part.id for part in later], ends_at=until, token_ends_at=max(part.expires_at for part in later)
+            )
             with_it = {"configuration_version": version, "expires_at": rfc3339(until)}
             why_too = _reason(share, f"what it was handed down from: {why}")
             record_alike(

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row
 from broker.domain.audit import Event
 from broker.domain.clock import Clock
 from broker.domain.errors import Conflict, NotFound, RoleMissing
+from broker.domain.feed import end_along
 from broker.domain.grant import Grant, IdempotencyClaim
 from broker.domain.identity import Actor, Caller, Role, is_id, new_id
 from broker.domain.lease import Urgency
@@ -32,6 +33,7 @@ from broker.services.refusals import recorded
 from broker.services.standing import StandingReader
 from broker.store import gate, grants, leases, locks, standing
 from broker.store.database import Database
+from broker.store.feed import announce
 from broker.store.transitions import change_of, record
 
 _SAMPLES = 20
@@ -252,6 +254,7 @@ class Revocation:
         }
         self._being_counted.add(made_id)
         standing.insert_bulk_revocation(db, row)
+        announce(db, now, [end_along(axis, value, now)])
         # One id for both: they were said in one breath, and a repeated request finds both by it.
         set_ = _set_lockdown(db, by, made_id, axis, value, reason, now) if lockdown else None
         record(db, [_bulk_event(by, axis, value, reason, now, "revocation.ordered", made_id)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from broker.domain.clock import Clock
 from broker.domain.lease import Urgency
@@ -18,7 +18,7 @@ from broker.services.endings import ACTOR, end_grants
 from broker.services.keys import Keys
 from broker.services.revocation import Revocation
 from broker.services.tasks import end_tasks
-from broker.store import grants, standing, tasks
+from broker.store import feed, grants, standing, tasks
 from broker.store.database import Database
 from broker.store.transitions import change_of
 
@@ -39,10 +39,13 @@ class Swept:
 
 
 class Sweeper:
-    def __init__(self, *, database: Database, revocation: Revocation, keys: Keys, clock: Clock) -> None:
+    def __init__(
+        self, *, database: Database, revocation: Revocation, keys: Keys, feed_kept_for: timedelta, clock: Clock
+    ) -> None:
         self._database = database
         self._revocation = revocation
         self._keys = keys
+        self._feed_kept_for = feed_kept_for
         self._clock = clock
 
     def sweep(self) -> Swept:
@@ -101,7 +104,8 @@ class Sweeper:
 
     def _forget(self, now: datetime) -> int:
         with self._database.begin() as db:
-            return standing.forget(db, now=now, limit=_GRANTS_AT_ONCE)
+            gone = standing.forget(db, now=now, limit=_GRANTS_AT_ONCE)
+            return gone + feed.forget(db, numbered_before=now - self._feed_kept_for, limit=_GRANTS_AT_ONCE)
 
 
 def _shares(due: Sequence[str], below: Mapping[str, int]) -> Iterator[list[str]]:

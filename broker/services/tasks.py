@@ -13,6 +13,7 @@ from broker.domain.audit import Event
 from broker.domain.catalogue import Limits
 from broker.domain.clock import Clock
 from broker.domain.errors import Forbidden, Invalid, InvalidScope, NotFound, RoleMissing, TaskNotActive
+from broker.domain.feed import end_of_task
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.identity import Caller, Role, User, is_id, new_id
 from broker.domain.lease import Urgency
@@ -28,6 +29,7 @@ from broker.services.refusals import recorded
 from broker.services.standing import StandingReader, principal_of
 from broker.store import gate, grants, leases, locks, models, tasks
 from broker.store.database import Database
+from broker.store.feed import announce
 from broker.store.transitions import change_of, move, record
 
 
@@ -300,6 +302,8 @@ def end_tasks(
             reason=part_reason,
         )
         every += level
+    # Of a task that its deadline ended no token lives: each said so itself, by its `exp`.
+    announce(db, now, [end_of_task(row.id) for row in every if row.deadline_at > now])
     below = grants.of_tasks(db, [row.id for row in every])
     why = f"task {state}"
     expired = change_of(now, ACTOR, "grant.expired", trace_id=trace_id)

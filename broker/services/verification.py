@@ -31,6 +31,7 @@ from broker.services.revocation import may_see
 from broker.services.standing import Standing, StandingReader, principal_of
 from broker.store import gate
 from broker.store.database import Database
+from broker.store.feed import newest_lists
 from broker.store.grants import find_with_tasks, invalid_indexes, matching, page_of_grants, seen_by
 from broker.store.leases import leases_of
 from broker.store.looks import Found, find_authorities
@@ -65,9 +66,20 @@ class _Seen:
     standing: Standing
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """What has to be as it was, or a list that is kept would not say what has ended since (INV-24).
+
+    That is the era, and the newest event of the feed that sends verifiers to the lists: they come at once.
+    """
+
+    era: int
+    lists_seq: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class _List:
-    era: int
+    mark: _Mark | None
     built_at: datetime
     token: str
 
@@ -147,14 +159,11 @@ class Verification:
 
     def status_list(self, list_id: int) -> str:
         """A signed status list, never older than its `iat` says by more than the bound."""
-        now = self._clock()
-        with self._database.read() as db:
-            era = gate.era_of(db)
-        kept = self._fresh(list_id, era, now)
+        kept = self._fresh(list_id)
         if kept is None:
             # One builder of a list at a time: a crowd of verifiers costs one scan (INV-35).
             with self._building[list_id % len(self._building)]:
-                kept = self._fresh(list_id, era, self._clock()) or self._build(list_id)
+                kept = self._fresh(list_id) or self._build(list_id)
         return kept.token
 
     def status_lists(self) -> Mapping[str, Any]:
@@ -193,20 +202,23 @@ class Verification:
         self._verified[digest] = (keys, claims)
         return claims
 
-    def _fresh(self, list_id: int, era: int, now: datetime) -> _List | None:
+    def _fresh(self, list_id: int) -> _List | None:
+        now = self._clock()
+        with self._database.read() as db:
+            mark = _mark(db)
         kept = self._lists.get(list_id)
-        if kept is None or kept.era != era or now - kept.built_at >= _KEPT_FOR:
-            return None
-        return kept
+        return None if kept is None or mark is None or kept.mark != mark or now - kept.built_at >= _KEPT_FOR else kept
 
     def _build(self, list_id: int) -> _List:
         now = self._clock()
         with self._database.read() as db:
+            # Before the rows: what ends meanwhile makes the next look build anew.
+            era, mark = gate.era_of(db), _mark(db)
             row = status_list(db, list_id)
             if row is None or row.last_expiry_at <= now:
                 # Nothing alive points to an old one, so nobody makes us scan it.
                 raise NotFound(f"there is no status list {list_id} to which a token could still point")
-            standing = self._standing.at(db, gate.era_of(db))
+            standing = self._standing.at(db, era)
             invalid = invalid_indexes(db, list_id, standing.refusals, now=now)
         claims = status_list_claims(
             uri=self.status_uri(list_id),
@@ -217,11 +229,17 @@ class Verification:
             bits=2,
         )
         token = standing.keys.attesting("ES256").sign({"iss": self._issuer, **claims}, typ="statuslist+jwt")
-        built = _List(era=standing.era, built_at=now, token=token)
+        built = _List(mark=mark, built_at=now, token=token)
         if len(self._lists) >= _LISTS_REMEMBERED:
             self._lists.clear()
         self._lists[list_id] = built
         return built
+
+
+def _mark(db: Connection) -> _Mark | None:
+    """None while such an event has no number yet: there may be two of them, and nothing tells the one from both."""
+    lists_seq = newest_lists(db)
+    return None if lists_seq is None else _Mark(gate.era_of(db), lists_seq)
 
 
 def _leases_of(db: Connection, page: Sequence[Grant], caller: Caller) -> Mapping[str, Lease]:

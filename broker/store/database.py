@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
@@ -36,8 +37,16 @@ _POSTGRESQL_BOUNDS = " ".join(
 
 _log = logging.getLogger(__name__)
 
-# The (type, outcome) of each audit event of the transaction that is open here.
-_open: ContextVar[list[tuple[str, str]] | None] = ContextVar("transaction", default=None)
+
+@dataclass
+class _Noted:
+    """Of one transaction, for when it has committed: (type, outcome) of each audit event, and whether the feed grew."""
+
+    events: list[tuple[str, str]] = field(default_factory=list)
+    announced: bool = False
+
+
+_open: ContextVar[_Noted | None] = ContextVar("transaction", default=None)
 
 
 def in_transaction() -> bool:
@@ -49,13 +58,21 @@ def recorded(events: Iterable[tuple[str, str]]) -> None:
     """Note audit events of the transaction that is open here, to be told of when it has committed."""
     noted = _open.get()
     if noted is not None:
-        noted.extend(events)
+        noted.events.extend(events)
+
+
+def announced() -> None:
+    """Note that the transaction that is open here wrote to the feed."""
+    noted = _open.get()
+    if noted is not None:
+        noted.announced = True
 
 
 class Database:
     """One engine; `url` is `sqlite:///path` or `postgresql+psycopg://…`.
 
-    `committed` is told (type, outcome) of each audit event, when and only when it has become durable.
+    `committed` is told (type, outcome) of each audit event, when and only when it has become durable; `announced` is
+    called when something was written to the feed.
     """
 
     def __init__(
@@ -64,9 +81,11 @@ class Database:
         *,
         pool_size: int = 10,
         committed: Callable[[Sequence[tuple[str, str]]], None] | None = None,
+        announced: Callable[[], None] | None = None,
     ) -> None:
         self.engine = _engine(url, pool_size)
         self._committed = committed
+        self._announced = announced
         self._issuing = threading.BoundedSemaphore(max(1, pool_size // 3))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         reading: dict[str, Any] = {_READS_ONLY: True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
@@ -74,7 +93,7 @@ class Database:
 
     def begin(self) -> AbstractContextManager[Connection]:
         """A read-write transaction: committed at the end of the block, rolled back on any exception."""
-        return _transaction(self.engine, self._committed)
+        return _transaction(self.engine, self._committed, self._announced)
 
     @contextmanager
     def begin_issuing(self) -> Iterator[Connection]:
@@ -130,12 +149,14 @@ class Database:
 
 @contextmanager
 def _transaction(
-    engine: Engine, committed: Callable[[Sequence[tuple[str, str]]], None] | None = None
+    engine: Engine,
+    committed: Callable[[Sequence[tuple[str, str]]], None] | None = None,
+    announced: Callable[[], None] | None = None,
 ) -> Iterator[Connection]:
     if in_transaction():
         raise RuntimeError("a transaction is already open here; a verb opens one at a time")
-    events: list[tuple[str, str]] = []
-    token = _open.set(events)
+    noted = _Noted()
+    token = _open.set(noted)
     try:
         with engine.begin() as connection:
             yield connection
@@ -146,8 +167,10 @@ def _transaction(
         raise _no_answer(problem) from problem
     finally:
         _open.reset(token)
-    if committed is not None and events:
-        committed(events)
+    if committed is not None and noted.events:
+        committed(noted.events)
+    if announced is not None and noted.announced:
+        announced()
 
 
 def _no_answer(problem: Exception) -> Unavailable:

@@ -686,3 +686,51 @@ class ConfigurationVersion(Base):
     document: Mapped[dict[str, Any]] = mapped_column(Json)
     applied_at: Mapped[datetime] = mapped_column(Instant)
     applied_by: Mapped[str] = mapped_column(Name)
+
+
+class Feed(Base):
+    """One row: which feed this is, its newest event, the head of the chain over all of them, the newest `lists` event.
+
+    Whoever numbers events holds it. It has no id until somebody first does.
+    """
+
+    __tablename__ = "feed"
+    __table_args__ = (CheckConstraint("id = 1", name="is_one_row"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    feed_id: Mapped[str] = mapped_column(String(64))
+    seq: Mapped[int] = mapped_column(BigInteger)
+    head: Mapped[str] = mapped_column(String(64))
+    lists_seq: Mapped[int] = mapped_column(BigInteger)
+
+
+class FeedOutbox(Base):
+    """What ended, written in the transaction that ended it, until it is numbered. Its ids commit out of order."""
+
+    __tablename__ = "feed_outbox"
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    at: Mapped[datetime] = mapped_column(Instant)
+    kind: Mapped[str] = mapped_column(String(16))
+    members: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class FeedEvent(Base):
+    """A numbered event: its text as it goes out, and the head of the chain after it."""
+
+    __tablename__ = "feed_events"
+
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    text: Mapped[str] = mapped_column(Text)
+    head: Mapped[str] = mapped_column(String(64))
+    numbered_at: Mapped[datetime] = mapped_column(Instant)
+
+
+class ShortenedGrant(Base):
+    """A grant that ends at `ends_at`, before a token of it says so: that end is an event of its own when it comes."""
+
+    __tablename__ = "shortened_grants"
+
+    grant_id: Mapped[str] = mapped_column(Id, ForeignKey("grants.id"), primary_key=True)
+    ends_at: Mapped[datetime] = mapped_column(Instant, index=True)
+    token_ends_at: Mapped[datetime] = mapped_column(Instant)

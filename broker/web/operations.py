@@ -24,7 +24,7 @@ from broker.web.context import broker, current
 from broker.web.reading import json_body, query, raw_body
 from broker.web.shapes import NoQuery, ProblemAnswer
 
-Handler = Callable[..., tuple[int, Any] | tuple[int, Any, Mapping[str, str]]]
+Handler = Callable[..., tuple[int, Any] | tuple[int, Any, Mapping[str, str]] | Response]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Operation:
     looks_again: bool
     ends: bool
     waits: bool
+    streams: str | None
 
 
 class Operations:
@@ -64,11 +65,13 @@ class Operations:
         looks_again: bool = False,
         ends: bool = False,
         waits: bool = False,
+        streams: str | None = None,
     ) -> Callable[[Handler], Handler]:
         """Declare `handler(caller, *ids, body?, query?)`; `creates` takes an Idempotency-Key, `proof` a DPoP header.
 
         `looks_again`: the verb asks anew, in its own transaction, who the caller is. `ends`: it takes authority away,
         and so must not wait for those who ask for some (INV-27). `waits`: with `Prefer: wait=20` it may answer later.
+        `streams`: the handler answers a whole response instead, of this media type, and it goes on for long.
 
         The handler answers a status, an object, and headers where there are some.
         """
@@ -87,6 +90,7 @@ class Operations:
                 looks_again=looks_again,
                 ends=ends,
                 waits=waits,
+                streams=streams,
             )
             self.declared.append(operation)
             rule = path.replace("{", "<").replace("}", ">")
@@ -119,7 +123,10 @@ def _route(operation: Operation, handler: Handler) -> Callable[..., Answer | Res
         if operation.proof:
             # These give authority, and no others do.
             broker().issuance.require_open(caller)
-        status, answer, *headers = handler(caller, *ids.values(), **given)
+        answered = handler(caller, *ids.values(), **given)
+        if isinstance(answered, Response):
+            return answered
+        status, answer, *headers = answered
         if status == 204:
             return Response(status=204)
         return json_response(answer, status, *headers)
@@ -168,6 +175,10 @@ def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[
             | {"headers": _NOT_KEPT | (_WAIT if status == 202 else {})}
             for status, model in operation.answers.items()
         }
+        if operation.streams is not None:
+            # No schema: what a stream is made of has no place in it.
+            content: dict[str, Any] = {operation.streams: {}}
+            responses["200"] = {"description": "The stream.", "content": content, "headers": _NOT_TO_BE_KEPT}
         responses |= {str(status): {"$ref": f"#/components/responses/{status}"} for status in _refusals(operation)}
         entry: dict[str, Any] = {
             "operationId": operation.name,
@@ -214,6 +225,7 @@ _TEXT = {"type": "string"}
 _NOT_KEPT = {
     "Cache-Control": {"description": "Nothing here may be kept.", "required": True, "schema": {"const": "no-store"}}
 }
+_NOT_TO_BE_KEPT = {"Cache-Control": {**_NOT_KEPT["Cache-Control"], "schema": _TEXT}}
 _WAIT = {
     "Retry-After": {"description": "Seconds to wait.", "required": True, "schema": {"type": "integer", "minimum": 1}}
 }
@@ -269,6 +281,9 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     if operation.waits:
         wait = {"type": "string", "description": "RFC 7240: wait=20 answers when it is decided, 20 s later at most."}
         found.append({"name": "Prefer", "in": "header", "required": False, "schema": wait})
+    if operation.streams is not None:
+        after = {"type": "string", "description": "Where a stream broke: the `id` of the last event that came."}
+        found.append({"name": "Last-Event-ID", "in": "header", "required": False, "schema": after})
     if operation.proof:
         proof = {"type": "string", "description": "A DPoP proof (RFC 9449): the credential is bound to its key."}
         found.append({"name": "DPoP", "in": "header", "required": False, "schema": proof})

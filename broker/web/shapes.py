@@ -5,6 +5,7 @@ Requests are strict: no coercion, no unknown members; text that people and logs 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from broker.domain.approval import Case, in_quotes, narrowed
 from broker.domain.audit import Event
 from broker.domain.clock import rfc3339
+from broker.domain.feed import POSITION_PATTERN
 from broker.domain.grant import Credential, Grant, Issued
 from broker.domain.lease import Lease
 from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, ReviewState, TaskState
@@ -35,6 +37,7 @@ Scope = Annotated[str, Field(pattern=r"^[\u0021\u0023-\u005b\u005d-\u007e]{1,200
 Seconds = Annotated[int, Field(ge=1, le=31_536_000, description="Whole seconds.")]
 Label = Annotated[str, Field(max_length=255, pattern=PLAIN_PATTERN)]
 Parameter = Annotated[str, Field(min_length=1, max_length=16_384)]
+_DIGITS = re.compile("0|[1-9][0-9]{0,8}", re.ASCII)
 When = Annotated[str, Field(description="RFC 3339, UTC, whole seconds.", examples=["2026-03-01T12:00:00Z"])]
 
 
@@ -211,6 +214,12 @@ def _written_plainly(text: object) -> object:
     return text
 
 
+def _seconds_in_digits(text: object) -> object:
+    if isinstance(text, str) and not _DIGITS.fullmatch(text):
+        raise PydanticCustomError("wait", "is not a whole number of 0 to 30: write it in digits alone")
+    return text
+
+
 class Page(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -293,6 +302,22 @@ class DryRun(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dry_run: Literal["true", "false"] = "false"
+
+
+class FeedQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: (
+        Annotated[
+            str, Field(pattern=POSITION_PATTERN, description="`next_after` of an earlier answer; without it, a reset.")
+        ]
+        | None
+    ) = None
+    wait: Annotated[
+        int,
+        BeforeValidator(_seconds_in_digits),
+        Field(ge=0, le=30, description="Answer when there is something, so many seconds later at most."),
+    ] = 0
 
 
 class NoQuery(BaseModel):
@@ -720,6 +745,26 @@ class LimitAnswer(Answer):
     name: str
     value: int
     window_s: Annotated[int | None, Field(description="None of what is counted at each moment, or of a whole task.")]
+
+
+class FeedItemAnswer(Answer):
+    seq: int
+    data: Annotated[str, Field(description="The event, byte for byte as the chain counts it.")]
+
+
+class FeedResetAnswer(Answer):
+    """What was asked for is not kept, or is of another feed: go on from here, and fetch every status list anew."""
+
+    feed: str
+    seq: int
+    head: str
+
+
+class FeedAnswer(Answer):
+    items: list[FeedItemAnswer]
+    next_after: str
+    statement: Annotated[str | None, Field(description="A JWS that vouches for the feed; null where none can.")]
+    reset: FeedResetAnswer | None
 
 
 class ProblemAnswer(Answer):

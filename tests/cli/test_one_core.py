@@ -14,10 +14,10 @@ from broker.cli.server import _place_among, _share_memory
 
 _ASK = """
 import json, multiprocessing, os, sys
-from broker.cli.server import _stay_on_one_core
+from broker.cli.server import stay_on_one_core
 
 def choose(taken, chosen, go_on):
-    _stay_on_one_core(taken)
+    stay_on_one_core(taken)
     chosen.put(sorted(os.sched_getaffinity(0)))
     go_on.wait(30)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from flask import Response
+
+from broker.domain.feed import Position
 from broker.domain.identity import Caller
 from broker.domain.refusal import selector
-from broker.web import shapes
+from broker.web import feed, shapes
 from broker.web.context import broker
 from broker.web.operations import Operations, before, page
 from broker.web.reading import idempotency
@@ -36,6 +39,21 @@ def revoke_along(caller: Caller, body: shapes.Revoke) -> tuple[int, Any]:
     )
     live = {grant.id: outcome.dry_run for grant in outcome.samples}
     return 200, shapes.of_revocation(outcome, live)
+
+
+@revocations(
+    "GET", "/v1/revocations", "The feed, for who polls it", query_=shapes.FeedQuery, answers={200: shapes.FeedAnswer}
+)
+def poll_feed(caller: Caller, query: shapes.FeedQuery) -> tuple[int, Any]:
+    after = None if query.after is None else Position.parse(query.after)
+    return 200, feed.polled(broker(), caller, after, query.wait)
+
+
+@revocations(
+    "GET", "/v1/revocations/feed", "The feed, as a stream of server-sent events", answers={}, streams=feed.MEDIA_TYPE
+)
+def stream_feed(caller: Caller) -> Response:
+    return Response(feed.streaming(broker(), caller), headers=dict(feed.HEADERS), direct_passthrough=True)
 
 
 @revocations(
