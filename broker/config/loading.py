@@ -80,6 +80,7 @@ def load(
         raise ConfigurationError(reader.problems)
 
     grants, keys, approvals = section["grants"], section["keys"], section["approvals"]
+    activities = section["activities"]
     return Settings(
         issuer=top["issuer"],
         server=_server(reader, section["server"]),
@@ -98,6 +99,9 @@ def load(
             collect_within=timedelta(seconds=approvals["collect_within_s"]),
             max_open_approvals_per_agent=approvals["max_open_per_agent"],
             max_open_approvals_per_group=approvals["max_open_per_group"],
+            keep_activities=timedelta(seconds=activities["keep_s"]),
+            max_activities_per_grant=activities["max_per_grant"],
+            max_activities_per_minute=activities["max_per_minute"],
         ),
         catalogue=Catalogue(
             issuers=tuple(_issuer(reader, values) for _, _, values in rows["issuers"]),

@@ -144,6 +144,9 @@ class Limits:
     collect_within: timedelta = timedelta(seconds=900)
     max_open_approvals_per_agent: int = 10
     max_open_approvals_per_group: int = 100
+    keep_activities: timedelta = timedelta(days=30)
+    max_activities_per_grant: int = 10_000
+    max_activities_per_minute: int = 6_000
 
 
 @dataclass(frozen=True, kw_only=True)
