@@ -57,6 +57,9 @@ WHO = {
     "POST /v1/policies/replay": "admin, auditor",
     "PUT /v1/policies": "admin",
     "GET /v1/audit": "admin, auditor",
+    "POST /v1/activities": "agent, of its grants; verifier, of grants on resources it verifies",
+    "GET /v1/tasks/{id}/timeline": "its orchestrator, admin, auditor; its agents, each what it holds",
+    "GET /v1/tasks/{id}/drift": "its orchestrator, admin, auditor; its agents, each what it holds",
 }
 
 _API = """\

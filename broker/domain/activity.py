@@ -194,7 +194,7 @@ _SECRET = re.compile(
     r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
     r"|\bxox[abeprs]-[A-Za-z0-9-]{10,}"
     r"|\bsk-[A-Za-z0-9_-]{20,}"
-    r"|(?i:\b(?:bearer|basic|dpop)\s{1,4}[A-Za-z0-9._~+/=-]{8,})"
+    r"|(?i:\b(?:bearer|basic|dpop)\s{1,4}(?=[A-Za-z._~+/-]{0,200}[0-9=])[A-Za-z0-9._~+/=-]{8,})"
     r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*"
     r"|(?<=://)[^/\s@]{1,200}@"  # who logs in, in a URL
     r"|(?i:\b(?:password|passwd|pwd|secret|token|api_?key)=)[^\s&;,]+",

@@ -14,7 +14,7 @@ from broker.domain.errors import Invalid
 from broker.services.activities import Refused, Taken
 from broker.services.timeline import Line
 from broker.web.reading import trace_id_of
-from broker.web.shapes import Answer, Identifier, Label, Name, Page, Request, Scope, When
+from broker.web.shapes import Answer, Identifier, Name, Page, Request, Scope, When
 
 Moment = Annotated[
     str,
@@ -47,7 +47,7 @@ class TellActivity(Request):
     scope: Annotated[Scope | None, Field(description="Which of the granted scopes it used.")] = None
     resource: Annotated[Identifier | None, Field(description="Where it went, if not to the resource itself.")] = None
     outcome: Literal["ok", "error", "denied", "unknown"] = "ok"
-    attributes: Annotated[dict[Name, Label], Field(max_length=MAX_ATTRIBUTES)] = Field(
+    attributes: Annotated[dict[Name, Name], Field(max_length=MAX_ATTRIBUTES)] = Field(
         default_factory=dict, description="A few words more. None may be called like a secret."
     )
 

@@ -180,7 +180,13 @@ def _told(attributes: Iterable[tuple[Any, str | None]]) -> dict[str, str]:
     """What is looked at, as text; of what came twice, the first."""
     found: dict[str, str] = {}
     for name, text in attributes:
-        if text and name in READ and name not in found and (name != SCOPE or _SCOPE_TOKEN.fullmatch(text)):
+        if (
+            text
+            and isinstance(name, str)
+            and name in READ
+            and name not in found
+            and (name != SCOPE or _SCOPE_TOKEN.fullmatch(text))
+        ):
             found[name] = printable(text, _LONGEST)
     return found
 
