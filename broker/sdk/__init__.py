@@ -7,6 +7,7 @@
             httpx.get("https://crm.example/api/contacts", auth=source.auth())
 """
 
+from broker.sdk.activities import Activity, Drift, RefusedActivity, TimelineLine, Told
 from broker.sdk.aio import AsyncClient
 from broker.sdk.client import Client
 from broker.sdk.clock import Timing
@@ -50,6 +51,7 @@ from broker.sdk.values import (
 )
 
 __all__ = [
+    "Activity",
     "Approval",
     "ApprovalPending",
     "AsyncClient",
@@ -61,6 +63,7 @@ __all__ = [
     "CredentialSource",
     "Decision",
     "DpopKey",
+    "Drift",
     "Event",
     "Explanation",
     "Foreseen",
@@ -79,13 +82,16 @@ __all__ = [
     "Receipt",
     "ReceiptLine",
     "Refused",
+    "RefusedActivity",
     "Replay",
     "Revocation",
     "RunningTask",
     "Secret",
     "Signal",
     "Task",
+    "TimelineLine",
     "Timing",
+    "Told",
     "Totals",
     "Unreachable",
 ]

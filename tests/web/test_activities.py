@@ -1,8 +1,14 @@
 """What was done with grants over the wire: told, in one line of time, and held against what was granted."""
 
+from dataclasses import replace
+from datetime import timedelta
+
 import pytest
 
+from broker.domain.audit import Event
 from broker.domain.clock import rfc3339
+from broker.domain.identity import new_id
+from broker.store.transitions import record
 from tests.house import CRM
 
 
@@ -157,18 +163,17 @@ def test_whoever_may_not_see_a_task_sees_none(web, what):
 
 
 def test_why_something_outside_failed_is_for_administrators(web):
-    from datetime import timedelta
-
-    from broker.domain.audit import Event
-    from broker.domain.identity import new_id
-    from broker.store.transitions import record
-
     task = web.open_task()
     grant = web.grant(task).json["grant"]
     now = web.house.clock() + timedelta(seconds=1)
     said = Event(
-        id=new_id("evt", now), at=now, type="lease.stuck", actor="broker", grant_id=grant["id"], reason="vault-7 said no"
-    )  # fmt: skip
+        id=new_id("evt", now),
+        at=now,
+        type="lease.stuck",
+        actor="broker",
+        grant_id=grant["id"],
+        reason="vault-7 said no",
+    )
     with web.house.broker.database.begin() as db:
         record(db, [said])
     seen = {by: lines(web, task, by=by)[-1]["reason"] for by in ("pipeline", "summarizer", "ada")}
@@ -180,8 +185,7 @@ def test_why_something_outside_failed_is_for_administrators(web):
 def test_drift_says_what_was_never_used_what_was_used_outside_and_what_would_be_enough(web_on_both):
     web = web_on_both
     task = web.open_task()
-    dpop = {"scopes": ["contacts:read"]}
-    grant = web.grant(task, **dpop).json["grant"]
+    grant = web.grant(task).json["grant"]
     clean = web.get(f"/v1/tasks/{task['id']}/drift", "pipeline").json
     assert (clean["drifted"], clean["unused"][0]["unreported"]) == (True, 1)
     tell(web, told(grant, scope="contacts:read"))
@@ -250,8 +254,6 @@ def test_an_activity_is_tied_by_its_traceparent(web):
 
 
 def test_whoever_tells_too_much_is_told_when_to_come_again(web):
-    from dataclasses import replace
-
     grant = web.grant(web.open_task()).json["grant"]
     service = web.house.broker.activities
     service._limits = replace(service._limits, max_activities_per_minute=1)

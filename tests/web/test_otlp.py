@@ -3,8 +3,10 @@
 import gzip
 import json
 import zlib
+from dataclasses import replace
 
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as service
 from opentelemetry.proto.trace.v1 import trace_pb2 as trace
 
@@ -214,8 +216,6 @@ def refused(answer, status, code, kind=PROTOBUF):
 
 def _status(raw):
     """google.rpc.Status, read by a message of ours that has the same two members at the same places."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-
     file = descriptor_pb2.FileDescriptorProto(name="status_of_tests.proto", package="tests")
     message = file.message_type.add(name="Status")
     message.field.add(name="code", number=1, type=5, label=1)
@@ -333,8 +333,6 @@ def test_whoever_is_not_known_or_has_not_the_role_is_told_in_the_words_of_otlp(w
 
 
 def test_a_limit_says_when_to_come_again(web, grant):
-    from dataclasses import replace
-
     activities = web.house.broker.activities
     activities._limits = replace(activities._limits, max_activities_per_minute=1)
     answer = post(web, request((1, TOOL), (2, TOOL)))
