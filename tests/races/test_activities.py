@@ -8,6 +8,8 @@ import sqlalchemy as sa
 
 from broker.domain.activity import Kind, Report
 from broker.domain.errors import BrokerError, LimitExceeded, Unavailable
+from broker.domain.lifecycle import TaskState
+from broker.services import activities
 from broker.store import models
 from tests.conftest import NOW
 from tests.house import build_house
@@ -112,3 +114,37 @@ def test_the_bound_of_a_minute_holds_at_both_brokers(houses):
     )
     assert sum(isinstance(answer, LimitExceeded) for answer in answers) == 40
     assert count(house) == 100
+
+
+def test_of_two_who_tell_of_one_grant_the_second_counts_what_the_first_told(race):
+    """INV-34: at the last place that is left."""
+    grant = race.one.issue(race.one.open_task()).grant
+    for house in (race.one, race.other):
+        house.broker.activities._limits = replace(house.broker.activities._limits, max_activities_per_grant=2)
+    agent, verifier = race.one.caller("summarizer"), race.other.caller("crm-api")
+    race.one.broker.activities.take(agent, [report(grant, "before")])
+    pause = race.stop(activities.activities, "insert_activities")
+    first, second = race.run_into(
+        lambda: race.one.broker.activities.take(agent, [report(grant, "a")]),
+        pause,
+        lambda: race.other.broker.activities.take(verifier, [report(grant, "b")]),
+    )
+    assert second.waited
+    assert (first.answer.recorded, second.answer.recorded, len(second.answer.refused)) == (1, 0, 1)
+    assert count(race.one) == 2
+
+
+def test_whoever_ends_a_grant_does_not_wait_for_who_tells_of_it(postgres_race):
+    """INV-27: a foreign key would have locked the grant's row."""
+    race = postgres_race
+    task = race.one.open_task()
+    grant = race.one.issue(task).grant
+    agent = race.one.caller("summarizer")
+    pause = race.stop(activities.activities, "insert_activities", after=True)
+    told, ended = race.run_into(
+        lambda: race.one.broker.activities.take(agent, [report(grant, "a")]),
+        pause,
+        lambda: race.other.broker.tasks.end(race.other.caller("pipeline"), task.id, TaskState.COMPLETED),
+    )
+    assert (ended.waited, ended.refusal) == (False, None)
+    assert told.answer.recorded == 1
