@@ -133,14 +133,17 @@ class Activities:
         traces = {report.trace_id for report in reports if report.grant_id is None and report.trace_id is not None}
         with self._database.read() as db:
             standing = self._standing.at(db, gate.era_of(db))
+            principal, catalogue = principal_of(caller, standing), standing.catalogue
+            verified = [each.identifier for each in catalogue.resources if principal.name in each.verifiers]
             by_id = activities.given_grants(db, [name for name in named if is_id(name, "grt")])
-            of_traces = activities.given_in_traces(db, traces, limit=_GRANTS_OF_TRACES)
+            # Its own alone: whoever asks for a thousand grants in somebody else's trace must not hide theirs.
+            of_traces = activities.given_in_traces(
+                db, traces, agent=principal.name, resources=verified, limit=_GRANTS_OF_TRACES
+            )
         in_trace: dict[str, list[GivenGrant]] = {}
         for grant in of_traces:
             in_trace.setdefault(grant.trace_id or "", []).append(grant)
-        return _Looked(
-            principal=principal_of(caller, standing), catalogue=standing.catalogue, by_id=by_id, in_trace=in_trace
-        )
+        return _Looked(principal=principal, catalogue=catalogue, by_id=by_id, in_trace=in_trace)
 
     def _write(self, caller: Caller, made: dict[int, Activity], refused: dict[int, BrokerError], now: datetime) -> int:
         """Write what is new and not one too many; the rest leaves `made`. Answers how many are repeats."""

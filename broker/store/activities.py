@@ -79,11 +79,14 @@ def given_grants(db: Connection, ids: Collection[str]) -> dict[str, GivenGrant]:
     return {row.id: GivenGrant(**row._mapping) for row in rows}
 
 
-def given_in_traces(db: Connection, trace_ids: Collection[str], *, limit: int) -> list[GivenGrant]:
-    """Those that got a credential in one of these traces, the newest of them."""
+def given_in_traces(
+    db: Connection, trace_ids: Collection[str], *, agent: str, resources: Collection[str], limit: int
+) -> list[GivenGrant]:
+    """Those that got a credential in one of these traces, of an agent or on these resources; the newest of them."""
     if not trace_ids:
         return []
-    statement = _SELECT_GRANT.where(among(db, _grants.c.trace_id, trace_ids))
+    concerned = or_(_grants.c.agent == agent, among(db, _grants.c.resource, resources))
+    statement = _SELECT_GRANT.where(among(db, _grants.c.trace_id, trace_ids), concerned)
     rows = db.execute(statement.order_by(_grants.c.id.desc()).limit(limit))
     return [GivenGrant(**row._mapping) for row in rows]
 

@@ -191,6 +191,16 @@ def test_a_report_is_tied_by_the_trace_in_which_the_grant_was_asked_for(house, t
     assert codes(tell(house, report(id="r2", trace_id="0" * 31 + "1"))) == ["not_found"]
 
 
+def test_grants_of_others_in_a_trace_hide_none_of_ones_own(house, task, monkeypatch):
+    monkeypatch.setattr("broker.services.activities._GRANTS_OF_TRACES", 2)
+    grant = traced(house, task)
+    scribe = replace(house.caller("scribe"), trace_id=TRACE)
+    for _ in range(3):
+        house.issue(task, by="scribe", caller=scribe)
+    assert tell(house, report(trace_id=TRACE)).recorded == 1
+    assert [row.grant_id for row in rows(house)] == [grant.id]
+
+
 def test_of_several_grants_in_a_trace_none_is_guessed(house, task):
     for _ in range(2):
         traced(house, task)
