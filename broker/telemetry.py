@@ -34,6 +34,7 @@ _LIMITED = Counter("broker_limited_requests", "Requests refused because a limit 
 _EVENTS = Counter("broker_events", "Audit events, counted when they are durable", ["type", "outcome"])
 _SWEPT = Counter("broker_swept_rows", "Rows the sweeper moved", ["what"])
 _SWEEP_SECONDS = Histogram("broker_sweep_seconds", "Time of one sweep", buckets=_BUCKETS)
+_TOLD = Counter("broker_activities", "Activities told of, by what came of it", ["came_to"])
 _UNTIL_DEAD = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 3600)
 _CONFIRMED_DEAD = Histogram(
     "broker_confirmed_dead_seconds",
@@ -106,6 +107,13 @@ def swept(counts: dict[str, int], seconds: float) -> None:
             _SWEPT.labels(what).inc(count)
     _SWEEP_SECONDS.observe(seconds)
     _LAST_SWEEP.set_to_current_time()
+
+
+def told(**counts: int) -> None:
+    """Somebody told what was done with grants: so many activities came to each of these."""
+    for came_to, count in counts.items():
+        if count:
+            _TOLD.labels(came_to).inc(count)
 
 
 def confirmed_dead(provider: str, seconds: float) -> None:

@@ -21,6 +21,7 @@ from broker.providers.vault import SecretSource, VaultProvider
 from broker.providers.vault.administration import VaultSetup, brokered
 from broker.providers.vault.transit import TransitKey
 from broker.providers.wakeups import Wakeups
+from broker.services.activities import Activities
 from broker.services.administration import Administration
 from broker.services.alerting import Alerting
 from broker.services.approval import Approvals
@@ -50,6 +51,7 @@ from broker.services.standing import StandingReader
 from broker.services.status_indexes import StatusIndexes
 from broker.services.sweeper import Sweeper
 from broker.services.tasks import TaskService
+from broker.services.timeline import Timeline
 from broker.services.verification import Verification
 from broker.services.waiting import Waiting
 from broker.store.clock import DatabaseClock
@@ -96,6 +98,8 @@ class Broker:
     replaying: Replaying
     signals: Signals
     audit_trail: AuditTrail
+    activities: Activities
+    timeline: Timeline
     sweeper: Sweeper
     wakeups: Wakeups
 
@@ -248,8 +252,15 @@ def build(
         ),
         signals=Signals(database=database, standing=standing, redeciding=redeciding, wakeups=wakeups, clock=clock),
         audit_trail=AuditTrail(database=database),
+        activities=Activities(database=database, standing=standing, limits=limits, clock=clock),
+        timeline=Timeline(database=database),
         sweeper=Sweeper(
-            database=database, revocation=revocation, keys=keys, feed_kept_for=settings.feed.kept_for, clock=clock
+            database=database,
+            revocation=revocation,
+            keys=keys,
+            feed_kept_for=settings.feed.kept_for,
+            keep_activities=limits.keep_activities,
+            clock=clock,
         ),
         wakeups=wakeups,
     )

@@ -62,6 +62,9 @@ WHO = {
     "POST /v1/policies/replay": "admin, auditor",
     "PUT /v1/policies": "admin",
     "GET /v1/audit": "admin, auditor",
+    "POST /v1/activities": "agent, of its grants; verifier, of grants on resources it verifies",
+    "GET /v1/tasks/{id}/timeline": "its orchestrator, admin, auditor; its agents, each what it holds",
+    "GET /v1/tasks/{id}/drift": "its orchestrator, admin, auditor; its agents, each what it holds",
 }
 
 _API = """\
@@ -77,6 +80,8 @@ OAuth endpoints are in [oauth.md](oauth.md), the errors in [errors.md](errors.md
 - Times are RFC 3339 in UTC, durations whole seconds in members that end in `_s`.
 - `Idempotency-Key`, where it is listed: the same key with the same body gives the same answer for a day; with another
   body it is 409.
+- `POST /v1/traces` takes spans by OTLP/HTTP, up to 1 MiB:
+  [what of them is kept](../how-to/see-what-was-done.md#from-opentelemetry).
 - Lists are newest first, `{"items": [...], "next_cursor": ... | null}`; hand `next_cursor` back as `cursor`.
 - What a caller may not see is 404, like what does not exist.
 - `traceparent` (W3C Trace Context) is taken over into audit events, logs and tokens; an invalid one is ignored.

@@ -1180,7 +1180,7 @@ def test_the_environment_of_the_process_is_read_unless_another_is_given(place, m
         (
             "BROKER__QQQQQQQQQQQQQQQQQQQQ",
             "x",
-            "overrides no key of this version; what can be set is BROKER__ALERTS__SECRET_FILE",
+            "overrides no key of this version; what can be set is BROKER__ACTIVITIES__KEEP_S",
         ),
         ("BROKER__ISSUERS__0__NAME", "x", "BROKER__ISSUERS__0__NAME overrides no key"),
         ("BROKER__SERVER", "x", "BROKER__SERVER overrides no key"),

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from broker.cli import output
+from broker.cli.activity import report
 from broker.cli.client import client_options, idempotency_option, page_of, page_options
 from broker.cli.parameters import Duration, facts_option, user_token_option
 from broker.domain.clock import rfc3339
@@ -327,3 +328,6 @@ def _dpop_key(path: Path | None) -> DpopKey | None:
             f"{path} is not a P-256 private key in PEM without password; {remedy}", param_hint="--dpop-key"
         )
     return DpopKey(key)
+
+
+grant.add_command(report)

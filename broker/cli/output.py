@@ -77,9 +77,10 @@ def fail(sentence: str, *, code: int = REFUSED, **more: Any) -> click.exceptions
     return click.exceptions.Exit(code)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> Drawing:
-    """Rows under headings; where there are none, `empty` is said."""
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str, styles: Iterable[str] = ()) -> Drawing:
+    """Rows under headings; where there are none, `empty` is said. `styles`: how each is drawn on a terminal."""
     cells = [[_cell(value) for value in row] for row in rows]
+    drawn_as = list(styles) or [""] * len(cells)
 
     def draw(console: Console) -> None:
         if not console.is_terminal:
@@ -93,8 +94,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) 
         drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         for column in columns:
             drawn.add_column(column, no_wrap=True)
-        for row in cells:
-            drawn.add_row(*row)
+        for row, style in zip(cells, drawn_as, strict=True):
+            drawn.add_row(*row, style=style)
         console.print(drawn)
 
     return draw
@@ -148,6 +149,11 @@ def page(
 ) -> None:
     """One page of a list, and how to get the next."""
     show(value, table(columns, [row(item) for item in value["items"]], empty=empty))
+    say_more(value)
+
+
+def say_more(value: Mapping[str, Any]) -> None:
+    """Say how to get the next page, if there may be one."""
     if value.get("next_cursor"):
         say(f"there may be more: --cursor {value['next_cursor']}")
 

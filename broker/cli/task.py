@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from broker.cli import output
+from broker.cli.activity import drift, timeline
 from broker.cli.client import client_options, idempotency_option, page_of, page_options
 from broker.cli.parameters import Duration, facts_option, user_token_option
 from broker.domain.lifecycle import TaskState
@@ -145,6 +146,10 @@ def receipt(broker: Client, /, *, task_id: str, jws: bool) -> None:
         click.echo(found.jws)
     else:
         output.show_receipt(found.raw)
+
+
+task.add_command(timeline)
+task.add_command(drift)
 
 
 def _show(found: Task) -> None:

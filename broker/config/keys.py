@@ -445,6 +445,29 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             default=_seconds(FeedSettings.kept_for),
         ),
     ),
+    "activities": (
+        _integer(
+            "keep_s",
+            "How long what was done with grants is kept, from when it was told.",
+            86_400,
+            31_536_000,
+            default=_seconds(Limits.keep_activities),
+        ),
+        _integer(
+            "max_per_grant",
+            "Activities of one grant that are kept; the rest is counted.",
+            100,
+            1_000_000,
+            default=Limits.max_activities_per_grant,
+        ),
+        _integer(
+            "max_per_minute",
+            "Activities that one reporter may tell of in a minute.",
+            2_048,
+            1_000_000,
+            default=Limits.max_activities_per_minute,
+        ),
+    ),
     "policies": (
         _string(
             "directory", f"Directory of the `*.cedar` files and, if there is one, `{SCHEMA_FILE}`.", default="policies"

@@ -84,6 +84,7 @@ def load(
         raise ConfigurationError(reader.problems)
 
     grants, keys, approvals = section["grants"], section["keys"], section["approvals"]
+    activities = section["activities"]
     return Settings(
         issuer=top["issuer"],
         server=_server(reader, section["server"]),
@@ -104,6 +105,9 @@ def load(
             max_open_approvals_per_group=approvals["max_open_per_group"],
             **_breakers(section["limits"]),
             review_within=timedelta(seconds=approvals["review_within_s"]),
+            keep_activities=timedelta(seconds=activities["keep_s"]),
+            max_activities_per_grant=activities["max_per_grant"],
+            max_activities_per_minute=activities["max_per_minute"],
         ),
         catalogue=Catalogue(
             issuers=tuple(_issuer(reader, values) for _, _, values in rows["issuers"]),

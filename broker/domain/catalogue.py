@@ -175,6 +175,9 @@ class Limits:
     throttle_pause: timedelta = timedelta(seconds=5)
     denials_lockdown: int = 100
     review_within: timedelta = timedelta(seconds=86_400)
+    keep_activities: timedelta = timedelta(days=30)
+    max_activities_per_grant: int = 10_000
+    max_activities_per_minute: int = 6_000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@
             httpx.get("https://crm.example/api/contacts", auth=source.auth())
 """
 
+from broker.sdk.activities import Activity, Drift, RefusedActivity, TimelineLine, Told
 from broker.sdk.aio import AsyncClient
 from broker.sdk.client import Client
 from broker.sdk.clock import Timing
@@ -51,6 +52,7 @@ from broker.sdk.values import (
 )
 
 __all__ = [
+    "Activity",
     "Approval",
     "ApprovalPending",
     "AsyncClient",
@@ -62,6 +64,7 @@ __all__ = [
     "CredentialSource",
     "Decision",
     "DpopKey",
+    "Drift",
     "Event",
     "Explanation",
     "Foreseen",
@@ -80,6 +83,7 @@ __all__ = [
     "Receipt",
     "ReceiptLine",
     "Refused",
+    "RefusedActivity",
     "Replay",
     "Review",
     "Revocation",
@@ -87,7 +91,9 @@ __all__ = [
     "Secret",
     "Signal",
     "Task",
+    "TimelineLine",
     "Timing",
+    "Told",
     "Totals",
     "Unreachable",
 ]

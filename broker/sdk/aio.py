@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import httpx
 
 from broker.sdk import calls
+from broker.sdk.activities import OfGrant
 from broker.sdk.client import answer_of, lost, token_source, turn_page
 from broker.sdk.clock import Timing
 from broker.sdk.credential import AsyncCredentialSource, Lifetime
@@ -30,6 +32,7 @@ from broker.sdk.exchange import (
     origin_of,
     require_traceparent,
 )
+from broker.sdk.reporting import AsyncReporter
 from broker.sdk.run import RunningTask, async_running
 from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import awaiting
@@ -92,6 +95,8 @@ class AsyncClient:
             traceparent=require_traceparent(traceparent),
         )
         self._identify = token_source(token, token_file)
+        self.reports = AsyncReporter(self.send, self.timing)
+        self._owns_reports = True
         self._owns_http = http is None
         self._http = httpx.AsyncClient(trust_env=False, follow_redirects=False) if http is None else http
 
@@ -108,6 +113,9 @@ class AsyncClient:
     fail_task = _verb(calls.fail_task)
     cancel_task = _verb(calls.cancel_task)
     receipt = _verb(calls.receipt)
+    timeline = _pages(calls.timeline)
+    drift = _verb(calls.drift)
+    tell = _verb(calls.tell)
 
     request_grant = _verb(calls.request_grant)
     collect_grant = _verb(calls.collect_grant)
@@ -145,6 +153,26 @@ class AsyncClient:
 
     introspect = _verb(calls.introspect)
     token = _verb(calls.token)
+
+    def report(
+        self,
+        grant: OfGrant | None,
+        action: str,
+        *,
+        kind: str = "tool",
+        scope: str | None = None,
+        resource: str | None = None,
+        outcome: str = "ok",
+        attributes: Mapping[str, str] | None = None,
+        at: datetime | None = None,
+    ) -> None:
+        """Tell, in the background, what was done with a grant. It neither waits nor raises; `reports` says what became.
+
+        `grant` is its id, the grant itself, or for a verifier what introspection answered or the claims of the token;
+        None is the grant that was asked for in this client's trace.
+        """
+        more = {"kind": kind, "scope": scope, "resource": resource, "outcome": outcome, "attributes": attributes or {}}
+        self.reports.put(grant, action, traceparent=self._endpoint.traceparent, at=at, **more)
 
     async def await_grant(
         self,
@@ -214,7 +242,7 @@ class AsyncClient:
         """The same client for requests of another trace; it shares the connections, and is not to be closed."""
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
-        other._owns_http = False
+        other._owns_http = other._owns_reports = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
 
@@ -244,6 +272,9 @@ class AsyncClient:
         return answer_of(response, self.timing)
 
     async def close(self) -> None:
+        """Tell what waits to be told, for two seconds at most, and let go of the connections."""
+        if self._owns_reports:
+            await self.reports.close()
         if self._owns_http:
             await self._http.aclose()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
+from broker.sdk.activities import Activity, Drift, TimelineLine, Told
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import invalid, not_the_broker
 from broker.sdk.exchange import Answer, Call, require_id, require_idempotency_key
@@ -122,6 +123,28 @@ def cancel_task(task_id: str, reason: str | None = None) -> Call[Receipt]:
 def receipt(task_id: str) -> Call[Receipt]:
     """What of a task is dead and what is still exposed, as it stands now."""
     return Call(method="GET", path=f"{_task(task_id)}/receipt", read=_reads(Receipt.of), repeatable=True)
+
+
+def timeline(
+    task_id: str, *, source: str | None = None, grant: str | None = None, page_size: int | None = None
+) -> Listing[TimelineLine]:
+    """Issue, use and end of everything of a task, oldest first. `source`: "broker" or "report" alone."""
+    return _listing(f"{_task(task_id)}/timeline", TimelineLine.of, page_size, source=source, grant=grant)
+
+
+def drift(task_id: str) -> Call[Drift]:
+    """What was granted and never used, and what was used outside of what was granted."""
+    return Call(method="GET", path=f"{_task(task_id)}/drift", read=_reads(Drift.of), repeatable=True)
+
+
+def tell(activities: Iterable[Activity]) -> Call[Told]:
+    """Tell what was done with grants, at most 100 at once; for their agents, and for verifiers of their resources.
+
+    `report` of a client does it in the background.
+    """
+    body = {"activities": [activity.as_body() for activity in activities]}
+    # Told again, each is the same activity.
+    return Call(method="POST", path="/v1/activities", body=body, read=_reads(Told.of), repeatable=True)
 
 
 def request_grant(

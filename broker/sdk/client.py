@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import httpx
 
 from broker.sdk import calls
+from broker.sdk.activities import OfGrant
 from broker.sdk.clock import Timing
 from broker.sdk.credential import CredentialSource, Lifetime
 from broker.sdk.dpop import DpopKey
@@ -37,6 +39,7 @@ from broker.sdk.exchange import (
     token_from_file,
     workload_token,
 )
+from broker.sdk.reporting import Reporter
 from broker.sdk.run import RunningTask, running
 from broker.sdk.secret import Secret
 from broker.sdk.values import Credential, Grant
@@ -110,6 +113,8 @@ class Client:
             traceparent=require_traceparent(traceparent),
         )
         self._identify = token_source(token, token_file)
+        self.reports = Reporter(self.send, self.timing)
+        self._owns_reports = True
         self._owns_http = http is None
         self._http = httpx.Client(trust_env=False, follow_redirects=False) if http is None else http
 
@@ -126,6 +131,9 @@ class Client:
     fail_task = _verb(calls.fail_task)
     cancel_task = _verb(calls.cancel_task)
     receipt = _verb(calls.receipt)
+    timeline = _pages(calls.timeline)
+    drift = _verb(calls.drift)
+    tell = _verb(calls.tell)
 
     request_grant = _verb(calls.request_grant)
     collect_grant = _verb(calls.collect_grant)
@@ -163,6 +171,26 @@ class Client:
 
     introspect = _verb(calls.introspect)
     token = _verb(calls.token)
+
+    def report(
+        self,
+        grant: OfGrant | None,
+        action: str,
+        *,
+        kind: str = "tool",
+        scope: str | None = None,
+        resource: str | None = None,
+        outcome: str = "ok",
+        attributes: Mapping[str, str] | None = None,
+        at: datetime | None = None,
+    ) -> None:
+        """Tell, in the background, what was done with a grant. It neither waits nor raises; `reports` says what became.
+
+        `grant` is its id, the grant itself, or for a verifier what introspection answered or the claims of the token;
+        None is the grant that was asked for in this client's trace.
+        """
+        more = {"kind": kind, "scope": scope, "resource": resource, "outcome": outcome, "attributes": attributes or {}}
+        self.reports.put(grant, action, traceparent=self._endpoint.traceparent, at=at, **more)
 
     def await_grant(
         self,
@@ -235,7 +263,7 @@ class Client:
         """The same client for requests of another trace; it shares the connections, and is not to be closed."""
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
-        other._owns_http = False
+        other._owns_http = other._owns_reports = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
 
@@ -266,6 +294,9 @@ class Client:
         return answer_of(response, self.timing)
 
     def close(self) -> None:
+        """Tell what waits to be told, for two seconds at most, and let go of the connections."""
+        if self._owns_reports:
+            self.reports.close()
         if self._owns_http:
             self._http.close()
 

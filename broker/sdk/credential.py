@@ -296,6 +296,12 @@ class CredentialSource:
             except BrokerError:
                 self._lifetime.not_yet(old)
 
+    def report(self, action: str, **more: Any) -> None:
+        """Tell, in the background, what was done with the credential; as `report` of the client, which never raises."""
+        grant = self.grant
+        if grant is not None:
+            self._client.report(grant, action, **more)
+
     def auth(self, *origins: str) -> SourceAuth:
         """For `httpx`: puts the credential on requests to the resource's origin, or to `origins` where named.
 
@@ -406,6 +412,12 @@ class AsyncCredentialSource:
                 continue
             except BrokerError:
                 self._lifetime.not_yet(old)
+
+    def report(self, action: str, **more: Any) -> None:
+        """Tell, in the background, what was done with the credential; as `report` of the client, which never raises."""
+        grant = self.grant
+        if grant is not None:
+            self._client.report(grant, action, **more)
 
     def auth(self, *origins: str) -> AsyncSourceAuth:
         return AsyncSourceAuth(self, destination(self._lifetime.resource, origins))

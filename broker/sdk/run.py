@@ -31,10 +31,14 @@ Pause = Callable[[threading.Event, float], bool]
 
 
 class RunningTask:
-    """`lost` says why the task no longer beats, where it ended before the block; `receipt` is there after it."""
+    """`lost` says why the task no longer beats, where it ended before the block; `receipt` is there after it.
 
-    def __init__(self, task: Task) -> None:
+    `report` is that of its client.
+    """
+
+    def __init__(self, task: Task, report: Callable[..., None]) -> None:
         self.task = task
+        self.report = report
         self.lost: BrokerError | None = None
         self.receipt: Receipt | None = None
         self.ending = False
@@ -51,7 +55,7 @@ class RunningTask:
 
 @contextlib.contextmanager
 def running(client: Client, opening: Call[Task], pause: Pause) -> Iterator[RunningTask]:
-    run = RunningTask(client.send(opening))
+    run = RunningTask(client.send(opening), client.report)
     with _beating(client, run, pause):
         try:
             yield run
@@ -68,7 +72,7 @@ def running(client: Client, opening: Call[Task], pause: Pause) -> Iterator[Runni
 
 @contextlib.asynccontextmanager
 async def async_running(client: AsyncClient, opening: Call[Task]) -> AsyncIterator[RunningTask]:
-    run = RunningTask(await client.send(opening))
+    run = RunningTask(await client.send(opening), client.report)
     async with _async_beating(client, run):
         try:
             yield run

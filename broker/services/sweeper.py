@@ -19,6 +19,7 @@ from broker.services.keys import Keys
 from broker.services.revocation import Revocation
 from broker.services.tasks import end_tasks
 from broker.store import feed, grants, standing, tasks
+from broker.store.activities import forget_activities
 from broker.store.database import Database
 from broker.store.transitions import change_of
 
@@ -35,17 +36,26 @@ class Swept:
     grants_expired: int = 0
     grants_revoked: int = 0
     forgotten: int = 0
+    activities_forgotten: int = 0
     keys_rotated: int = 0
 
 
 class Sweeper:
     def __init__(
-        self, *, database: Database, revocation: Revocation, keys: Keys, feed_kept_for: timedelta, clock: Clock
+        self,
+        *,
+        database: Database,
+        revocation: Revocation,
+        keys: Keys,
+        feed_kept_for: timedelta,
+        keep_activities: timedelta,
+        clock: Clock,
     ) -> None:
         self._database = database
         self._revocation = revocation
         self._keys = keys
         self._feed_kept_for = feed_kept_for
+        self._keep_activities = keep_activities
         self._clock = clock
 
     def sweep(self) -> Swept:
@@ -66,6 +76,7 @@ class Sweeper:
             ("tasks_expired", lambda: self._expire_tasks(now), _TASKS_AT_ONCE),
             ("grants_expired", lambda: self._expire_grants(now), _GRANTS_AT_ONCE),
             ("forgotten", lambda: self._forget(now), _GRANTS_AT_ONCE),
+            ("activities_forgotten", lambda: self._forget_activities(now), _GRANTS_AT_ONCE),
             ("keys_rotated", lambda: self._keys.rotate_due(now), _ROWS_A_PASS),
         )
         failures: list[Exception] = []
@@ -106,6 +117,10 @@ class Sweeper:
         with self._database.begin() as db:
             gone = standing.forget(db, now=now, limit=_GRANTS_AT_ONCE)
             return gone + feed.forget(db, numbered_before=now - self._feed_kept_for, limit=_GRANTS_AT_ONCE)
+
+    def _forget_activities(self, now: datetime) -> int:
+        with self._database.begin() as db:
+            return forget_activities(db, now=now, keep=self._keep_activities, limit=_GRANTS_AT_ONCE)
 
 
 def _shares(due: Sequence[str], below: Mapping[str, int]) -> Iterator[list[str]]:

@@ -204,7 +204,7 @@ class TaskService:
 
     def find(self, caller: Caller, task_id: str) -> Task:
         with self._database.read() as db:
-            return _visible(db, caller, task_id)
+            return visible_task(db, caller, task_id)
 
     def page(
         self,
@@ -218,9 +218,9 @@ class TaskService:
         limit: int = 100,
     ) -> list[Task]:
         # INV-28: what somebody else holds in the same task must not show by which tasks are listed.
-        mine = None if _sees_all(caller) else caller.name
+        mine = None if sees_all(caller) else caller.name
         where = tasks.matching(state=state, agent=agent, user=user, resource=resource, grants_seen_by=mine)
-        if not _sees_all(caller):
+        if not sees_all(caller):
             where.append(tasks.seen_by(caller.name))
         with self._database.read() as db:
             return tasks.page_of_tasks(db, where=where, before=before, limit=limit)
@@ -228,9 +228,9 @@ class TaskService:
     def receipt(self, caller: Caller, task_id: str) -> SignedReceipt:
         """The receipt as it stands now."""
         with self._database.read() as db:
-            task = _visible(db, caller, task_id)
+            task = visible_task(db, caller, task_id)
         # INV-28: of the parts an agent may not even see, it hears nothing.
-        return self.receipt_for(task_id, parts=_sees_all(caller) or caller.name == task.orchestrator)
+        return self.receipt_for(task_id, parts=sees_all(caller) or caller.name == task.orchestrator)
 
     def receipt_for(self, task_id: str, *, parts: bool = True) -> SignedReceipt:
         now = self._clock()
@@ -354,20 +354,20 @@ def _why_expired(task: Task, now: datetime) -> str:
     return "its deadline passed" if task.deadline_at <= now else "its heartbeat was lost"
 
 
-def _sees_all(caller: Caller) -> bool:
+def sees_all(caller: Caller) -> bool:
     return caller.has(Role.ADMIN) or caller.has(Role.AUDITOR)
 
 
-def _visible(db: Connection, caller: Caller, task_id: str) -> Task:
+def visible_task(db: Connection, caller: Caller, task_id: str) -> Task:
     """The task, for those who may see it; one answer for all the others (INV-28)."""
     task = tasks.find_task(db, task_id) if is_id(task_id, "task") else None
-    if task is None or not (_sees_all(caller) or caller.name == task.orchestrator or caller.name in task.agents):
+    if task is None or not (sees_all(caller) or caller.name == task.orchestrator or caller.name in task.agents):
         raise NotFound(f"there is no task {task_id[:64]!r} that you may see")
     return task
 
 
 def _owned(db: Connection, caller: Caller, task_id: str, *, admin: bool) -> Task:
-    task = _visible(db, caller, task_id)
+    task = visible_task(db, caller, task_id)
     if caller.name == task.orchestrator or (admin and caller.has(Role.ADMIN)):
         return task
     raise RoleMissing(

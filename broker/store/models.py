@@ -202,6 +202,7 @@ class Grant(Base):
             sqlite_where=text("state IN ('approved', 'active')"),
         ),
         Index("grants_status_idx", "status_list", "status_index", unique=True),
+        Index("grants_trace_idx", "trace_id"),
         Index(
             "grants_in_parts_idx",
             "tasks_above",
@@ -734,3 +735,53 @@ class ShortenedGrant(Base):
     grant_id: Mapped[str] = mapped_column(Id, ForeignKey("grants.id"), primary_key=True)
     ends_at: Mapped[datetime] = mapped_column(Instant, index=True)
     token_ends_at: Mapped[datetime] = mapped_column(Instant)
+
+
+class Activity(Base):
+    """`broker.domain.activity.Activity`, as a row; `report_sha256` is the reporter and its own id for it.
+
+    No foreign key: checking one locks the grant's row, and whoever ends the grant would wait for a report (INV-27).
+    """
+
+    __tablename__ = "activities"
+    __table_args__ = (
+        Index("activities_report_idx", "report_sha256", unique=True),
+        Index("activities_task_idx", "task_id", "at", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    task_id: Mapped[str] = mapped_column(Id)
+    grant_id: Mapped[str] = mapped_column(Id)
+    reporter: Mapped[str] = mapped_column(Name)
+    role: Mapped[str] = mapped_column(String(16))
+    report_sha256: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    action: Mapped[str] = mapped_column(Name)
+    resource: Mapped[str] = mapped_column(String(1000))
+    scope: Mapped[str | None] = mapped_column(String(200))
+    outcome: Mapped[str] = mapped_column(String(16))
+    trace_id: Mapped[str | None] = mapped_column(String(32))
+    attributes: Mapped[dict[str, str]] = mapped_column(Json)
+    at: Mapped[datetime] = mapped_column(Instant)
+    received_at: Mapped[datetime] = mapped_column(Instant)
+
+
+class ActivityTally(Base):
+    """How many activities of one grant are kept, and how many were told of when there were enough."""
+
+    __tablename__ = "activity_tallies"
+
+    grant_id: Mapped[str] = mapped_column(Id, primary_key=True)
+    kept: Mapped[int] = mapped_column(Integer)
+    dropped: Mapped[int] = mapped_column(BigInteger)
+    last_at: Mapped[datetime] = mapped_column(Instant, index=True)
+
+
+class ActivityReporter(Base):
+    """How much one reporter told of in the minute that began at `minute_at`."""
+
+    __tablename__ = "activity_reporters"
+
+    reporter: Mapped[str] = mapped_column(Name, primary_key=True)
+    minute_at: Mapped[datetime] = mapped_column(Instant)
+    told: Mapped[int] = mapped_column(Integer)

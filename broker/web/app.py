@@ -13,6 +13,7 @@ from broker.domain.errors import NotFound, RoleMissing
 from broker.domain.identity import Role
 from broker.web import auth, envelope, problems
 from broker.web.answers import Answer, json_response, kept_response
+from broker.web.api.activities import activities
 from broker.web.api.approvals import approvals
 from broker.web.api.audit import audit
 from broker.web.api.grants import grants
@@ -30,10 +31,11 @@ from broker.web.oauth import described
 from broker.web.oauth.metadata import metadata
 from broker.web.oauth.token import token
 from broker.web.operations import openapi
+from broker.web.otlp import otlp
 from broker.web.reading import MAX_BODY_BYTES
 from broker.wiring import Broker
 
-API = (tasks, grants, approvals, reviews, leases, revocations, signals, policies, audit)
+API = (tasks, grants, approvals, reviews, leases, revocations, signals, policies, audit, activities)
 # What agents and verifiers ask all day long, and what nobody else waits for.
 _BUSY = ("grants.request_grant", "token.issue_token", "token.introspect")
 
@@ -50,6 +52,7 @@ def create_app(built: Broker) -> Flask:
         app.register_blueprint(operations.blueprint)
     app.register_blueprint(token)
     app.register_blueprint(metadata)
+    app.register_blueprint(otlp)
     app.before_request(_begin)
     app.after_request(_end)
     app.register_error_handler(Exception, envelope.refusal)

@@ -143,15 +143,16 @@ def page(items: Sequence[Any], shown: Sequence[Any], limit: int, *, by: str = "i
 
 def before(cursor: str | None, prefix: str) -> str | None:
     """The id a cursor stands for."""
-    return None if cursor is None else _opened(cursor, lambda text: is_id(text, prefix))
+    return None if cursor is None else opened(cursor, lambda text: is_id(text, prefix))
 
 
 def before_version(cursor: str | None) -> int | None:
     """The number of the version a cursor stands for."""
-    return None if cursor is None else int(_opened(cursor, re.compile("[1-9][0-9]{0,8}").fullmatch))
+    return None if cursor is None else int(opened(cursor, re.compile("[1-9][0-9]{0,8}").fullmatch))
 
 
-def _opened(cursor: str, fits: Callable[[str], object]) -> str:
+def opened(cursor: str, fits: Callable[[str], object]) -> str:
+    """What a cursor stands for, if that `fits`."""
     try:
         text = base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
     except ValueError:

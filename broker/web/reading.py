@@ -45,33 +45,33 @@ class UnsupportedMediaType(Exception):
 
 
 class TooLarge(Exception):
-    """The body is longer than `MAX_BODY_BYTES`."""
+    """The body is longer than is read."""
 
 
-def raw_body(caller: Caller | None, *, ends: bool = False) -> bytes:
+def raw_body(caller: Caller | None, *, ends: bool = False, max_bytes: int = MAX_BODY_BYTES) -> bytes:
     """The whole body; refused before it can fill memory, and never cut off: half a request is another request.
 
     `caller` and `ends` say in which lane it is waited for (`broker.web.bodies`).
     """
     call = current()
     length = call.content_length
-    if length is not None and length > MAX_BODY_BYTES:
+    if length is not None and length > max_bytes:
         raise TooLarge
     if not length and call.header("Transfer-Encoding") is None:
         return b""
     # One more, because a body without a length is cut off there without a word, and we must see that there was more.
-    stream = get_input_stream(call.environ, max_content_length=MAX_BODY_BYTES + 1)
+    stream = get_input_stream(call.environ, max_content_length=max_bytes + 1)
 
     def read() -> bytes:
         raw = bytearray()
         # One read may give less than there is, where a body comes in chunks and says no length.
-        while len(raw) <= MAX_BODY_BYTES and (part := stream.read(MAX_BODY_BYTES + 1 - len(raw))):
+        while len(raw) <= max_bytes and (part := stream.read(max_bytes + 1 - len(raw))):
             raw += part
         return bytes(raw)
 
     raw = bodies().read(read, caller, ends=ends)
     call.body_was_read = True
-    if len(raw) > MAX_BODY_BYTES:
+    if len(raw) > max_bytes:
         raise TooLarge
     if length is not None and len(raw) != length:
         raise Invalid(f"the body ended after {len(raw)} of {length} bytes: send all that Content-Length says")
@@ -186,9 +186,9 @@ def invalid(problems: ValidationError) -> Invalid:
     return Invalid(f"{printable(member)}: {sentence}", member=printable(member))
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int = 200) -> str:
     """Somebody else's text as it may stand in an answer or a log line (INV-31)."""
-    return _NOT_PLAIN.sub("?", text.encode(errors="replace").decode())[:200]
+    return _NOT_PLAIN.sub("?", text.encode(errors="replace").decode())[:longest]
 
 
 def _json_type(value: Any) -> str:

@@ -1,6 +1,6 @@
 """What somebody hostile writes into a request, and one good request of each kind to write it into."""
 
-from broker.web import shapes
+from broker.web import activity_shapes, shapes
 from tests.house import CRM, POLICIES
 
 # No text that people and logs will see may hold any of these, wherever it comes in.
@@ -93,6 +93,22 @@ BODIES = {
         "source": "the tests",
         "expires_s": 60,
     },
+    activity_shapes.TellActivities: {
+        "activities": [
+            {
+                "id": "call-1",
+                "kind": "tool",
+                "action": "search_contacts",
+                "at": "2026-03-01T12:00:00Z",
+                "grant_id": "grt_00000000000000000000000000",
+                "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+                "scope": "contacts:read",
+                "resource": CRM,
+                "outcome": "ok",
+                "attributes": {"batch": "seven"},
+            }
+        ]
+    },
     shapes.Evaluate: {
         "agent": "summarizer",
         "resource": CRM,
@@ -124,7 +140,7 @@ def leaves(value, path=()):
 def objects(value, path=()):
     """The path of each object whose members are fixed."""
     if isinstance(value, dict):
-        if path[-1:] not in (("labels",), ("context",), ("parameters",), ("policies",)):
+        if path[-1:] not in (("labels",), ("context",), ("parameters",), ("policies",), ("attributes",)):
             yield path
         for name, below in value.items():
             yield from objects(below, (*path, name))

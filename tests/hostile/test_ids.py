@@ -13,6 +13,8 @@ ABSENT = "0" * 25 + "a"
 DOORS = [
     ("GET", "/v1/tasks/{task}", None),
     ("GET", "/v1/tasks/{task}/receipt", None),
+    ("GET", "/v1/tasks/{task}/timeline", None),
+    ("GET", "/v1/tasks/{task}/drift", None),
     ("POST", "/v1/tasks/{task}/heartbeat", None),
     ("POST", "/v1/tasks/{task}/complete", {}),
     ("POST", "/v1/tasks/{task}/fail", {"reason": "x"}),

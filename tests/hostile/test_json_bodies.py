@@ -33,6 +33,7 @@ from tests.house import CRM
 OPERATIONS = {operation.name: operation for room in API for operation in room.declared if operation.body is not None}
 CALLERS = (
     dict.fromkeys(("request_grant", "renew_grant", "revoke_grant", "collect_grant", "withdraw"), "summarizer")
+    | {"tell_activities": "summarizer"}
     | dict.fromkeys(("revoke_along", "set_lockdown", "evaluate", "abandon_lease"), "ada")
     | dict.fromkeys(("put_policies", "replay", "send_signal", "complete_review"), "ada")
     | dict.fromkeys(("approve", "deny"), "sam")
@@ -58,6 +59,9 @@ class Scene:
         if "task_id" in self.body:
             # A break-glass has tests of its own: with one it would be refused for what is beside it.
             self.body = self.body | {"task_id": task["id"], "break_glass": None}
+            self.body = self.body | {"task_id": task["id"]}
+        if "activities" in self.body:
+            self.body = replaced(self.body, ("activities", 0, "grant_id"), grant["id"])
 
     def _id(self, task_id, grant_id):
         if "/leases/" in self.operation.path:

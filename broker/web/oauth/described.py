@@ -117,6 +117,7 @@ def paths() -> dict[str, Any]:
         "/metrics": {"get": _metrics()},
         "/problems/{code}": {"get": _page("What a problem means, for people", 200)},
         "/openapi.json": {"get": _document("This document", asks_the_store=False)},
+        "/v1/traces": {"post": _spans()},
     }
 
 
@@ -193,3 +194,34 @@ def _metrics() -> dict[str, Any]:
     refused = {status: {"$ref": f"#/components/responses/{status}"} for status in ("401", "403", "503")}
     answer = {"description": "Prometheus' text format.", "content": {"text/plain": {"schema": _TEXT}}}
     return {"summary": "Metrics, for admins and auditors", "responses": {"200": answer, **refused}}
+
+
+def _spans() -> dict[str, Any]:
+    """OTLP/HTTP: what is in the bodies is its own standard's, and a refusal is a google.rpc.Status."""
+    either = {
+        "application/json": {"schema": _reference("AnyDocument")},
+        "application/x-protobuf": {"schema": {"type": "string", "format": "binary"}},
+    }
+    not_kept = {"Cache-Control": {"required": True, "schema": {"const": "no-store"}}}
+
+    def said(description: str, **headers: Any) -> dict[str, Any]:
+        return {"description": description, "content": either, "headers": {**not_kept, **headers}}
+
+    return {
+        "operationId": "take_spans",
+        "summary": "Spans of OpenTelemetry (OTLP/HTTP), of which those are kept that are uses of grants",
+        "parameters": [
+            {"name": "Content-Encoding", "in": "header", "required": False, "schema": {"enum": ["gzip", "deflate"]}}
+        ],
+        "requestBody": {"required": True, "content": either},
+        "responses": {
+            "200": said("Taken; partialSuccess says what was not, and why."),
+            "400": said("Not spans in OTLP."),
+            "401": said("Who calls was not proven.", **{"WWW-Authenticate": _HEADER}),
+            "403": said("The caller is neither agent nor verifier."),
+            "413": said("More than 1 MiB, or than 4 MiB unpacked."),
+            "415": said("Another media type, or compressed in another way."),
+            "429": said("A limit is reached.", **_WAIT),
+            "503": said("The broker cannot answer now.", **_WAIT),
+        },
+    }
