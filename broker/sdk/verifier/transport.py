@@ -34,7 +34,7 @@ class Transport:
         self._issuer = issuer
         self._token = token
         self._timing = timing
-        # What the answers' `Date` says against this machine's clock. Nobody signed it: it explains, and decides nothing.
+        # What `Date` in answers says against this machine's clock. Nobody signed it: it explains, and decides nothing.
         self.date_ahead_s = 0.0
         self.reset()
 

@@ -171,6 +171,10 @@ class Verifier:
         self._closed = False
         _ALL.add(self)
 
+    @property
+    def audience(self) -> str:
+        return self._expected.audience
+
     # -- answers ------------------------------------------------------------------------------------------------
 
     def check(
