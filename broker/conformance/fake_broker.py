@@ -108,6 +108,7 @@ class FakeBroker:
         self._streams: set[socket.socket] = set()
         self.clock_ahead_s = 0.0
         self.keys = [SigningKey()]
+        self.coming = SigningKey()
         self.issued: list[Issued] = []
         self.asked: list[str] = []  # paths, as they come
         self._revoked: set[str] = set()  # tokens
@@ -198,9 +199,13 @@ class FakeBroker:
         return int(self._timing.now().timestamp() + self.clock_ahead_s)
 
     def rotate(self) -> SigningKey:
-        """A new key signs from now on; the old ones stay published."""
-        self.keys.insert(0, SigningKey())
+        """The next key signs from now on. It was published before, and those before it stay so."""
+        self.keys.insert(0, self.coming)
+        self.coming = SigningKey()
         return self.keys[0]
+
+    def key_set(self) -> dict[str, Any]:
+        return {"keys": [key.published for key in (*self.keys, self.coming)]}
 
     def issue(
         self,
@@ -417,7 +422,7 @@ def _handler(broker: FakeBroker) -> type[BaseHTTPRequestHandler]:
             broker.asked.append(self.path)
             name = parts.path.rpartition("/")[2]
             if parts.path == "/oauth2/jwks":
-                self._when("jwks", lambda: {"keys": [key.published for key in broker.keys]})
+                self._when("jwks", broker.key_set)
             elif parts.path.startswith("/.well-known/"):
                 self._when("jwks", broker.metadata)
             elif parts.path == "/status-lists":

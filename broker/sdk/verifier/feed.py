@@ -29,6 +29,7 @@ AXES = ("agent", "user", "resource", "key", "all")
 _FEED_ID = re.compile(r"[A-Za-z0-9_.~-]{1,128}")
 _HEADS_KEPT = 1024
 _UNPROVEN_KEPT = 200_000
+_PASSED_OVER = 3
 
 
 class Broken(Exception):
@@ -142,6 +143,7 @@ class Feed:
         self._heads: dict[int, bytes] = {}
         self._waiting: Statement | None = None
         self._proven_at = 0
+        self._passed_over: tuple[int | None, int] = (None, 0)
         self._forgot_at = 0.0
         self.position: Position | None = None
         self.proven: Position | None = None
@@ -232,12 +234,20 @@ class Feed:
             self.proven = Position(feed=statement.feed, seq=statement.seq, head=head)
             self._proven_at = max(self._proven_at, statement.issued_at)
         self._believe(statement.seq)
+        self._require_spoken_of()
         if statement.until.monotonic > self.fresh.monotonic:
             self.fresh = statement.until
         if self.since.complete_from is None and statement.seq >= self.since.seq:
             # One more, because whole seconds were cut off: what happened within that one may have come after the list.
             self.since = replace(self.since, complete_from=statement.issued_at + 1)
         return True
+
+    def _require_spoken_of(self) -> None:
+        """An event may be sent right before the statement that does not know it yet, but not before several."""
+        oldest = self._unproven[0].seq if self._unproven else None
+        self._passed_over = (oldest, self._passed_over[1] + 1 if self._passed_over[0] == oldest else 1)
+        if oldest is not None and self._passed_over[1] >= _PASSED_OVER:
+            raise Broken("the broker does not speak of an event that came")
 
     def _believe(self, seq: int) -> None:
         """Events up to `seq` are proven: what they refuse is refused for as long as it matters."""

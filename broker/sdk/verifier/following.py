@@ -63,7 +63,6 @@ class Follower:
         self._proofs = 0  # on this connection
         self.channel = "none"
         self.problem: str | None = None
-        self.tried = False  # both ways, once, without a proof
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="broker-verifier", daemon=True)
@@ -91,9 +90,6 @@ class Follower:
             else:
                 # Once only: while polls work, each of these interrupts them.
                 streams, streams_failed = True, _STREAMS_FAIL - 1
-                if not good:
-                    self.tried = True
-                    self._tell(self.problem)
             self._pause(failed)
 
     def _proved(self, way: Callable[[], None]) -> bool:

@@ -17,7 +17,7 @@ from broker.sdk.clock import Timing
 from broker.sdk.verifier import jose
 from broker.sdk.verifier.jose import NotReadable
 from broker.sdk.verifier.keys import Keys
-from broker.sdk.verifier.moments import BrokerTime, Until
+from broker.sdk.verifier.moments import OVER, BrokerTime, Until
 from broker.sdk.verifier.signed import UnknownKey, claims_of
 from broker.sdk.verifier.transport import Lost, Transport
 
@@ -59,7 +59,7 @@ class Lists:
         self._newest: OrderedDict[str, int] = OrderedDict()
         self._asked_at: OrderedDict[str, float] = OrderedDict()
         self.problem: str | None = None
-        self.answered_at = float("-inf")
+        self.fresh = OVER  # until when the newest of them all is
         self.reset(lock)
 
     def reset(self, lock: Any) -> None:
@@ -130,7 +130,7 @@ class Lists:
     def _keep(self, uri: str, found: StatusList) -> None:
         if found.issued_at < self._newest.get(uri, 0):
             return
-        self.problem, self.answered_at = None, found.asked_at
+        self.problem, self.fresh = None, found.fresh
         _put(self._newest, uri, found.issued_at, _MOST_TIMES)
         _put(self._kept, uri, found, _MOST_KEPT)
 

@@ -14,6 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -202,11 +203,11 @@ class Verifier:
                 outcome = self._judge(presented)
             return self._settled(presented, outcome)
         except Refused as problem:
-            refused = problem
-        # Crash reporters read the variables of every frame (INV-30).
+            refused = copy(problem)
+        # Crash reporters read the variables of every frame, and of those of the error before it (INV-30).
         del authorization, dpop
         presented = outcome = None  # type: ignore[assignment]
-        raise refused.with_traceback(None) from None
+        raise refused
 
     async def check_async(
         self,
@@ -217,16 +218,23 @@ class Verifier:
         scopes: str | Iterable[str] = (),
     ) -> Verified:
         """`check` for an event loop: what it has to wait for, it waits for elsewhere."""
-        presented = self._presented(authorization, method, url, dpop, scopes)
-        outcome = self._judge(presented)
-        for _ in range(_NEEDS):
-            if isinstance(outcome, Verified):
-                break
-            await asyncio.to_thread(outcome.fetch)
+        refused: Refused
+        try:
+            presented = self._presented(authorization, method, url, dpop, scopes)
             outcome = self._judge(presented)
-        if self._introspects:
-            return await asyncio.to_thread(self._settled, presented, outcome)
-        return self._settled(presented, outcome)
+            for _ in range(_NEEDS):
+                if isinstance(outcome, Verified):
+                    break
+                await asyncio.to_thread(outcome.fetch)
+                outcome = self._judge(presented)
+            if self._introspects:
+                return await asyncio.to_thread(self._settled, presented, outcome)
+            return self._settled(presented, outcome)
+        except Refused as problem:
+            refused = copy(problem)
+        del authorization, dpop
+        presented = outcome = None  # type: ignore[assignment]
+        raise refused
 
     def _presented(
         self,
@@ -276,6 +284,8 @@ class Verifier:
     def _judge_token(self, token: Token, presented: _Presented) -> Verified | _Need:
         with self._lock:
             now = self._time.now()
+            if self._time.behind_s:
+                raise Refused(*self._unproven())
             tokens.require_now(token, now)
             self._require_scheme(token, presented)
             if self._feed.refuses(token) or token.digest in self._revoked:
@@ -399,11 +409,11 @@ class Verifier:
             now = self._time.now()
             fresh, proven = self._feed.is_fresh(now), self._feed.proven
             left = self._feed.fresh.monotonic - now.monotonic if fresh else 0.0
-            refusals, behind = len(self._feed), self._time.behind_s
+            refusals, behind, lists = len(self._feed), self._time.behind_s, self._lists.fresh
         channel = "none"
         if fresh and self._follower is not None:
             channel = self._follower.channel
-        elif now.monotonic - self._lists.answered_at < self._bound_s or self._only_lists():
+        elif not self._closed and (not lists.is_over(now) or self._only_lists()):
             channel = "lists"
         return State(
             channel=channel,
@@ -419,9 +429,7 @@ class Verifier:
 
     def _only_lists(self) -> bool:
         """Whether there is no feed to wait for, and nothing speaks against the lists."""
-        return (not self._asks or (self._follower is not None and self._follower.tried)) and not (
-            self._lists.problem or self._time.behind_s
-        )
+        return not self._asks and not self._lists.problem and not self._time.behind_s
 
     def _problem(self) -> str | None:
         follower = self._follower
