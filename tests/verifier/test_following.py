@@ -67,6 +67,14 @@ def test_a_stream_that_is_cut_goes_on_where_it_was(broker, verifier, live):
     assert verifier.state().seq == 2
 
 
+def test_a_broker_that_is_away_for_less_than_the_bound_is_not_missed(broker, verifier, live):
+    broker.stop()
+    assert why(verifier, live) is None
+    broker.start()
+    until(lambda: verifier.state().problem is None, what="the stream")
+    assert why(verifier, live) is None
+
+
 def test_events_that_come_twice_and_comments_and_unknown_events_do_no_harm(broker, verifier, live):
     def twice(frame):
         return [b": hello\n\n", bytes(frame), bytes(frame), b"event: weather\ndata: {}\n\n", b"id: x\n\n"]

@@ -57,7 +57,7 @@ class Lists:
         self._issuer, self._bound_s = issuer, bound_s
         self._kept: OrderedDict[str, StatusList] = OrderedDict()
         self._newest: OrderedDict[str, int] = OrderedDict()
-        self._asked_at: OrderedDict[str, float] = OrderedDict()
+        self._tries: OrderedDict[str, tuple[float, float, bool]] = OrderedDict()  # asked at, done at, worked
         self.problem: str | None = None
         self.fresh = OVER  # until when the newest of them all is
         self.reset(lock)
@@ -72,26 +72,30 @@ class Lists:
         return self._kept.get(uri)
 
     def refresh(self, uri: str, *, newer_than: float = float("-inf")) -> None:
-        """Fetch a list, unless that was tried a moment ago, and later than `newer_than` by the monotonic clock.
+        """Fetch a list, unless that failed a moment ago, and later than `newer_than` by the monotonic clock.
 
         Whoever comes meanwhile waits for the same answer.
         """
         came_at = self._timing.monotonic()
         with self._fetching[hash(uri) % len(self._fetching)]:
-            last = self._asked_at.get(uri, float("-inf"))
             now = self._timing.monotonic()
-            # The first half keeps a crowd from asking one after the other, the second one from asking all the time.
-            if last >= came_at or (last > newer_than and now - last < AGAIN_AFTER_S):
+            asked_at, done_at, worked = self._tries.get(uri, (float("-inf"), float("-inf"), True))
+            # The first keeps a crowd from asking one after the other, the second one from asking all the time.
+            if asked_at > newer_than and (done_at >= came_at or (not worked and now - asked_at < AGAIN_AFTER_S)):
                 return
+            worked = self._fetch(uri, now)
             with self._lock:
-                _put(self._asked_at, uri, now, _MOST_TIMES)
-            try:
-                found = self._proven(uri, self._fetched(uri), now)
-            except (Lost, NotReadable) as problem:
-                self.problem = f"the status list cannot be used: {problem}"
-                return
-            with self._lock:
-                self._keep(uri, found)
+                _put(self._tries, uri, (now, self._timing.monotonic(), worked), _MOST_TIMES)
+
+    def _fetch(self, uri: str, now: float) -> bool:
+        try:
+            found = self._proven(uri, self._fetched(uri), now)
+        except (Lost, NotReadable) as problem:
+            self.problem = f"the status list cannot be used: {problem}"
+            return False
+        with self._lock:
+            self._keep(uri, found)
+        return True
 
     def _fetched(self, uri: str) -> str:
         body = self._transport.get(uri, accept="application/statuslist+jwt", max_bytes=MAX_SENT_BYTES)
