@@ -23,7 +23,7 @@ import httpx
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks import decided_again, load, openbao, rows, secrets
+from benchmarks import decided_again, load, openbao, rows, secrets, verifying
 from benchmarks.servers import (
     AGENTS,
     RESOURCE,
@@ -48,6 +48,7 @@ _CLOSINGS = 3
 _DEBTS = 10_000
 _DECIDED_AGAIN = 100_000
 _URGENT = 5  # of each kind
+_CHECKS = 4000  # fewer than a status list of the fake broker has places
 
 
 class Report:
@@ -207,6 +208,13 @@ def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> 
         measure_decisions(report, bench, options.seconds)
 
 
+def measure_verifier(report: Report, count: int) -> None:
+    checks = verifying.measure(count)
+    report.value("a token that was here before", checks.seen.told)
+    report.value("a new token", checks.new.told)
+    report.value("a bound token that was here, a new proof", checks.bound.told)
+
+
 def measure_secrets(report: Report, root: Path, options: argparse.Namespace) -> None:
     """One PostgreSQL is where OpenBao makes logins, and the broker's store where that is not SQLite."""
     stores = [name for name in ("SQLite", "PostgreSQL") if options.only in (None, name.lower())]
@@ -279,6 +287,8 @@ def main() -> None:
         if options.secrets:
             measure_secrets(report, root, options)
             return
+        report.title("A check in the verifier SDK, in the API's own process")
+        measure_verifier(report, _CHECKS)
         if options.only != "postgresql":
             report.title("SQLite (synchronous=FULL)")
             measure_store(report, bench_settings(root / "sqlite", f"sqlite:///{root}/sqlite/broker.db"), options)

@@ -392,8 +392,8 @@ def _means(event: Mapping[str, Any], issued: Issued) -> bool:
         event.get("all")
         or event.get("resource") == claims["aud"]
         or event.get("key") == issued.kid
-        or event.get("agent") in (claims["client_id"], *(actors or [claims["sub"]]))
-        or (actors and event.get("user") == claims["sub"])
+        or event.get("agent") in (claims["client_id"], claims["sub"], *actors)
+        or event.get("user") == claims["sub"]
     )
 
 

@@ -159,6 +159,28 @@ def test_an_event_that_does_not_say_whom_it_concerns_makes_every_status_list_too
     assert source.feed.since.complete_from == EPOCH + 4
 
 
+def test_what_may_have_been_issued_after_a_revocation_is_left_to_a_newer_list(source, clocks):
+    source.state()
+    clocks.forward(2)
+    more = {"agent": "summarizer", "issued_before": EPOCH, "unsure_after": EPOCH - 5}
+    source.feed.event(source.append("tokens", **more))
+    assert source.feed.refuses(token(issued_at=EPOCH - 5))
+    assert not source.feed.refuses(token(issued_at=EPOCH - 4))
+    assert source.feed.since.asked_after == clocks.monotonic
+
+
+@pytest.mark.parametrize("unsure_after", [EPOCH, EPOCH + 1, -1, True, "0", None])
+def test_an_unsure_time_that_is_none_makes_nothing_less_refused(source, unsure_after):
+    more = {"agent": "summarizer", "issued_before": EPOCH, "unsure_after": unsure_after}
+    source.feed.event(source.append("tokens", **more))
+    assert source.feed.refuses(token())
+
+
+def test_a_key_that_leaked_is_refused_whatever_time_its_tokens_say(source):
+    source.feed.event(source.append("tokens", key="k1", issued_before=253402300799))
+    assert source.feed.refuses(token(issued_at=253402300000))
+
+
 def test_a_statement_from_before_an_event_does_not_say_which_lists_are_complete(source):
     before = statement_of(source.claims(), source.time, bound_s=15)
     source.feed.event(source.append("lists"))

@@ -125,11 +125,15 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """`refusal` is None where it does not say whom it concerns: then only a newer status list can."""
+    """`refusal` is None where it does not say whom it concerns: then only a newer status list can.
+
+    `unsure`: it may concern tokens beyond its refusal as well, of which a newer status list knows.
+    """
 
     seq: int
     at: int
     refusal: Refusal | None
+    unsure: bool
 
 
 class Feed:
@@ -194,9 +198,9 @@ class Feed:
         self._heads[event.seq] = head
         self._heads.pop(event.seq - _HEADS_KEPT, None)
         self._unproven.append(event)
-        if event.refusal is None:
+        if event.refusal is None or event.unsure:
             self._only_newer_lists(issued_from=event.at)
-        else:
+        if event.refusal is not None:
             self._unproven_refusals.add(event.refusal, float("inf"))
         if self._waiting is not None and self._waiting.seq == event.seq:
             self._prove(self._waiting)
@@ -293,7 +297,12 @@ class Feed:
             raise Broken("an event has no number")
         # A time that is far ahead would have no list be new enough.
         latest = int(self._time.now().broker) + LEEWAY_S
-        return Event(seq=seq, at=min(_at(members.get("at")), latest), refusal=_refusal(members))
+        at, refusal = min(_at(members.get("at")), latest), _refusal(members)
+        unsure_after = members.get("unsure_after")
+        if refusal is None or type(unsure_after) is not int or not 0 <= unsure_after < refusal.issued_before:
+            return Event(seq=seq, at=at, refusal=refusal, unsure=False)
+        # What was issued later may be of after the revocation. Until then all of it was of before.
+        return Event(seq=seq, at=at, refusal=replace(refusal, issued_before=unsure_after), unsure=True)
 
 
 def _refusal(members: Mapping[str, Any]) -> Refusal | None:

@@ -112,11 +112,9 @@ def _token(token: str, payload: bytes, kid: str, key: Key, claims: Mapping[str, 
     list_uri, index = _place(claims, expected.list_prefix)
     ascii_token = token.encode("ascii")
     digest = hashlib.sha256(ascii_token).digest()
-    agents = {client_id, *(actors or (subject,))}
-    marks: list[Mark] = [("all", ""), ("resource", expected.audience), ("key", kid)]
-    marks += [("agent", agent) for agent in sorted(agents)]
-    if actors:
-        marks.append(("user", subject))
+    marks: list[Mark] = [("all", ""), ("resource", expected.audience), ("key", kid), ("user", subject)]
+    # The subject may be a user or the first agent of a chain; names of the one are never names of the other.
+    marks += [("agent", agent) for agent in sorted({client_id, subject, *actors})]
     return Token(
         digest=digest,
         ath=jose.base64url(digest),
