@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 from broker.conformance.fake_broker import AUDIENCE, SCOPE, FakeBroker
 from broker.sdk import DpopKey
@@ -36,23 +39,37 @@ class Measured:
 
 def measure(count: int) -> Measured:
     """Checks of a token that was here before, of new ones, and of a bound one with a new proof each time."""
-    broker = FakeBroker()
+    key = DpopKey.generate()
+    # Not in this process: its threads would be measured as well.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_broker, args=(theirs, key.thumbprint(), count), daemon=True)
+    process.start()
+    theirs.close()  # or the end of the process would not be the end of the pipe
     try:
-        with Verifier(broker.url, AUDIENCE, token_source="a-workload-token") as verifier:
-            verifier.check(f"Bearer {broker.issue().token}", "GET", _URL)
+        url, bound, (first, *new) = ours.recv()
+        with Verifier(url, AUDIENCE, token_source="a-workload-token") as verifier:
+            verifier.check(f"Bearer {first}", "GET", _URL)
             _until_the_feed_answers(verifier)
-            known = f"Bearer {broker.issue().token}"
-            verifier.check(known, "GET", _URL)
-            key = DpopKey.generate()
-            bound = broker.issue(bound_to=key)
-            proofs = [key.proof("GET", _URL, access_token=bound.token) for _ in range(count)]
+            proofs = [key.proof("GET", _URL, access_token=bound) for _ in range(count)]
             return Measured(
-                seen=_timed(verifier, [(known, None)] * count),
-                new=_timed(verifier, [(f"Bearer {broker.issue().token}", None) for _ in range(count)]),
-                bound=_timed(verifier, [(f"DPoP {bound.token}", proof) for proof in proofs]),
+                seen=_timed(verifier, [(f"Bearer {first}", None)] * count),
+                new=_timed(verifier, [(f"Bearer {token}", None) for token in new]),
+                bound=_timed(verifier, [(f"DPoP {bound}", proof) for proof in proofs]),
             )
     finally:
-        broker.close()
+        ours.close()
+        process.join(10)
+
+
+def _broker(pipe: Connection, thumbprint: str, count: int) -> None:
+    """A fake broker, until the other end of the pipe is closed."""
+    broker = FakeBroker()
+    bound = broker.issue(cnf={"jkt": thumbprint})
+    pipe.send((broker.url, bound.token, [broker.issue().token for _ in range(count + 1)]))
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+    broker.close()
 
 
 def _timed(verifier: Verifier, requests: Sequence[tuple[str, str | None]]) -> Checks:
