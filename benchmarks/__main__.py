@@ -25,7 +25,7 @@ import httpx
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks import decided_again, decisions, feed, load, openbao, rows, secrets
+from benchmarks import decided_again, decisions, feed, load, openbao, rows, secrets, verifying
 from benchmarks.servers import (
     AGENTS,
     LIMITS,
@@ -55,6 +55,7 @@ _STREAMS = (100, 1_000)
 _STREAMS_HELD = 5_000
 _TOLD = 20  # ends, one after the other
 _REPLAYED = 100_000
+_CHECKS = 4000  # fewer than a status list of the fake broker has places
 
 
 class Report:
@@ -248,6 +249,13 @@ def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> 
         measure_decisions(report, bench, options.seconds)
 
 
+def measure_verifier(report: Report, count: int) -> None:
+    checks = verifying.measure(count)
+    report.value("a token that was here before", checks.seen.told)
+    report.value("a new token", checks.new.told)
+    report.value("a bound token that was here, a new proof", checks.bound.told)
+
+
 def measure_secrets(report: Report, root: Path, options: argparse.Namespace) -> None:
     """One PostgreSQL is where OpenBao makes logins, and the broker's store where that is not SQLite."""
     stores = [name for name in ("SQLite", "PostgreSQL") if options.only in (None, name.lower())]
@@ -327,6 +335,8 @@ def main() -> None:
         if options.secrets:
             measure_secrets(report, root, options)
             return
+        report.title("A check in the verifier SDK, in the API's own process")
+        measure_verifier(report, _CHECKS)
         if options.only != "postgresql":
             report.title("SQLite (synchronous=FULL)")
             measure_store(report, bench_settings(root / "sqlite", f"sqlite:///{root}/sqlite/broker.db"), options)

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from benchmarks import decisions, load, openbao, secrets
+from benchmarks import decisions, load, openbao, secrets, verifying
 from benchmarks.__main__ import options_from
 from benchmarks.servers import bench_settings, broker_on, postgres, prepare
 
@@ -150,6 +150,12 @@ def test_what_the_broker_adds_is_told_beside_what_is_read_directly():
     beside = secrets.Beside(direct=figures(50, 20, 30), with_own_token=figures(40, 25, 35), ours=figures(44, 29, 42.5))
     assert beside.added == "p50 +9.0 ms   p99 +12.5 ms"
     assert beside.rate == "0.88 × its rate, 1.10 × that with a token for each"
+
+
+def test_checks_of_the_verifier_are_measured_while_the_feed_is_followed():
+    measured = verifying.measure(200)
+    for checks in (measured.seen, measured.new, measured.bound):
+        assert 0 < checks.p50 <= checks.p99
 
 
 def test_of_several_closings_the_one_in_the_middle_is_told():

@@ -21,6 +21,7 @@ _COMMANDS: Mapping[str, str] = {
     "approval": "broker.cli.approval",
     "audit": "broker.cli.audit",
     "check": "broker.cli.server",
+    "conformance": "broker.cli.conformance",
     "dev": "broker.cli.dev",
     "feed": "broker.cli.feed",
     "grant": "broker.cli.grant",

@@ -63,7 +63,7 @@ class Answer:
 
     def at(self) -> datetime:
         """When it was answered, by the broker's clock where it says so: ours may be off by more than a token's life."""
-        return _http_date(self.headers.get("Date")) or self.received_at
+        return http_date(self.headers.get("Date")) or self.received_at
 
     def json(self) -> Any:
         try:
@@ -186,7 +186,7 @@ def retry_after_s(answer: Answer) -> int | None:
     value = answer.headers.get("Retry-After", "")
     if re.fullmatch(r"[0-9]{1,9}", value):
         return int(value)
-    at = _http_date(value)
+    at = http_date(value)
     return None if at is None else max(0, int((at - answer.at()).total_seconds()))
 
 
@@ -384,7 +384,7 @@ def _member(problem: Mapping[str, Any], name: str) -> str | None:
     return printable(value) if isinstance(value, str) and value else None
 
 
-def _http_date(value: str | None) -> datetime | None:
+def http_date(value: str | None) -> datetime | None:
     if not value:
         return None
     try:

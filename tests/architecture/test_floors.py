@@ -19,7 +19,19 @@ MAY_IMPORT = {
     "web": {"domain", "services", "wiring", "telemetry", "config"},
     "scheduler": {"wiring", "services", "telemetry", "domain"},
     "samples": set(),
-    "cli": {"samples", "wiring", "services", "sdk", "scheduler", "config", "web", "domain", "telemetry"},
+    "conformance": {"sdk"},
+    "cli": {
+        "samples",
+        "wiring",
+        "services",
+        "sdk",
+        "conformance",
+        "scheduler",
+        "config",
+        "web",
+        "domain",
+        "telemetry",
+    },
     "sdk": set(),
 }
 FILES = sorted(BROKER.rglob("*.py"))
