@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,7 @@ from broker.sdk.client import answer_of, lost, token_source, turn_page
 from broker.sdk.clock import Timing
 from broker.sdk.credential import AsyncCredentialSource, Lifetime
 from broker.sdk.dpop import DpopKey
+from broker.sdk.errors import BrokerError
 from broker.sdk.exchange import (
     Answer,
     Call,
@@ -154,19 +155,7 @@ class AsyncClient:
 
         Raises Refused where they said no, and ApprovalPending when the time is over before they have said anything.
         """
-        steps = awaiting(grant_id, timeout_s, dpop, parameters, self.timing)
-        outcome: Any = None
-        try:
-            while True:
-                step = steps.send(outcome)
-                if isinstance(step, Wait):
-                    await self.timing.async_sleep(step.seconds)
-                    outcome = None
-                else:
-                    outcome = await self.send(step)
-        except StopIteration as done:
-            collected: tuple[Grant, Credential] = done.value
-        return collected
+        return await self.drive(awaiting(grant_id, timeout_s, dpop, parameters, self.timing))
 
     def credential(
         self,
@@ -213,6 +202,25 @@ class AsyncClient:
         other._owns_http = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
+
+    async def drive(self, steps: Generator[Call[Any] | Wait, Any, T]) -> T:
+        """Do several calls in turn, each with what came of the last, and wait between them as they say."""
+        outcome: Any = None
+        error: BrokerError | None = None
+        try:
+            while True:
+                step = steps.send(outcome) if error is None else steps.throw(error)
+                outcome, error = None, None
+                if isinstance(step, Wait):
+                    await self.timing.async_sleep(step.seconds)
+                    continue
+                try:
+                    outcome = await self.send(step)
+                except BrokerError as problem:
+                    error = problem
+        except StopIteration as done:
+            result: T = done.value
+        return result
 
     async def send(self, call: Call[T]) -> T:
         """Do one call; the verbs above are made of it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -21,7 +21,7 @@ from broker.sdk import calls
 from broker.sdk.clock import Timing
 from broker.sdk.credential import CredentialSource, Lifetime
 from broker.sdk.dpop import DpopKey
-from broker.sdk.errors import no_token, not_the_broker
+from broker.sdk.errors import BrokerError, no_token, not_the_broker
 from broker.sdk.exchange import (
     Answer,
     Call,
@@ -172,19 +172,7 @@ class Client:
 
         Raises Refused where they said no, and ApprovalPending when the time is over before they have said anything.
         """
-        steps = awaiting(grant_id, timeout_s, dpop, parameters, self.timing)
-        outcome: Any = None
-        try:
-            while True:
-                step = steps.send(outcome)
-                if isinstance(step, Wait):
-                    self.timing.sleep(step.seconds)
-                    outcome = None
-                else:
-                    outcome = self.send(step)
-        except StopIteration as done:
-            collected: tuple[Grant, Credential] = done.value
-        return collected
+        return self.drive(awaiting(grant_id, timeout_s, dpop, parameters, self.timing))
 
     def credential(
         self,
@@ -234,6 +222,25 @@ class Client:
         other._owns_http = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
+
+    def drive(self, steps: Generator[Call[Any] | Wait, Any, T]) -> T:
+        """Do several calls in turn, each with what came of the last, and wait between them as they say."""
+        outcome: Any = None
+        error: BrokerError | None = None
+        try:
+            while True:
+                step = steps.send(outcome) if error is None else steps.throw(error)
+                outcome, error = None, None
+                if isinstance(step, Wait):
+                    self.timing.sleep(step.seconds)
+                    continue
+                try:
+                    outcome = self.send(step)
+                except BrokerError as problem:
+                    error = problem
+        except StopIteration as done:
+            result: T = done.value
+        return result
 
     def send(self, call: Call[T]) -> T:
         """Do one call; the verbs above are made of it."""

@@ -37,8 +37,10 @@ from broker.sdk.errors import (
     invalid,
     printable,
 )
-from broker.sdk.exchange import Call
-from broker.sdk.values import Credential, Grant, Receipt
+from broker.sdk.exchange import Call, Wait
+from broker.sdk.finishing import to_its_end
+from broker.sdk.values import Approval, Credential, Grant, Receipt
+from broker.sdk.waiting import deciding
 
 if TYPE_CHECKING:
     from broker.sdk.aio import AsyncClient
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 _FINAL = (Refused, Conflict, NotFound)
 # After these there is no grant to give back; after anything else there may be one.
 _NOTHING_MADE = (Refused, Conflict, NotFound, Invalid)
+# Whoever leaves does not wait long for a broker that is away: the credential is short-lived, too.
+_GONE_WITHIN_S = 5.0
 
 
 class Need(enum.Enum):
@@ -98,6 +102,7 @@ class Lifetime:
         self._unanswered = False
         self._ended: BrokerError | None = None
         self._replaced: list[Replaced] = []
+        self._awaited: str | None = None  # a grant that is being collected, until its credential is here
 
     def need(self) -> Need:
         """What is to be done before the credential is used now. Raises once the broker has said no, or after close."""
@@ -129,7 +134,7 @@ class Lifetime:
         """The request whose answer was lost, to be sent once more before we go: it may have made a grant."""
         if not self._unanswered or self._key is None:
             return None
-        return replace(self._request(self._key), repeatable=False)
+        return replace(self._request(self._key), repeatable=False, within_s=_GONE_WITHIN_S)
 
     def _request(self, idempotency_key: str) -> Call[tuple[Grant, Credential]]:
         return calls.request_grant(
@@ -144,11 +149,46 @@ class Lifetime:
             idempotency_key=idempotency_key,
         )
 
+    def due_in_s(self) -> float:
+        """How long there is nothing to do; raises as `need` does."""
+        if self.need() is not Need.NOTHING:
+            return 0.0
+        due_at = min([self._renew_at, *(old.due_at for old in self._replaced)])
+        return (due_at - self._timing.now()).total_seconds()
+
     def collecting(self, error: ApprovalPending) -> Call[tuple[Grant, Credential]] | None:
         """The call that collects what people said yes to; None while they have not."""
         if error.grant_id is None or error.approval.get("state") != "approved":
             return None
+        self._awaited = error.grant_id
         return calls.collect_grant(error.grant_id, self.dpop, parameters=self._parameters)
+
+    def awaiting(
+        self, error: ApprovalPending, timeout_s: float, progress: Callable[[Approval], None] | None
+    ) -> Generator[Call[Any] | Wait, Any, tuple[Grant, Credential]]:
+        """Wait for the people whom `error` says are asked; who is interrupted meanwhile takes the request back."""
+        if error.grant_id is None:
+            raise error
+        self._require_open()
+        self._awaited = error.grant_id
+        approval_id = error.approval.get("id")
+        try:
+            yield from deciding(
+                error.grant_id,
+                timeout_s,
+                self._timing,
+                approval_id=approval_id if isinstance(approval_id, str) else None,
+                progress=progress,
+            )
+            self._asked_at = self._timing.now()
+            collected: tuple[Grant, Credential] = yield calls.collect_grant(
+                error.grant_id, self.dpop, parameters=self._parameters
+            )
+        except (ApprovalPending, *_FINAL):
+            # Nobody has decided yet, and asking again joins what waits; or they said no, and nothing was made.
+            self._awaited = None
+            raise
+        return collected
 
     def got(self, grant: Grant, credential: Credential) -> None:
         if self._asked_at is None:
@@ -159,7 +199,7 @@ class Lifetime:
             self._replaced.append(Replaced(grant=self.grant, due_at=due_at, dead_at=self._dead_at))
         # Counted from before we asked, and by what the broker's clock said was left: late is the error not to make.
         life_s = credential.life_s
-        self.grant, self.credential, self._key, self._unanswered = grant, credential, None, False
+        self.grant, self.credential, self._key, self._unanswered, self._awaited = grant, credential, None, False, None
         # The way to the resource takes time too, and at `expires_at` it is over.
         self._dead_at = self._asked_at + timedelta(seconds=life_s - min(2.0, life_s / 10))
         renew_after_s = life_s * 2 / 3 * (1 - 0.1 * self._timing.chance())
@@ -173,6 +213,8 @@ class Lifetime:
         self.failures += 1
         self._failure = copy.copy(error)
         final = isinstance(error, _FINAL)
+        if final:
+            self._awaited = None
         if self._key is not None:
             if not isinstance(error, Unreachable):
                 self._unanswered = False
@@ -206,14 +248,16 @@ class Lifetime:
         if later < old.dead_at:
             self._replaced.append(replace(old, due_at=later))
 
-    def close(self) -> tuple[list[Grant], Call[tuple[Grant, Credential]] | None]:
-        """No more use; what there is to hand back, the current one last, and the request that may have made another."""
+    def close(self) -> tuple[list[str], Call[tuple[Grant, Credential]] | None]:
+        """No more use; the grants to hand back, the current one last, and the request that may have made another."""
         now, unanswered = self._timing.now(), self.unanswered()
-        grants = [old.grant for old in self._replaced if now < old.dead_at]
+        grants = [old.grant.id for old in self._replaced if now < old.dead_at]
+        if self._awaited is not None:
+            grants.append(self._awaited)
         # One that was asked for anew because the last had died leaves nothing of the last.
         if self.grant is not None and (unanswered is None or now < self._dead_at):
-            grants.append(self.grant)
-        self.closed, self.credential, self._replaced = True, None, []
+            grants.append(self.grant.id)
+        self.closed, self.credential, self._replaced, self._awaited = True, None, [], None
         return grants, unanswered
 
     def share_failure(self, since: int) -> None:
@@ -287,6 +331,25 @@ class CredentialSource:
                 raise
         return self._client.send(collecting)
 
+    def wait(self, timeout_s: float, progress: Callable[[Approval], None] | None = None) -> Credential:
+        """The credential, waiting for people where they are asked first; `progress` is told how they stand.
+
+        Raises Refused where they said no, and ApprovalPending when the time is over before they have said anything:
+        asking again joins the request that waits. Who is interrupted meanwhile takes it back by leaving the block.
+        """
+        try:
+            return self.credential()
+        except ApprovalPending as pending:
+            waiting = self._lifetime.awaiting(pending, timeout_s, progress)
+        collected = self._client.drive(waiting)
+        with self._lock:
+            self._lifetime.got(*collected)
+            return self._lifetime.live()
+
+    def due_in_s(self) -> float:
+        """When `credential` has something to do next, in seconds: for those who renew without being asked."""
+        return self._lifetime.due_in_s()
+
     def _tidy(self) -> None:
         for old in self._lifetime.due():
             try:
@@ -315,14 +378,16 @@ class CredentialSource:
         receipt, problems = None, list[BrokerError]()
         if unanswered is not None:
             try:
-                grants.append(self._client.send(unanswered)[0])
+                grants.append(self._client.send(unanswered)[0].id)
             except _NOTHING_MADE:
                 pass
+            except ApprovalPending as pending:
+                grants += [pending.grant_id] if pending.grant_id else []
             except BrokerError as problem:
                 problems.append(problem)
-        for grant in grants:
+        for grant_id in grants:
             try:
-                receipt = self._client.revoke_grant(grant.id, reason)
+                receipt = self._client.send(going(grant_id, reason))
             except BrokerError as problem:
                 problems.append(problem)
         if problems:
@@ -398,6 +463,21 @@ class AsyncCredentialSource:
                 raise
         return await self._client.send(collecting)
 
+    async def wait(self, timeout_s: float, progress: Callable[[Approval], None] | None = None) -> Credential:
+        """The credential, waiting for people where they are asked first; `progress` is told how they stand."""
+        try:
+            return await self.credential()
+        except ApprovalPending as pending:
+            waiting = self._lifetime.awaiting(pending, timeout_s, progress)
+        collected = await self._client.drive(waiting)
+        async with self._lock:
+            self._lifetime.got(*collected)
+            return self._lifetime.live()
+
+    def due_in_s(self) -> float:
+        """When `credential` has something to do next, in seconds: for those who renew without being asked."""
+        return self._lifetime.due_in_s()
+
     async def _tidy(self) -> None:
         for old in self._lifetime.due():
             try:
@@ -418,14 +498,16 @@ class AsyncCredentialSource:
         receipt, problems = None, list[BrokerError]()
         if unanswered is not None:
             try:
-                grants.append((await self._client.send(unanswered))[0])
+                grants.append((await self._client.send(unanswered))[0].id)
             except _NOTHING_MADE:
                 pass
+            except ApprovalPending as pending:
+                grants += [pending.grant_id] if pending.grant_id else []
             except BrokerError as problem:
                 problems.append(problem)
-        for grant in grants:
+        for grant_id in grants:
             try:
-                receipt = await self._client.revoke_grant(grant.id, reason)
+                receipt = await self._client.send(going(grant_id, reason))
             except BrokerError as problem:
                 problems.append(problem)
         if problems:
@@ -439,8 +521,7 @@ class AsyncCredentialSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            # Shielded: a task that is cancelled hands its credential back all the same.
-            await asyncio.shield(asyncio.ensure_future(self.close()))
+            await to_its_end(self.close())
         except BrokerError as problem:
             if error is None:
                 raise
@@ -488,6 +569,11 @@ class AsyncSourceAuth(httpx.Auth):
         nonce = nonce_asked(response, dpop)
         if nonce is not None:
             yield present(request, await self._source.credential(), dpop, nonce)
+
+
+def going(grant_id: str, reason: str | None) -> Call[Receipt]:
+    """Handing back at the end."""
+    return replace(calls.revoke_grant(grant_id, reason), within_s=_GONE_WITHIN_S)
 
 
 def handing_back(old: Replaced) -> Call[Receipt]:

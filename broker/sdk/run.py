@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from broker.sdk import calls
 from broker.sdk.errors import BrokerError, Conflict, NotFound, Refused
 from broker.sdk.exchange import Call
+from broker.sdk.finishing import to_its_end
 from broker.sdk.values import Receipt, Task
 
 if TYPE_CHECKING:
@@ -75,13 +76,12 @@ async def async_running(client: AsyncClient, opening: Call[Task]) -> AsyncIterat
         except BaseException as error:
             run.ending = True
             try:
-                # Shielded: who cancels twice still gets the task ended.
-                run.receipt = await asyncio.shield(asyncio.ensure_future(client.send(ending(run.id, error))))
+                run.receipt = await to_its_end(client.send(ending(run.id, error)))
             except BrokerError as problem:
                 error.add_note(_not_ended(run.id, problem))
             raise
         run.ending = True
-        run.receipt = await client.send(calls.complete_task(run.id))
+        run.receipt = await to_its_end(client.send(calls.complete_task(run.id)))
 
 
 def ending(task_id: str, error: BaseException) -> Call[Receipt]:
