@@ -13,9 +13,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import httpx
 
 from broker.sdk import calls
-from broker.sdk.client import answer_of, lost, token_source, turn_page
+from broker.sdk.async_credential import AsyncCredentialSource
+from broker.sdk.async_run import AsyncRunningTask, async_running
+from broker.sdk.client import answer_of, lost, token_source, trusted, turn_page
 from broker.sdk.clock import Timing
-from broker.sdk.credential import AsyncCredentialSource, Lifetime
+from broker.sdk.credential import Lifetime
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import BrokerError
 from broker.sdk.exchange import (
@@ -31,7 +33,6 @@ from broker.sdk.exchange import (
     origin_of,
     require_traceparent,
 )
-from broker.sdk.run import RunningTask, async_running
 from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import awaiting
 
@@ -94,7 +95,8 @@ class AsyncClient:
         )
         self._identify = token_source(token, token_file)
         self._owns_http = http is None
-        self._http = httpx.AsyncClient(trust_env=False, follow_redirects=False) if http is None else http
+        verify = trusted(self._endpoint.origin)
+        self._http = httpx.AsyncClient(trust_env=False, follow_redirects=False, verify=verify) if http is None else http
 
     @property
     def url(self) -> str:
@@ -191,7 +193,7 @@ class AsyncClient:
         heartbeat_s: int | None = None,
         resources: Mapping[str, Iterable[str]] | None = None,
         labels: Mapping[str, str] | None = None,
-    ) -> contextlib.AbstractAsyncContextManager[RunningTask]:
+    ) -> contextlib.AbstractAsyncContextManager[AsyncRunningTask]:
         """A task for the length of an `async with` block, kept alive meanwhile, and ended as the block ends."""
         return async_running(self, calls.open_task(purpose, agents, deadline_s, heartbeat_s, resources, labels))
 

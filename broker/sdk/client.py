@@ -7,6 +7,7 @@ broker's origin and nowhere else: no redirect is followed, and no proxy or netrc
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -111,7 +112,8 @@ class Client:
         )
         self._identify = token_source(token, token_file)
         self._owns_http = http is None
-        self._http = httpx.Client(trust_env=False, follow_redirects=False) if http is None else http
+        verify = trusted(self._endpoint.origin)
+        self._http = httpx.Client(trust_env=False, follow_redirects=False, verify=verify) if http is None else http
 
     @property
     def url(self) -> str:
@@ -296,6 +298,11 @@ def token_source(token: str | Callable[[], str] | None, token_file: Path | None)
         return lambda: workload_token(ask(), "what the token function gave")
     fixed = workload_token(token or "", "the workload token")
     return lambda: fixed
+
+
+def trusted(origin: str) -> ssl.SSLContext | bool:
+    """Whose certificates are taken. On loopback without TLS nobody's, which loads in no time."""
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if origin.startswith("http:") else True
 
 
 def lost(problem: httpx.RequestError) -> Lost:
