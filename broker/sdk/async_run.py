@@ -13,7 +13,7 @@ from broker.sdk.errors import BrokerError
 from broker.sdk.exchange import Call
 from broker.sdk.finishing import to_its_end
 from broker.sdk.run import BEATS_PER_PERIOD, TASK_IS_GONE, Running, beat, ending, not_ended, note_loss
-from broker.sdk.values import Task
+from broker.sdk.values import Receipt, Task
 
 if TYPE_CHECKING:
     from broker.sdk.aio import AsyncClient
@@ -69,7 +69,7 @@ async def async_running(client: AsyncClient, opening: Call[Task]) -> AsyncIterat
         except BaseException as error:
             run.ending = True
             try:
-                run.receipt = await to_its_end(client.send(ending(run.id, error)))
+                await to_its_end(_end(client, run, ending(run.id, error)))
             except BrokerError as problem:
                 error.add_note(not_ended(run.id, problem))
             finally:
@@ -77,9 +77,13 @@ async def async_running(client: AsyncClient, opening: Call[Task]) -> AsyncIterat
             raise
         run.ending = True
         try:
-            run.receipt = await to_its_end(client.send(calls.complete_task(run.id)))
+            await to_its_end(_end(client, run, calls.complete_task(run.id)))
         finally:
             await run.lapse()
+
+
+async def _end(client: AsyncClient, run: AsyncRunningTask, ending: Call[Receipt]) -> None:
+    run.receipt = await client.send(ending)
 
 
 @contextlib.asynccontextmanager

@@ -7,6 +7,7 @@ answers 401: both are refusals before any effect. A body that can be sent only o
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,36 +22,73 @@ if TYPE_CHECKING:
     from broker.sdk.credential import CredentialSource
 
 _PASSING = (Unreachable, Limited)
+_NONCE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,1024}")  # RFC 9449 section 8.1
 
 
-class SourceAuth(httpx.Auth):
-    def __init__(self, source: CredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
-        self._source = source
+class _Nonces:
+    """The last nonce of each server, which it wants in the next proof (RFC 9449 section 8.2)."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str, int | None], str] = {}
+
+    def of(self, url: httpx.URL) -> str | None:
+        return self._last.get(_origin(url))
+
+    def heed(self, url: httpx.URL, status: int, headers: Mapping[str, str]) -> bool:
+        """Keep the nonce of an answer; whether it was a refusal for want of this one."""
+        nonce = headers.get("DPoP-Nonce", "")
+        if not _NONCE.fullmatch(nonce):
+            return False
+        is_new, self._last[_origin(url)] = self.of(url) != nonce, nonce
+        return is_new and status == 401 and "use_dpop_nonce" in headers.get("WWW-Authenticate", "")
+
+
+class _Auth:
+    """What both flows of httpx know."""
+
+    def __init__(self, allows: Callable[[httpx.URL], bool]) -> None:
         self._allows = allows
+        self._nonces = _Nonces()
+
+    def _present(self, request: httpx.Request, credential: Credential, dpop: DpopKey | None) -> httpx.Request:
+        nonce = self._nonces.of(request.url)
+        request.headers.update(headers_for(request.method, str(request.url), credential, dpop, nonce))
+        return request
+
+    def _wants_nonce(self, request: httpx.Request, response: httpx.Response, dpop: DpopKey | None) -> bool:
+        if dpop is None or not self._allows(response.url):
+            return False
+        asked = self._nonces.heed(response.url, response.status_code, response.headers)
+        return asked and _may_be_sent_again(request, response)
+
+
+class SourceAuth(_Auth, httpx.Auth):
+    def __init__(self, source: CredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
+        super().__init__(allows)
+        self._source = source
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         if not self._allows(request.url):
             yield request
             return
         dpop, credential = self._source.dpop, self._source.credential()
-        response = yield present(request, credential, dpop)
-        nonce = nonce_asked(response.status_code, response.headers, dpop)
-        if nonce is not None and _is_repeatable(request):
-            response = yield present(request, self._source.credential(), dpop, nonce)
-        if response.status_code == 401 and _is_repeatable(request):
+        response = yield self._present(request, credential, dpop)
+        if self._wants_nonce(request, response, dpop):
+            response = yield self._present(request, credential, dpop)
+        if response.status_code == 401 and _may_be_sent_again(request, response):
             another = _another(self._source, credential)
             if another is not None:
-                yield present(request, another, dpop, nonce)
+                yield self._present(request, another, dpop)
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         raise TypeError("this source blocks: use the AsyncClient's credential() with httpx.AsyncClient")
         yield request
 
 
-class AsyncSourceAuth(httpx.Auth):
+class AsyncSourceAuth(_Auth, httpx.Auth):
     def __init__(self, source: AsyncCredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
+        super().__init__(allows)
         self._source = source
-        self._allows = allows
 
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         raise TypeError("this source is for asyncio: use the Client's credential() with httpx.Client")
@@ -61,17 +99,16 @@ class AsyncSourceAuth(httpx.Auth):
             yield request
             return
         dpop, credential = self._source.dpop, await self._source.credential()
-        response = yield present(request, credential, dpop)
-        nonce = nonce_asked(response.status_code, response.headers, dpop)
-        if nonce is not None and _is_repeatable(request):
-            response = yield present(request, await self._source.credential(), dpop, nonce)
-        if response.status_code == 401 and _is_repeatable(request):
+        response = yield self._present(request, credential, dpop)
+        if self._wants_nonce(request, response, dpop):
+            response = yield self._present(request, credential, dpop)
+        if response.status_code == 401 and _may_be_sent_again(request, response):
             try:
                 another = await self._source.another(credential)
             except _PASSING:
                 return
             if another is not None:
-                yield present(request, another, dpop, nonce)
+                yield self._present(request, another, dpop)
 
 
 class RequestsAuth:
@@ -80,11 +117,13 @@ class RequestsAuth:
     def __init__(self, source: CredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
         self._source = source
         self._allows = allows
+        self._nonces = _Nonces()
 
     def __call__(self, request: Any) -> Any:
-        if self._may_have_it(request):
-            self._present(request, self._source.credential())
-        # Also where it may not: a redirect keeps the hook, and may lead to where it may.
+        url = self._where(request)
+        if url is not None:
+            self._present(request, url, self._source.credential())
+        # Also where it may not go: a redirect keeps the hook, and may lead to where it may.
         request.register_hook("response", self._answered)
         return request
 
@@ -95,39 +134,47 @@ class RequestsAuth:
             for header in ("Authorization", "DPoP"):
                 request.headers.pop(header, None)
             return response
-        if response.status_code != 401 or not self._may_have_it(request):
+        url = self._where(request)
+        if url is None:
             return response
-        if not (request.body is None or isinstance(request.body, str | bytes)):
+        wants_nonce = self._nonces.heed(url, response.status_code, response.headers)
+        if response.status_code != 401 or not (request.body is None or isinstance(request.body, str | bytes)):
             return response
-        shown, nonce = _shown(request), nonce_asked(response.status_code, response.headers, self._source.dpop)
-        current = self._source.credential()
-        if nonce is not None or shown != current.reveal():
-            # A nonce is wanted, or a redirect led here without it.
-            response = self._again(response, current, nonce, how)
-        if response.status_code == 401:
-            another = _another(self._source, current)
-            if another is not None:
-                response = self._again(response, another, nonce, how)
+        try:
+            current = self._source.credential()
+            # A nonce is wanted, or a redirect led here without any.
+            if (wants_nonce and self._source.dpop is not None) or "Authorization" not in request.headers:
+                response = self._again(response, url, current, how)
+                self._nonces.heed(url, response.status_code, response.headers)
+            if response.status_code == 401 and (another := _another(self._source, current)) is not None:
+                response = self._again(response, url, another, how)
+        except BaseException:
+            # Nobody else has it in hand, and it holds a connection.
+            response.close()
+            raise
         return response
 
-    def _again(self, response: Any, credential: Credential, nonce: str | None, how: Mapping[str, Any]) -> Any:
+    def _again(self, response: Any, url: httpx.URL, credential: Credential, how: Mapping[str, Any]) -> Any:
         # Read to its end, so that its connection is free for what comes now.
         response.content  # noqa: B018
         response.close()
         request = response.request.copy()
-        self._present(request, credential, nonce)
+        self._present(request, url, credential)
         answered = response.connection.send(request, **how)
         answered.history.append(response)
         answered.request = request
         return answered
 
-    def _may_have_it(self, request: Any) -> bool:
+    def _where(self, request: Any) -> httpx.URL | None:
+        """Where it goes, if the credential may go there."""
         try:
-            return self._allows(httpx.URL(request.url))
+            url = httpx.URL(request.url)
         except httpx.InvalidURL:
-            return False
+            return None
+        return url if self._allows(url) else None
 
-    def _present(self, request: Any, credential: Credential, nonce: str | None = None) -> None:
+    def _present(self, request: Any, url: httpx.URL, credential: Credential) -> None:
+        nonce = self._nonces.of(url)
         request.headers.update(headers_for(request.method, request.url, credential, self._source.dpop, nonce))
 
 
@@ -139,13 +186,9 @@ def _another(source: CredentialSource, refused: Credential) -> Credential | None
         return None
 
 
-def _is_repeatable(request: httpx.Request) -> bool:
-    return isinstance(request.stream, httpx.ByteStream)
-
-
-def _shown(request: Any) -> str:
-    value: str = request.headers.get("Authorization", "")
-    return value.partition(" ")[2]
+def _may_be_sent_again(request: httpx.Request, response: httpx.Response) -> bool:
+    """Whether it was this request that was refused, not one that a redirect made of it, and its body is still there."""
+    return response.url == request.url and isinstance(request.stream, httpx.ByteStream)
 
 
 def headers_for(
@@ -156,21 +199,6 @@ def headers_for(
         return {"Authorization": f"Bearer {credential.reveal()}"}
     proof = dpop.proof(method, url, access_token=credential.reveal(), nonce=nonce)
     return {"Authorization": f"DPoP {credential.reveal()}", "DPoP": proof}
-
-
-def present(
-    request: httpx.Request, credential: Credential, dpop: DpopKey | None, nonce: str | None = None
-) -> httpx.Request:
-    """The request with the credential on it."""
-    request.headers.update(headers_for(request.method, str(request.url), credential, dpop, nonce))
-    return request
-
-
-def nonce_asked(status: int, headers: Mapping[str, str], dpop: DpopKey | None) -> str | None:
-    """The nonce a resource wants in the proof (RFC 9449 section 9), where that is why it refused."""
-    if dpop is None or status != 401 or "use_dpop_nonce" not in headers.get("WWW-Authenticate", ""):
-        return None
-    return headers.get("DPoP-Nonce")
 
 
 def destination(resource: str, origins: tuple[str, ...]) -> Callable[[httpx.URL], bool]:
