@@ -76,7 +76,7 @@ def kubernetes(source: CredentialSource, /, *, member: str | None, exec_info: st
 
     \b
     kubectl config set-credentials agent --exec-api-version client.authentication.k8s.io/v1 \\
-        --exec-interactive-mode Never --exec-command broker --exec-arg helper --exec-arg kubernetes \\
+        --exec-interactive-mode Never --exec-command=broker --exec-arg helper --exec-arg kubernetes \\
         --exec-arg=--resource --exec-arg https://cluster.example --exec-arg=--scope --exec-arg pods:read
     BROKER_TASK="$TASK" kubectl --user agent get pods
     """
