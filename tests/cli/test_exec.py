@@ -1,6 +1,7 @@
 """`broker exec` with real programs: what they are given, what they are told, and what is left of it afterwards."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -69,11 +71,6 @@ def grants(run, task):
 
 def shell(script):
     return ("--", "sh", "-c", script)
-
-
-def left_behind():
-    places = [Path(f"/run/user/{os.getuid()}"), Path("/dev/shm")]
-    return {path for place in places if place.is_dir() for path in place.glob("broker-exec-*")}
 
 
 # --- What it is given ------------------------------------------------------------------------------------------------
@@ -209,29 +206,48 @@ def test_a_program_that_will_not_stop_keeps_its_credential_until_it_does(started
     assert grants() == ["revoked"]
 
 
-def test_an_interrupt_at_a_terminal_reaches_the_program_once(started):
-    """The terminal tells both of us; passed on as well, it would count twice."""
+def at_a_terminal():
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+# Says each signal that it gets, and ends with the last of them.
+_LISTENING = """
+import os, signal, sys
+told = {signal.SIGINT, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, told)
+if sys.argv[1] == "apart":
+    os.setpgid(0, 0)
+print("ready", flush=True)
+while (number := signal.sigwait(told)) != signal.SIGUSR1:
+    print(number.name, flush=True)
+print("over", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("where", "times"), [("with us", 1), ("apart", 0)])
+def test_what_a_terminal_says_is_the_terminals_to_say(started, where, times):
+    """It tells both of us; passed on as well, an interrupt would count twice. One that left us shows what is passed."""
     controller, terminal = pty.openpty()
-    script = 'n=0; trap "n=\\$((n+1))" INT; echo ready; read x; read x; echo "told $n"'
-    made = started(
-        "--env", "T", *shell(script), stdin=terminal, stdout=terminal, stderr=terminal,
-        preexec_fn=lambda: (os.setsid(), __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0)),
-    )  # fmt: skip
+    ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    made = started("--env", "T", "--", sys.executable, "-c", _LISTENING, where, preexec_fn=at_a_terminal, **ends)
     os.close(terminal)
     seen = b""
 
-    def said(text):
+    def until_said(text):
         nonlocal seen
         while text not in seen:
             seen += os.read(controller, 1024)
 
-    said(b"ready")
+    until_said(b"ready")
     os.write(controller, b"\x03")
-    said(b"^C")
-    os.write(controller, b"\n\n\n")
-    said(b"told 1")
+    until_said(b"SIGINT" if times else b"^C")
+    # Signals are taken lowest number first: what is passed on of the interrupt comes before this.
+    made.send_signal(signal.SIGUSR1)
+    until_said(b"over")
     assert made.wait(60) == 0
     os.close(controller)
+    assert seen.count(b"SIGINT") == times
 
 
 def test_nohup_stays_nohup(started):

@@ -1,4 +1,4 @@
-"""`broker exec --as postgres` with a real psql: it logs in with what the broker gave, each time with the login of now."""
+"""`broker exec --as postgres` with a real psql: each time it logs in with the login of now."""
 
 import subprocess
 from pathlib import Path
@@ -12,7 +12,6 @@ from tests.processes import BROKER, PATIENCE_S, until
 _SCRIPT = """
 ask() { "$PSQL" -h "$PGHOST" -d "$PGDATABASE" -AtX -c "SELECT current_user"; }
 ask
-first=$(ask)
 echo "waiting"; read go
 ask
 echo "$PGUSER"
