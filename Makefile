@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OPENBAO := $(VENV)/.openbao
+PROGRAMS := $(VENV)/.programs
 IMAGE  ?= agent-credential-broker
 
 .DEFAULT_GOAL := help
@@ -30,7 +31,12 @@ check: $(STAMP) ## lint, format and types; warnings are errors
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(STAMP) $(OPENBAO) ## the whole suite
+$(PROGRAMS): $(STAMP) requirements-programs.lock
+	@echo "installing the programs that credentials are for (once, 75 MB) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-programs.lock
+	@touch $(PROGRAMS)
+
+test: $(STAMP) $(OPENBAO) $(PROGRAMS) ## the whole suite
 	$(BIN)/pytest -n auto
 	@$(MAKE) --no-print-directory crash
 
@@ -72,6 +78,7 @@ lock: ## pin dependencies anew, with hashes (needs uv)
 	uv pip compile pyproject.toml --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --output-file requirements.lock
 	uv pip compile pyproject.toml --group dev --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --output-file requirements-dev.lock
 	uv pip compile --group openbao --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --output-file requirements-openbao.lock
+	uv pip compile --group programs --generate-hashes --no-header --no-emit-index-url --python-version 3.11 --universal --quiet --constraint requirements-dev.lock --output-file requirements-programs.lock
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

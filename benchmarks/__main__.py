@@ -25,7 +25,7 @@ import httpx
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks import decided_again, decisions, feed, load, openbao, rows, secrets, verifying
+from benchmarks import client, decided_again, decisions, feed, load, openbao, rows, secrets, verifying
 from benchmarks.servers import (
     AGENTS,
     LIMITS,
@@ -130,6 +130,10 @@ def measure_http(report: Report, bench: Bench, seconds: float, *, quick: bool) -
         ]
         load.run(bench.port, looks, count=1000)
         report.rate("introspection, 32 connections", load.run(bench.port, looks, seconds=seconds))
+        if on_sqlite(bench):
+            task = open_task(bench, ["agent-0"])
+            start = client.measure_start(bench.settings.issuer, bench.token("agent-0"), task, RESOURCE)
+            report.value("SDK, from its import to a first credential", start.told)
         # The worker is the same on both stores, and on the quicker one it is known sooner.
         if not quick and on_sqlite(bench):
             made = figures.requests

@@ -9,9 +9,9 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from benchmarks import decisions, load, openbao, secrets, verifying
-from benchmarks.__main__ import options_from
-from benchmarks.servers import bench_settings, broker_on, postgres, prepare
+from benchmarks import client, decisions, load, openbao, secrets, verifying
+from benchmarks.__main__ import open_task, options_from
+from benchmarks.servers import RESOURCE, bench_settings, broker_on, postgres, prepare
 
 
 @pytest.fixture
@@ -161,6 +161,20 @@ def test_checks_of_the_verifier_are_measured_while_the_feed_is_followed():
 def test_of_several_closings_the_one_in_the_middle_is_told():
     rounds = [secrets.Closed(count=2, authority_ended=0.1, answered=1, dead=dead, theirs=2) for dead in (2.2, 4.0, 1.8)]
     assert secrets.median_of(rounds).ratio == pytest.approx(1.1)
+
+
+def test_the_start_of_a_program_is_measured_with_real_credentials(directory):
+    bench = bench_settings(directory / "sqlite", f"sqlite:///{directory}/broker.db")
+    prepare(bench)
+    with broker_on(bench):
+        task = open_task(bench, ["agent-0"])
+        start = client.measure_start(bench.settings.issuer, bench.token("agent-0"), task, RESOURCE, starts=2)
+        assert 0 < start.loading < start.beyond
+        assert start.least <= start.beyond
+        with pytest.raises(SystemExit, match="a program with the SDK failed"):
+            client.measure_start(bench.settings.issuer, "no.token.atall", task, RESOURCE, starts=1)
+    told = client.Start(loading=0.03, beyond=0.0449, least=0.04).told
+    assert told == "45 ms beyond the way (the best 40 ms), 30 ms of it loading"
 
 
 def test_a_peer_is_not_measured_beside_another_store(capsys):

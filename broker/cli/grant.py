@@ -20,8 +20,8 @@ from broker.domain.clock import rfc3339
 from broker.domain.lifecycle import GrantState
 from broker.sdk import Client, Credential, DpopKey, Grant, calls
 
-_LONGEST_TTL_S = 86_400
-_LONGEST_WAIT_S = 86_400
+LONGEST_TTL_S = 86_400
+LONGEST_WAIT_S = 86_400
 _LONGEST_PARAMETER = 16_384
 
 
@@ -31,7 +31,7 @@ def grant() -> None:
 
 
 def _issuing(command: Callable[..., Any]) -> Callable[..., Any]:
-    ttl = click.option("--ttl", "ttl_s", type=Duration(1, _LONGEST_TTL_S), help="How long it is needed, like 5m.")
+    ttl = click.option("--ttl", "ttl_s", type=Duration(1, LONGEST_TTL_S), help="How long it is needed, like 5m.")
     return ttl(_handing_out(command))
 
 
@@ -86,15 +86,13 @@ def request(
     broker grant request --task "$TASK" --resource urn:mtls:agents --scope connect --param csr=@request.pem
     broker grant request --task "$TASK" --parent grt_0198… --resource https://crm.example/api --scope contacts:read
     """
-    sent = _values_of(parameters)
+    sent = values_of(parameters)
     _show_issued(*broker.request_grant(dpop=_dpop_key(dpop_key), parameters=sent, **asked), token_only=token_only)
 
 
 @grant.command()
 @click.argument("grant_id")
-@click.option(
-    "--wait", "wait_s", type=Duration(1, _LONGEST_WAIT_S), help="Wait so long for people to decide, like 15m."
-)
+@click.option("--wait", "wait_s", type=Duration(1, LONGEST_WAIT_S), help="Wait so long for people to decide, like 15m.")
 @facts_option("--param", "parameters", "Those of the request once more, where it had some.")
 @_handing_out
 @client_options
@@ -116,7 +114,7 @@ def collect(
     broker grant collect grt_0198…
     TOKEN=$(broker grant collect grt_0198… --wait 15m --token-only)
     """
-    key, sent = _dpop_key(dpop_key), _values_of(parameters)
+    key, sent = _dpop_key(dpop_key), values_of(parameters)
     if wait_s is None:
         collected = broker.collect_grant(grant_id, key, parameters=sent)
     else:
@@ -242,7 +240,8 @@ def _explanation(found: Mapping[str, Any]) -> output.Drawing:
     return output.both(*drawn)
 
 
-def _values_of(parameters: Mapping[str, str] | None) -> dict[str, str] | None:
+def values_of(parameters: Mapping[str, str] | None) -> dict[str, str] | None:
+    """Parameters with the contents of the files that those beginning with @ name."""
     if parameters is None:
         return None
     return {name: _in_file(name, value[1:]) if value[:1] == "@" else value for name, value in parameters.items()}

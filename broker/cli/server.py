@@ -23,7 +23,7 @@ from granian.log import LogLevels
 
 from broker import scheduler as scheduling
 from broker import telemetry
-from broker.cli import output, stopping
+from broker.cli import output, serving, stopping
 from broker.cli.foreseen import foreseen
 from broker.config import Settings, load
 from broker.domain.errors import BrokerError
@@ -35,12 +35,6 @@ from broker.wiring import Broker, build
 
 _log = logging.getLogger(__name__)
 
-# What the server says goes where all else goes, as JSON.
-_SERVER_LOG: dict[str, Any] = {
-    "formatters": {},
-    "handlers": {},
-    "loggers": {"_granian": {"handlers": [], "propagate": True}, "granian.access": {"handlers": [], "propagate": True}},
-}
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _THREADS = 256  # a request waits for its commit or its body; a thread that waits costs little
 
@@ -228,18 +222,13 @@ def run(settings: Settings, *, sweeping: bool) -> None:
         workers_kill_timeout=20,
         respawn_failed_workers=True,
         log_level=LogLevels.warning,
-        log_dictconfig=_SERVER_LOG,
+        log_dictconfig=serving.LOG,
         websockets=False,
     )
-    logging.getLogger("_granian").addFilter(_is_news)
+    serving.say_only_news()
     # Whose core is whose, by the number of the process that has it; shared with the workers, which choose one each.
     cores = multiprocessing.Array("i", server.workers)
     granian.serve(target_loader=functools.partial(_application, settings, sweeping, cores), wrap_loader=False)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    # It warns of more threads than cores at each start; ours wait for the database, and that is why they are many.
-    return "Python threads" not in record.getMessage()
 
 
 def _application(settings: Settings, sweeping: bool, cores: SynchronizedArray[int]) -> Callable[..., Any]:

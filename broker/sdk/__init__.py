@@ -7,11 +7,15 @@
             httpx.get("https://crm.example/api/contacts", auth=source.auth())
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from broker.sdk.activities import Activity, Drift, RefusedActivity, TimelineLine, Told
-from broker.sdk.aio import AsyncClient
 from broker.sdk.client import Client
 from broker.sdk.clock import Timing
-from broker.sdk.credential import AsyncCredentialSource, CredentialSource
+from broker.sdk.credential import CredentialSource
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import (
     ApprovalPending,
@@ -51,12 +55,25 @@ from broker.sdk.values import (
     Totals,
 )
 
+if TYPE_CHECKING:
+    from broker.sdk.aio import AsyncClient
+    from broker.sdk.async_credential import AsyncCredentialSource
+    from broker.sdk.async_run import AsyncRunningTask
+
+# Loaded when first named: an event loop is a third of what the rest costs to load.
+_FOR_ASYNCIO = {
+    "AsyncClient": "broker.sdk.aio",
+    "AsyncCredentialSource": "broker.sdk.async_credential",
+    "AsyncRunningTask": "broker.sdk.async_run",
+}
+
 __all__ = [
     "Activity",
     "Approval",
     "ApprovalPending",
     "AsyncClient",
     "AsyncCredentialSource",
+    "AsyncRunningTask",
     "BrokerError",
     "Client",
     "Conflict",
@@ -97,3 +114,10 @@ __all__ = [
     "Totals",
     "Unreachable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    module = _FOR_ASYNCIO.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)

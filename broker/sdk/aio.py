@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import wraps
@@ -15,10 +15,13 @@ import httpx
 
 from broker.sdk import calls
 from broker.sdk.activities import OfGrant
-from broker.sdk.client import answer_of, lost, token_source, turn_page
+from broker.sdk.async_credential import AsyncCredentialSource
+from broker.sdk.async_run import AsyncRunningTask, async_running
+from broker.sdk.client import answer_of, lost, token_source, trusted, turn_page
 from broker.sdk.clock import Timing
-from broker.sdk.credential import AsyncCredentialSource, Lifetime
+from broker.sdk.credential import Lifetime
 from broker.sdk.dpop import DpopKey
+from broker.sdk.errors import BrokerError
 from broker.sdk.exchange import (
     Answer,
     Call,
@@ -33,7 +36,6 @@ from broker.sdk.exchange import (
     require_traceparent,
 )
 from broker.sdk.reporting import AsyncReporter
-from broker.sdk.run import RunningTask, async_running
 from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import awaiting
 
@@ -98,7 +100,8 @@ class AsyncClient:
         self.reports = AsyncReporter(self.send, self.timing)
         self._owns_reports = True
         self._owns_http = http is None
-        self._http = httpx.AsyncClient(trust_env=False, follow_redirects=False) if http is None else http
+        verify = trusted(self._endpoint.origin)
+        self._http = httpx.AsyncClient(trust_env=False, follow_redirects=False, verify=verify) if http is None else http
 
     @property
     def url(self) -> str:
@@ -186,19 +189,7 @@ class AsyncClient:
 
         Raises Refused where they said no, and ApprovalPending when the time is over before they have said anything.
         """
-        steps = awaiting(grant_id, timeout_s, dpop, parameters, self.timing)
-        outcome: Any = None
-        try:
-            while True:
-                step = steps.send(outcome)
-                if isinstance(step, Wait):
-                    await self.timing.async_sleep(step.seconds)
-                    outcome = None
-                else:
-                    outcome = await self.send(step)
-        except StopIteration as done:
-            collected: tuple[Grant, Credential] = done.value
-        return collected
+        return await self.drive(awaiting(grant_id, timeout_s, dpop, parameters, self.timing))
 
     def credential(
         self,
@@ -234,7 +225,7 @@ class AsyncClient:
         heartbeat_s: int | None = None,
         resources: Mapping[str, Iterable[str]] | None = None,
         labels: Mapping[str, str] | None = None,
-    ) -> contextlib.AbstractAsyncContextManager[RunningTask]:
+    ) -> contextlib.AbstractAsyncContextManager[AsyncRunningTask]:
         """A task for the length of an `async with` block, kept alive meanwhile, and ended as the block ends."""
         return async_running(self, calls.open_task(purpose, agents, deadline_s, heartbeat_s, resources, labels))
 
@@ -245,6 +236,25 @@ class AsyncClient:
         other._owns_http = other._owns_reports = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
+
+    async def drive(self, steps: Generator[Call[Any] | Wait, Any, T]) -> T:
+        """Do several calls in turn, each with what came of the last, and wait between them as they say."""
+        outcome: Any = None
+        error: BrokerError | None = None
+        try:
+            while True:
+                step = steps.send(outcome) if error is None else steps.throw(error)
+                outcome, error = None, None
+                if isinstance(step, Wait):
+                    await self.timing.async_sleep(step.seconds)
+                    continue
+                try:
+                    outcome = await self.send(step)
+                except BrokerError as problem:
+                    error = problem
+        except StopIteration as done:
+            result: T = done.value
+        return result
 
     async def send(self, call: Call[T]) -> T:
         """Do one call; the verbs above are made of it."""

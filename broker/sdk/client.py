@@ -7,8 +7,9 @@ broker's origin and nowhere else: no redirect is followed, and no proxy or netrc
 from __future__ import annotations
 
 import contextlib
+import ssl
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime
 from functools import wraps
@@ -23,7 +24,7 @@ from broker.sdk.activities import OfGrant
 from broker.sdk.clock import Timing
 from broker.sdk.credential import CredentialSource, Lifetime
 from broker.sdk.dpop import DpopKey
-from broker.sdk.errors import no_token, not_the_broker
+from broker.sdk.errors import BrokerError, no_token, not_the_broker
 from broker.sdk.exchange import (
     Answer,
     Call,
@@ -116,7 +117,8 @@ class Client:
         self.reports = Reporter(self.send, self.timing)
         self._owns_reports = True
         self._owns_http = http is None
-        self._http = httpx.Client(trust_env=False, follow_redirects=False) if http is None else http
+        verify = trusted(self._endpoint.origin)
+        self._http = httpx.Client(trust_env=False, follow_redirects=False, verify=verify) if http is None else http
 
     @property
     def url(self) -> str:
@@ -204,19 +206,7 @@ class Client:
 
         Raises Refused where they said no, and ApprovalPending when the time is over before they have said anything.
         """
-        steps = awaiting(grant_id, timeout_s, dpop, parameters, self.timing)
-        outcome: Any = None
-        try:
-            while True:
-                step = steps.send(outcome)
-                if isinstance(step, Wait):
-                    self.timing.sleep(step.seconds)
-                    outcome = None
-                else:
-                    outcome = self.send(step)
-        except StopIteration as done:
-            collected: tuple[Grant, Credential] = done.value
-        return collected
+        return self.drive(awaiting(grant_id, timeout_s, dpop, parameters, self.timing))
 
     def credential(
         self,
@@ -266,6 +256,25 @@ class Client:
         other._owns_http = other._owns_reports = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
+
+    def drive(self, steps: Generator[Call[Any] | Wait, Any, T]) -> T:
+        """Do several calls in turn, each with what came of the last, and wait between them as they say."""
+        outcome: Any = None
+        error: BrokerError | None = None
+        try:
+            while True:
+                step = steps.send(outcome) if error is None else steps.throw(error)
+                outcome, error = None, None
+                if isinstance(step, Wait):
+                    self.timing.sleep(step.seconds)
+                    continue
+                try:
+                    outcome = self.send(step)
+                except BrokerError as problem:
+                    error = problem
+        except StopIteration as done:
+            result: T = done.value
+        return result
 
     def send(self, call: Call[T]) -> T:
         """Do one call; the verbs above are made of it."""
@@ -324,6 +333,11 @@ def token_source(token: str | Callable[[], str] | None, token_file: Path | None)
         return lambda: workload_token(ask(), "what the token function gave")
     fixed = workload_token(token or "", "the workload token")
     return lambda: fixed
+
+
+def trusted(origin: str) -> ssl.SSLContext | bool:
+    """Whose certificates are taken. On loopback without TLS nobody's, which loads in no time."""
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if origin.startswith("http:") else True
 
 
 def lost(problem: httpx.RequestError) -> Lost:

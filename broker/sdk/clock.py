@@ -5,7 +5,6 @@ One object carries all of it, so that a caller (or a test) can replace it. Nothi
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -18,6 +17,13 @@ def system_clock() -> datetime:
     return datetime.now(UTC)
 
 
+async def _async_sleep(seconds: float) -> None:
+    # Not before it is wanted: a program without an event loop does not load one.
+    import asyncio
+
+    await asyncio.sleep(seconds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """`chance` is uniform in [0, 1); it spreads retries and renewals, and decides nothing else."""
@@ -25,5 +31,5 @@ class Timing:
     now: Callable[[], datetime] = system_clock
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    async_sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    async_sleep: Callable[[float], Awaitable[None]] = _async_sleep
     chance: Callable[[], float] = random.random

@@ -1,8 +1,8 @@
 """A credential that stays alive: asked for when first needed, renewed in time, handed back at the end.
 
-`Lifetime` decides and does no I/O; `CredentialSource` and `AsyncCredentialSource` act on it, one request at a time
-however many ask. A grant that reached its end by time is followed by a new one. When the broker says no, to a renewal
-or to a new grant, that is the end: it is not asked again.
+`Lifetime` decides and does no I/O; `CredentialSource` and `AsyncCredentialSource` (in a room of its own) act on it, one
+request at a time however many ask. A grant that reached its end by time is followed by a new one. When the broker says
+no, to a renewal or to a new grant, that is the end: it is not asked again.
 
 A secret from outside is not renewed: it is replaced in time by another. The old one goes on for half of what was left
 of it, for those who are just using it, and is handed back at the first use after that.
@@ -10,19 +10,17 @@ of it, for those who are just using it, and is handed back at the first use afte
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import enum
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from broker.sdk import calls
+from broker.sdk.auth import RequestsAuth, SourceAuth, destination
 from broker.sdk.clock import Timing
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import (
@@ -34,20 +32,21 @@ from broker.sdk.errors import (
     NotFound,
     Refused,
     Unreachable,
-    invalid,
-    printable,
 )
-from broker.sdk.exchange import Call
-from broker.sdk.values import Credential, Grant, Receipt
+from broker.sdk.exchange import Call, Wait
+from broker.sdk.values import Approval, Credential, Grant, Receipt
+from broker.sdk.waiting import deciding
 
 if TYPE_CHECKING:
-    from broker.sdk.aio import AsyncClient
     from broker.sdk.client import Client
 
 # What a broker says when it means it; anything else may pass.
-_FINAL = (Refused, Conflict, NotFound)
+FINAL = (Refused, Conflict, NotFound)
 # After these there is no grant to give back; after anything else there may be one.
-_NOTHING_MADE = (Refused, Conflict, NotFound, Invalid)
+NOTHING_MADE = (Refused, Conflict, NotFound, Invalid)
+# Whoever leaves does not wait long for a broker that is away: the credential is short-lived, too.
+_GONE_WITHIN_S = 5.0
+_REFRESHED_AGAIN_AFTER = timedelta(seconds=10)
 
 
 class Need(enum.Enum):
@@ -98,6 +97,9 @@ class Lifetime:
         self._unanswered = False
         self._ended: BrokerError | None = None
         self._replaced: list[Replaced] = []
+        self._refused = False  # by a resource, which we had not expected
+        self._refreshed_at: datetime | None = None
+        self._awaited: str | None = None  # a grant that is being collected, until its credential is here
 
     def need(self) -> Need:
         """What is to be done before the credential is used now. Raises once the broker has said no, or after close."""
@@ -106,7 +108,7 @@ class Lifetime:
             # A copy, so that threads do not grow one traceback together.
             raise copy.copy(self._ended)
         now = self._timing.now()
-        if self.credential is None or now >= self._dead_at:
+        if self.credential is None or now >= self._dead_at or self._refused:
             return Need.NOW
         if now >= self._renew_at:
             return Need.SOON
@@ -129,7 +131,7 @@ class Lifetime:
         """The request whose answer was lost, to be sent once more before we go: it may have made a grant."""
         if not self._unanswered or self._key is None:
             return None
-        return replace(self._request(self._key), repeatable=False)
+        return replace(self._request(self._key), repeatable=False, within_s=_GONE_WITHIN_S)
 
     def _request(self, idempotency_key: str) -> Call[tuple[Grant, Credential]]:
         return calls.request_grant(
@@ -144,11 +146,46 @@ class Lifetime:
             idempotency_key=idempotency_key,
         )
 
+    def due_in_s(self) -> float:
+        """How long there is nothing to do; raises as `need` does."""
+        if self.need() is not Need.NOTHING:
+            return 0.0
+        due_at = min([self._renew_at, *(old.due_at for old in self._replaced)])
+        return (due_at - self._timing.now()).total_seconds()
+
     def collecting(self, error: ApprovalPending) -> Call[tuple[Grant, Credential]] | None:
         """The call that collects what people said yes to; None while they have not."""
         if error.grant_id is None or error.approval.get("state") != "approved":
             return None
+        self._awaited = error.grant_id
         return calls.collect_grant(error.grant_id, self.dpop, parameters=self._parameters)
+
+    def awaiting(
+        self, error: ApprovalPending, timeout_s: float, progress: Callable[[Approval], None] | None
+    ) -> Generator[Call[Any] | Wait, Any, tuple[Grant, Credential]]:
+        """Wait for the people whom `error` says are asked; who is interrupted meanwhile takes the request back."""
+        if error.grant_id is None:
+            raise error
+        self._require_open()
+        self._awaited = error.grant_id
+        approval_id = error.approval.get("id")
+        try:
+            yield from deciding(
+                error.grant_id,
+                timeout_s,
+                self._timing,
+                approval_id=approval_id if isinstance(approval_id, str) else None,
+                progress=progress,
+            )
+            self._asked_at = self._timing.now()
+            collected: tuple[Grant, Credential] = yield calls.collect_grant(
+                error.grant_id, self.dpop, parameters=self._parameters
+            )
+        except (ApprovalPending, *FINAL):
+            # Nobody has decided yet, and asking again joins what waits; or they said no, and nothing was made.
+            self._awaited = None
+            raise
+        return collected
 
     def got(self, grant: Grant, credential: Credential) -> None:
         if self._asked_at is None:
@@ -159,7 +196,8 @@ class Lifetime:
             self._replaced.append(Replaced(grant=self.grant, due_at=due_at, dead_at=self._dead_at))
         # Counted from before we asked, and by what the broker's clock said was left: late is the error not to make.
         life_s = credential.life_s
-        self.grant, self.credential, self._key, self._unanswered = grant, credential, None, False
+        self.grant, self.credential, self._key, self._unanswered, self._awaited = grant, credential, None, False, None
+        self._refused = False
         # The way to the resource takes time too, and at `expires_at` it is over.
         self._dead_at = self._asked_at + timedelta(seconds=life_s - min(2.0, life_s / 10))
         renew_after_s = life_s * 2 / 3 * (1 - 0.1 * self._timing.chance())
@@ -172,7 +210,10 @@ class Lifetime:
         """Take note of it; True where the credential we have is still good and the caller need not know."""
         self.failures += 1
         self._failure = copy.copy(error)
-        final = isinstance(error, _FINAL)
+        self._refused = False
+        final = isinstance(error, FINAL)
+        if final:
+            self._awaited = None
         if self._key is not None:
             if not isinstance(error, Unreachable):
                 self._unanswered = False
@@ -186,6 +227,19 @@ class Lifetime:
         # Not at once again, or every use would wait for a broker that is down; a tenth of what is left.
         self._renew_at = now + max(timedelta(seconds=1), (self._dead_at - now) / 10)
         return now < self._dead_at
+
+    def refused(self, credential: Credential) -> bool:
+        """A resource did not take this one: whether there is, or is to be asked for, another to try.
+
+        Seldom: a resource that takes none is not to make the broker issue one for each of its refusals.
+        """
+        if credential is not self.credential:
+            return True
+        now = self._timing.now()
+        if self._refreshed_at is not None and now < self._refreshed_at + _REFRESHED_AGAIN_AFTER:
+            return False
+        self._refreshed_at, self._refused = now, True
+        return True
 
     def live(self) -> Credential:
         self._require_open()
@@ -206,14 +260,16 @@ class Lifetime:
         if later < old.dead_at:
             self._replaced.append(replace(old, due_at=later))
 
-    def close(self) -> tuple[list[Grant], Call[tuple[Grant, Credential]] | None]:
-        """No more use; what there is to hand back, the current one last, and the request that may have made another."""
+    def close(self) -> tuple[list[str], Call[tuple[Grant, Credential]] | None]:
+        """No more use; the grants to hand back, the current one last, and the request that may have made another."""
         now, unanswered = self._timing.now(), self.unanswered()
-        grants = [old.grant for old in self._replaced if now < old.dead_at]
+        grants = [old.grant.id for old in self._replaced if now < old.dead_at]
+        if self._awaited is not None:
+            grants.append(self._awaited)
         # One that was asked for anew because the last had died leaves nothing of the last.
         if self.grant is not None and (unanswered is None or now < self._dead_at):
-            grants.append(self.grant)
-        self.closed, self.credential, self._replaced = True, None, []
+            grants.append(self.grant.id)
+        self.closed, self.credential, self._replaced, self._awaited = True, None, [], None
         return grants, unanswered
 
     def share_failure(self, since: int) -> None:
@@ -278,6 +334,22 @@ class CredentialSource:
         finally:
             self._lock.release()
 
+    def another(self, refused: Credential) -> Credential | None:
+        """One to try instead of this one, which a resource did not take; None where there is none.
+
+        Raises where the broker says no: then that is why the resource did.
+        """
+        with self._lock:
+            if not self._lifetime.refused(refused):
+                return None
+        current = self.credential()
+        return None if current is refused else current
+
+    def lapse(self) -> None:
+        """No more use: its task has ended, and with it whatever this holds."""
+        with self._lock:
+            self._lifetime.close()
+
     def _ask(self) -> tuple[Grant, Credential]:
         try:
             return self._client.send(self._lifetime.call())
@@ -287,11 +359,30 @@ class CredentialSource:
                 raise
         return self._client.send(collecting)
 
+    def wait(self, timeout_s: float, progress: Callable[[Approval], None] | None = None) -> Credential:
+        """The credential, waiting for people where they are asked first; `progress` is told how they stand.
+
+        Raises Refused where they said no, and ApprovalPending when the time is over before they have said anything:
+        asking again joins the request that waits. Who is interrupted meanwhile takes it back by leaving the block.
+        """
+        try:
+            return self.credential()
+        except ApprovalPending as pending:
+            waiting = self._lifetime.awaiting(pending, timeout_s, progress)
+        collected = self._client.drive(waiting)
+        with self._lock:
+            self._lifetime.got(*collected)
+            return self._lifetime.live()
+
+    def due_in_s(self) -> float:
+        """When `credential` has something to do next, in seconds: for those who renew without being asked."""
+        return self._lifetime.due_in_s()
+
     def _tidy(self) -> None:
         for old in self._lifetime.due():
             try:
                 self._client.send(handing_back(old))
-            except _FINAL:
+            except FINAL:
                 continue  # it has ended already
             except BrokerError:
                 self._lifetime.not_yet(old)
@@ -306,8 +397,13 @@ class CredentialSource:
         """For `httpx`: puts the credential on requests to the resource's origin, or to `origins` where named.
 
         Requests to anywhere else go out without it. A resource that is no address (urn:…) has no origin: name them.
+        A 401 of the resource is answered with another credential, once.
         """
         return SourceAuth(self, destination(self._lifetime.resource, origins))
+
+    def requests_auth(self, *origins: str) -> RequestsAuth:
+        """The same for `requests`."""
+        return RequestsAuth(self, destination(self._lifetime.resource, origins))
 
     def close(self, reason: str | None = None) -> Receipt | None:
         """Revoke the grant, so that the credential dies now and not at its expiry. Again does nothing.
@@ -321,14 +417,16 @@ class CredentialSource:
         receipt, problems = None, list[BrokerError]()
         if unanswered is not None:
             try:
-                grants.append(self._client.send(unanswered)[0])
-            except _NOTHING_MADE:
+                grants.append(self._client.send(unanswered)[0].id)
+            except NOTHING_MADE:
                 pass
+            except ApprovalPending as pending:
+                grants += [pending.grant_id] if pending.grant_id else []
             except BrokerError as problem:
                 problems.append(problem)
-        for grant in grants:
+        for grant_id in grants:
             try:
-                receipt = self._client.revoke_grant(grant.id, reason)
+                receipt = self._client.send(going(grant_id, reason))
             except BrokerError as problem:
                 problems.append(problem)
         if problems:
@@ -346,160 +444,15 @@ class CredentialSource:
         except BrokerError as problem:
             if error is None:
                 raise
-            error.add_note(_not_handed_back(problem))
+            error.add_note(not_handed_back(problem))
 
     def __repr__(self) -> str:
         return f"CredentialSource({self._lifetime.resource!r}, grant={self.grant.id if self.grant else None!r})"
 
 
-class AsyncCredentialSource:
-    """`CredentialSource` for asyncio."""
-
-    def __init__(self, client: AsyncClient, lifetime: Lifetime) -> None:
-        self._client = client
-        self._lifetime = lifetime
-        self._lock = asyncio.Lock()
-
-    @property
-    def grant(self) -> Grant | None:
-        return self._lifetime.grant
-
-    @property
-    def dpop(self) -> DpopKey | None:
-        return self._lifetime.dpop
-
-    async def token(self) -> str:
-        """The token, live at this moment. Show it to nobody but the resource."""
-        return (await self.credential()).reveal()
-
-    async def data(self) -> dict[str, Any]:
-        """What a secret from outside consists of, e.g. user name and password, live at this moment."""
-        return (await self.credential()).reveal_data()
-
-    async def credential(self) -> Credential:
-        """The credential, live at this moment."""
-        failures, need = self._lifetime.failures, self._lifetime.need()
-        if need is Need.NOTHING or (need is not Need.NOW and self._lock.locked()):
-            return self._lifetime.live()
-        async with self._lock:
-            need = self._lifetime.need()
-            if need is Need.TIDY:
-                await self._tidy()
-            elif need is not Need.NOTHING:
-                if need is Need.NOW:
-                    self._lifetime.share_failure(failures)
-                try:
-                    self._lifetime.got(*await self._ask())
-                except BrokerError as error:
-                    if not self._lifetime.failed(error):
-                        raise
-            return self._lifetime.live()
-
-    async def _ask(self) -> tuple[Grant, Credential]:
-        try:
-            return await self._client.send(self._lifetime.call())
-        except ApprovalPending as pending:
-            collecting = self._lifetime.collecting(pending)
-            if collecting is None:
-                raise
-        return await self._client.send(collecting)
-
-    async def _tidy(self) -> None:
-        for old in self._lifetime.due():
-            try:
-                await self._client.send(handing_back(old))
-            except _FINAL:
-                continue
-            except BrokerError:
-                self._lifetime.not_yet(old)
-
-    def report(self, action: str, **more: Any) -> None:
-        """Tell, in the background, what was done with the credential; as `report` of the client, which never raises."""
-        grant = self.grant
-        if grant is not None:
-            self._client.report(grant, action, **more)
-
-    def auth(self, *origins: str) -> AsyncSourceAuth:
-        return AsyncSourceAuth(self, destination(self._lifetime.resource, origins))
-
-    async def close(self, reason: str | None = None) -> Receipt | None:
-        async with self._lock:
-            if self._lifetime.closed:
-                return None
-            grants, unanswered = self._lifetime.close()
-        receipt, problems = None, list[BrokerError]()
-        if unanswered is not None:
-            try:
-                grants.append((await self._client.send(unanswered))[0])
-            except _NOTHING_MADE:
-                pass
-            except BrokerError as problem:
-                problems.append(problem)
-        for grant in grants:
-            try:
-                receipt = await self._client.revoke_grant(grant.id, reason)
-            except BrokerError as problem:
-                problems.append(problem)
-        if problems:
-            raise problems[0]
-        return receipt
-
-    async def __aenter__(self) -> AsyncCredentialSource:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            # Shielded: a task that is cancelled hands its credential back all the same.
-            await asyncio.shield(asyncio.ensure_future(self.close()))
-        except BrokerError as problem:
-            if error is None:
-                raise
-            error.add_note(_not_handed_back(problem))
-
-    def __repr__(self) -> str:
-        return f"AsyncCredentialSource({self._lifetime.resource!r}, grant={self.grant.id if self.grant else None!r})"
-
-
-class SourceAuth(httpx.Auth):
-    def __init__(self, source: CredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
-        self._source = source
-        self._allows = allows
-
-    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        if not self._allows(request.url):
-            yield request
-            return
-        dpop = self._source.dpop
-        response = yield present(request, self._source.credential(), dpop)
-        nonce = nonce_asked(response, dpop)
-        if nonce is not None:
-            yield present(request, self._source.credential(), dpop, nonce)
-
-    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        raise TypeError("this source blocks: use the AsyncClient's credential() with httpx.AsyncClient")
-        yield request
-
-
-class AsyncSourceAuth(httpx.Auth):
-    def __init__(self, source: AsyncCredentialSource, allows: Callable[[httpx.URL], bool]) -> None:
-        self._source = source
-        self._allows = allows
-
-    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        raise TypeError("this source is for asyncio: use the Client's credential() with httpx.Client")
-        yield request
-
-    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        if not self._allows(request.url):
-            yield request
-            return
-        dpop = self._source.dpop
-        response = yield present(request, await self._source.credential(), dpop)
-        nonce = nonce_asked(response, dpop)
-        if nonce is not None:
-            yield present(request, await self._source.credential(), dpop, nonce)
+def going(grant_id: str, reason: str | None) -> Call[Receipt]:
+    """Handing back at the end."""
+    return replace(calls.revoke_grant(grant_id, reason), within_s=_GONE_WITHIN_S)
 
 
 def handing_back(old: Replaced) -> Call[Receipt]:
@@ -507,66 +460,5 @@ def handing_back(old: Replaced) -> Call[Receipt]:
     return replace(calls.revoke_grant(old.grant.id, "replaced by a new one"), repeatable=False)
 
 
-def present(
-    request: httpx.Request, credential: Credential, dpop: DpopKey | None, nonce: str | None = None
-) -> httpx.Request:
-    """The request with the credential on it; a bound one with a proof made for just this request."""
-    if dpop is None:
-        request.headers["Authorization"] = f"Bearer {credential.reveal()}"
-        return request
-    proof = dpop.proof(request.method, str(request.url), access_token=credential.reveal(), nonce=nonce)
-    request.headers["Authorization"] = f"DPoP {credential.reveal()}"
-    request.headers["DPoP"] = proof
-    return request
-
-
-def nonce_asked(response: httpx.Response, dpop: DpopKey | None) -> str | None:
-    """The nonce a resource wants in the proof (RFC 9449 section 9), where that is why it refused."""
-    if (
-        dpop is None
-        or response.status_code != 401
-        or "use_dpop_nonce" not in response.headers.get("WWW-Authenticate", "")
-    ):
-        return None
-    nonce: str | None = response.headers.get("DPoP-Nonce")
-    return nonce
-
-
-def destination(resource: str, origins: tuple[str, ...]) -> Callable[[httpx.URL], bool]:
-    """Where a credential for this resource may go.
-
-    A resource that is no address says nothing of where it is, and any server might be anybody's: it has to be said.
-    """
-    if not origins:
-        url = _address(resource)
-        if url is None:
-            raise invalid(
-                f"{printable(resource)} is not an address: say where its credential may go, "
-                'auth("https://crm.example")',
-                member="origins",
-            )
-        home = _origin(url)
-        return lambda other: _origin(other) == home
-    allowed = set()
-    for origin in origins:
-        url = _address(origin)
-        if url is None:
-            raise invalid(f"{origin!r} is not an http or https address", member="origins")
-        allowed.add(_origin(url))
-    return lambda other: _origin(other) in allowed
-
-
-def _address(text: str) -> httpx.URL | None:
-    try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL:
-        return None
-    return url if url.scheme in ("http", "https") and url.host else None
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
-
-
-def _not_handed_back(problem: BrokerError) -> str:
+def not_handed_back(problem: BrokerError) -> str:
     return f"the credential could not be handed back and lives until it expires: {problem}"

@@ -11,14 +11,14 @@ import json
 import secrets
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-
 from broker.sdk.clock import system_clock
+
+# `cryptography` is loaded where it is used: a program that binds nothing to a key does not wait for it.
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec
 
 
 class DpopKey:
@@ -27,7 +27,7 @@ class DpopKey:
     __slots__ = ("_jwk", "_key", "_now")
 
     def __init__(self, key: ec.EllipticCurvePrivateKey, *, now: Callable[[], datetime] = system_clock) -> None:
-        if not isinstance(key.curve, ec.SECP256R1):
+        if key.curve.name != "secp256r1":
             raise ValueError(f"the key is on {key.curve.name}: ES256 needs secp256r1")
         self._key = key
         self._now = now
@@ -41,6 +41,8 @@ class DpopKey:
 
     @classmethod
     def generate(cls, *, now: Callable[[], datetime] = system_clock) -> DpopKey:
+        from cryptography.hazmat.primitives.asymmetric import ec
+
         return cls(ec.generate_private_key(ec.SECP256R1()), now=now)
 
     def public_jwk(self) -> dict[str, str]:
@@ -52,6 +54,10 @@ class DpopKey:
 
     def proof(self, method: str, url: str, *, access_token: str | None = None, nonce: str | None = None) -> str:
         """A new proof for one request; with `access_token`, one for presenting it (`ath`)."""
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric import ec
+        from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+
         claims: dict[str, Any] = {
             "jti": secrets.token_urlsafe(16),
             "htm": method,

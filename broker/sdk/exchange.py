@@ -120,6 +120,7 @@ class Call(Generic[T]):
     dpop: DpopKey | None = None
     wait_s: int | None = None  # that the broker may take to answer (RFC 7240)
     repeatable: bool = False
+    within_s: float | None = None  # instead of the endpoint's patience, for all tries together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +138,17 @@ def exchange(call: Call[T], endpoint: Endpoint) -> Generator[Step, Outcome, T]:
     """Send, and again where that is safe, until there is a result or an error."""
     timing = endpoint.timing
     started = timing.monotonic()
+    deadline_s = endpoint.retry_deadline_s if call.within_s is None else call.within_s
+    longest_s = endpoint.timeout_s if call.within_s is None else min(endpoint.timeout_s, call.within_s)
     nonce: str | None = None
     for tried in range(1, _MAX_TRIES + 1):
         # Asked for on each try: it may have been rotated while we waited.
         token = yield Identify()
         if not isinstance(token, Secret):
             raise TypeError("the driver answered Identify with something else than a token")
-        left_s = endpoint.retry_deadline_s - (timing.monotonic() - started)
+        left_s = deadline_s - (timing.monotonic() - started)
         # The first try gets the caller's whole time-out: the deadline is there to bound repetition.
-        patience_s = endpoint.timeout_s if tried == 1 else max(0.1, min(endpoint.timeout_s, left_s))
+        patience_s = longest_s if tried == 1 else max(0.1, min(longest_s, left_s))
         outcome = yield Send(_request(call, endpoint, token, nonce, patience_s + (call.wait_s or 0)))
         if isinstance(outcome, Answer) and outcome.status in (200, 201, 204):
             return _result(call, outcome)
@@ -157,7 +160,7 @@ def exchange(call: Call[T], endpoint: Endpoint) -> Generator[Step, Outcome, T]:
             nonce = outcome.headers.get("DPoP-Nonce")
             if nonce is not None and _VISIBLE_ASCII.fullmatch(nonce):
                 continue
-        left_s = endpoint.retry_deadline_s - (timing.monotonic() - started)
+        left_s = deadline_s - (timing.monotonic() - started)
         pause_s = pause_before_next(call, outcome, tried=tried, left_s=left_s, chance=timing.chance())
         if pause_s is None or error.code in _SETTLED:
             raise error

@@ -6,12 +6,11 @@ is the exception's type, never its text: that may hold anything.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from broker.sdk import calls
 from broker.sdk.errors import BrokerError, Conflict, NotFound, Refused
@@ -19,22 +18,19 @@ from broker.sdk.exchange import Call
 from broker.sdk.values import Receipt, Task
 
 if TYPE_CHECKING:
-    from broker.sdk.aio import AsyncClient
     from broker.sdk.client import Client
+    from broker.sdk.credential import CredentialSource
+    from broker.sdk.dpop import DpopKey
 
 # A beat may get lost or come late, and the task goes on.
-_BEATS_PER_PERIOD = 3
-_TASK_IS_GONE = (Conflict, NotFound, Refused)
-_INTERRUPTED = (KeyboardInterrupt, GeneratorExit, asyncio.CancelledError)
+BEATS_PER_PERIOD = 3
+TASK_IS_GONE = (Conflict, NotFound, Refused)
 
 Pause = Callable[[threading.Event, float], bool]
 
 
-class RunningTask:
-    """`lost` says why the task no longer beats, where it ended before the block; `receipt` is there after it.
-
-    `report` is that of its client.
-    """
+class Running:
+    """What both kinds of running task are. `report` is that of the client."""
 
     def __init__(self, task: Task, report: Callable[..., None]) -> None:
         self.task = task
@@ -53,9 +49,49 @@ class RunningTask:
             raise self.lost
 
 
+class RunningTask(Running):
+    """`lost` says why the task no longer beats, where it ended before the block; `receipt` is there after it."""
+
+    def __init__(self, task: Task, client: Client) -> None:
+        super().__init__(task, client.report)
+        self._client = client
+        self._sources: list[CredentialSource] = []
+
+    def credential(
+        self,
+        resource: str,
+        scopes: Iterable[str],
+        *,
+        agent: Client | None = None,
+        ttl_s: int | None = None,
+        intent: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        dpop: DpopKey | None = None,
+        parameters: Mapping[str, str] | None = None,
+    ) -> CredentialSource:
+        """A credential for this task, which ends with the block. `agent` asks for it where it is not us."""
+        source = (agent or self._client).credential(
+            self.id,
+            resource,
+            scopes,
+            ttl_s=ttl_s,
+            intent=intent,
+            context=context,
+            dpop=dpop,
+            parameters=parameters,
+        )
+        self._sources.append(source)
+        return source
+
+    def lapse(self) -> None:
+        """What was asked for in the block is over, as its task is."""
+        for source in self._sources:
+            source.lapse()
+
+
 @contextlib.contextmanager
 def running(client: Client, opening: Call[Task], pause: Pause) -> Iterator[RunningTask]:
-    run = RunningTask(client.send(opening), client.report)
+    run = RunningTask(client.send(opening), client)
     with _beating(client, run, pause):
         try:
             yield run
@@ -64,56 +100,49 @@ def running(client: Client, opening: Call[Task], pause: Pause) -> Iterator[Runni
             try:
                 run.receipt = client.send(ending(run.id, error))
             except BrokerError as problem:
-                error.add_note(_not_ended(run.id, problem))
+                error.add_note(not_ended(run.id, problem))
+            finally:
+                run.lapse()
             raise
         run.ending = True
-        run.receipt = client.send(calls.complete_task(run.id))
-
-
-@contextlib.asynccontextmanager
-async def async_running(client: AsyncClient, opening: Call[Task]) -> AsyncIterator[RunningTask]:
-    run = RunningTask(await client.send(opening), client.report)
-    async with _async_beating(client, run):
         try:
-            yield run
-        except BaseException as error:
-            run.ending = True
-            try:
-                # Shielded: who cancels twice still gets the task ended.
-                run.receipt = await asyncio.shield(asyncio.ensure_future(client.send(ending(run.id, error))))
-            except BrokerError as problem:
-                error.add_note(_not_ended(run.id, problem))
-            raise
-        run.ending = True
-        run.receipt = await client.send(calls.complete_task(run.id))
+            run.receipt = client.send(calls.complete_task(run.id))
+        finally:
+            run.lapse()
 
 
 def ending(task_id: str, error: BaseException) -> Call[Receipt]:
     """The call that ends a task whose block ended with this exception."""
-    end = calls.cancel_task if isinstance(error, _INTERRUPTED) else calls.fail_task
+    end = calls.cancel_task if _is_interruption(error) else calls.fail_task
     return end(task_id, type(error).__name__)
 
 
+def _is_interruption(error: BaseException) -> bool:
+    # That of asyncio by its name: a program without an event loop does not load one for this.
+    cancelled = type(error).__name__ == "CancelledError" and not isinstance(error, Exception)
+    return cancelled or isinstance(error, KeyboardInterrupt | GeneratorExit)
+
+
 @contextlib.contextmanager
-def _beating(client: Client, run: RunningTask, pause: Pause) -> Iterator[None]:
+def _beating(client: Client, run: Running, pause: Pause) -> Iterator[None]:
     if run.task.heartbeat_s is None:
         yield
         return
-    every_s = run.task.heartbeat_s / _BEATS_PER_PERIOD
+    every_s = run.task.heartbeat_s / BEATS_PER_PERIOD
     over = threading.Event()
 
-    def beat() -> None:
+    def go_on() -> None:
         while not pause(over, every_s):
             try:
-                client.send(_beat(run))
-            except _TASK_IS_GONE as error:
-                _note_loss(run, error)
+                client.send(beat(run))
+            except TASK_IS_GONE as error:
+                note_loss(run, error)
                 return
             except BrokerError:
                 # It may be better at the next beat; if not, the broker ends the task, as it should.
                 continue
 
-    thread = threading.Thread(target=beat, name=f"heartbeat {run.id}", daemon=True)
+    thread = threading.Thread(target=go_on, name=f"heartbeat {run.id}", daemon=True)
     thread.start()
     try:
         yield
@@ -122,43 +151,16 @@ def _beating(client: Client, run: RunningTask, pause: Pause) -> Iterator[None]:
         thread.join()
 
 
-@contextlib.asynccontextmanager
-async def _async_beating(client: AsyncClient, run: RunningTask) -> AsyncIterator[None]:
-    if run.task.heartbeat_s is None:
-        yield
-        return
-    every_s = run.task.heartbeat_s / _BEATS_PER_PERIOD
-
-    async def beat() -> None:
-        while True:
-            await client.timing.async_sleep(every_s)
-            try:
-                await client.send(_beat(run))
-            except _TASK_IS_GONE as error:
-                _note_loss(run, error)
-                return
-            except BrokerError:
-                continue
-
-    beating = asyncio.ensure_future(beat())
-    try:
-        yield
-    finally:
-        beating.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await beating
-
-
-def _beat(run: RunningTask) -> Call[Task]:
+def beat(run: Running) -> Call[Task]:
     # Once: the next beat is the repetition, and the block must not wait long for this one when it ends.
     return replace(calls.heartbeat(run.id), repeatable=False)
 
 
-def _note_loss(run: RunningTask, error: BrokerError) -> None:
+def note_loss(run: Running, error: BrokerError) -> None:
     # A beat that crosses our own ending of the task tells nothing new.
     if not run.ending:
         run.lost = error
 
 
-def _not_ended(task_id: str, problem: BrokerError) -> str:
+def not_ended(task_id: str, problem: BrokerError) -> str:
     return f"task {task_id} could not be ended and lives until its deadline or its heartbeat is missed: {problem}"

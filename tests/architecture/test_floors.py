@@ -26,12 +26,14 @@ MAY_IMPORT = {
         "services",
         "sdk",
         "conformance",
+        "gateway",
         "scheduler",
         "config",
         "web",
         "domain",
         "telemetry",
     },
+    "gateway": {"sdk"},
     "sdk": set(),
 }
 FILES = sorted(BROKER.rglob("*.py"))
