@@ -4,7 +4,6 @@ The issuers are a loopback HTTP server; their tokens have the structure that eac
 """
 
 import json
-import re
 import shutil
 import threading
 import uuid
@@ -144,9 +143,7 @@ class Shown:
 
     def program(self, having):
         """The one Python block that defines `having`, as a module."""
-        [text] = [
-            text for text in self.blocks("python") if re.search(rf"^(?:async )?def {having}\b", text, re.MULTILINE)
-        ]
+        [text] = [text for text in self.blocks("python") if f"\ndef {having}(" in text]
         module = ModuleType("shown")
         exec(compile(text, "shown", "exec"), module.__dict__)
         return module

@@ -54,10 +54,12 @@ def notes(broker, shown, token_file):
     )
     thread = threading.Thread(target=server.run)
     thread.start()
-    until(lambda: server.started, what="the MCP server")
-    yield shown.notes
-    server.should_exit = True
-    thread.join()
+    try:
+        until(lambda: server.started, what="the MCP server")
+        yield shown.notes
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,9 @@ def client(shown):
 
 
 def answer_of(notes, token):
-    """What the server says to a bare request with this token."""
-    return httpx.post(notes, headers={"Authorization": f"Bearer {token}"}, json={}, trust_env=False)
+    """What the server says to a request that is none: 400 where it gets as far as reading it, 401 where not."""
+    accept = "application/json, text/event-stream"
+    return httpx.post(notes, headers={"Authorization": f"Bearer {token}", "Accept": accept}, json={}, trust_env=False)
 
 
 def signed_by(key, issuer):
@@ -96,7 +99,7 @@ def test_when_its_task_has_ended_the_token_is_refused_and_the_client_asks_for_an
     storage = client.InMemory()
     auth = client.authentication(notes, broker.deployment.issuer, token_file(RESEARCHER), storage)
     first = asyncio.run(client.call(notes, auth, "who_asks"))
-    assert answer_of(notes, first["token"]).status_code != 401
+    assert answer_of(notes, first["token"]).status_code == 400
     assert broker.post(f"/v1/tasks/{first['task']}/complete", "ada").status_code == 200
     refused = answer_of(notes, first["token"])
     assert (refused.status_code, refused.json()["error"]) == (401, "invalid_token")
@@ -166,6 +169,6 @@ def test_a_token_for_another_resource_and_one_that_is_bound_to_a_key_are_refused
         return broker.client.post("/oauth2/token", data=form, headers=headers).json()["access_token"]
 
     proof = dpop_proof(issuer_key(), url=f"{broker.deployment.issuer}/oauth2/token", now=system_clock())
-    assert answer_of(notes, ask(notes, "notes:read")).status_code != 401
+    assert answer_of(notes, ask(notes, "notes:read")).status_code == 400
     assert answer_of(notes, ask("https://vault.example", "orders:read")).status_code == 401
     assert answer_of(notes, ask(notes, "notes:read", DPoP=proof)).status_code == 401
