@@ -4,14 +4,18 @@ The issuers are a loopback HTTP server; their tokens have the structure that eac
 """
 
 import json
+import shutil
 import threading
 import uuid
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import ModuleType
 
 import pytest
 
 from broker.domain.clock import epoch, system_clock
-from tests.processes import Deployment
+from tests.docs.documents import ROOT, blocks
+from tests.processes import Deployment, free_port
 from tests.workloads import IssuerKey, issuer_key, key_set, rsa_key
 
 
@@ -21,9 +25,12 @@ def rsa(kid, bits):
 
 
 KUBERNETES, GITHUB, GITLAB, CLIENT = rsa("k8s-1", 2048), rsa("gh-1", 2056), rsa("gl-1", 2064), rsa("client-1", 2072)
-SPIRE = issuer_key("svid-1")
+SPIRE, REPORTER = issuer_key("svid-1"), issuer_key("reporter-1")
 CLIENT_ID = "https://client.example"
 NEWS = "https://news.example/api"
+RESEARCHER = "spiffe://prod.example/ns/research/sa/researcher"
+NOTES_SERVER = "spiffe://prod.example/ns/notes/sa/server"
+HOW_TO = ROOT / "docs" / "how-to" / "use-existing-clients.md"
 
 _MORE = """
 [[issuers]]
@@ -47,7 +54,7 @@ discovery = true
 algorithms = ["RS256"]
 
 [[issuers]]
-name = "spire"
+name = "prod"
 issuer = "spiffe://prod.example"
 spiffe_bundle_url = "{provider}/spiffe/bundle"
 algorithms = ["ES256"]
@@ -89,7 +96,7 @@ implicit_tasks = true
 [[principals]]
 name = "svid"
 kind = "agent"
-issuer = "spire"
+issuer = "prod"
 subject_prefix = "spiffe://prod.example/ns/agents/"
 roles = ["agent"]
 implicit_tasks = true
@@ -118,6 +125,28 @@ identifier = "https://edwards.example"
 scopes = ["news:read"]
 signing_algorithm = "EdDSA"
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """The blocks of the how-to, under the addresses at which its broker and its MCP server are in this run."""
+
+    broker: str
+    notes: str
+
+    def blocks(self, language):
+        addresses = {"https://broker.example": self.broker, "https://notes.example/mcp": self.notes}
+        texts = [block.text for block in blocks(HOW_TO, language)]
+        for written, used in addresses.items():
+            texts = [text.replace(written, used) for text in texts]
+        return texts
+
+    def program(self, having):
+        """The one Python block that defines `having`, as a module."""
+        [text] = [text for text in self.blocks("python") if f"\ndef {having}(" in text]
+        module = ModuleType("shown")
+        exec(compile(text, "shown", "exec"), module.__dict__)
+        return module
 
 
 @pytest.fixture(scope="session")
@@ -157,16 +186,31 @@ def provider():
 
 
 @pytest.fixture(scope="session")
-def broker(provider, migrated_file, tmp_path_factory):
+def deployment(provider, migrated_file, tmp_path_factory):
     directory = tmp_path_factory.mktemp("compatible")
     deployment = Deployment.create(directory, f"sqlite:///{directory / 'broker.db'}")
+    shutil.copyfile(migrated_file, directory / "broker.db")
     (directory / "kubernetes.json").write_bytes(key_set(KUBERNETES, use="sig", alg="RS256"))
     (directory / "client.json").write_bytes(key_set(CLIENT))
-    text = deployment.configuration.read_text() + _MORE.format(provider=provider, news=NEWS)
-    deployment.configuration.write_text(text)
+    (directory / "reporter.jwks.json").write_bytes(key_set(REPORTER, use="sig", alg="ES256"))
     (directory / "policies" / "news.cedar").write_text(
         '@id("news-read")\npermit (principal, action == Action::"news:read", resource);\n'
     )
+    return deployment
+
+
+@pytest.fixture(scope="session")
+def shown(deployment):
+    """What the how-to shows, with the addresses of this run."""
+    return Shown(broker=deployment.issuer, notes=f"http://127.0.0.1:{free_port()}/mcp")
+
+
+@pytest.fixture(scope="session")
+def broker(provider, deployment, shown):
+    [configuration], [policy] = shown.blocks("toml"), shown.blocks("cedar")
+    text = deployment.configuration.read_text() + _MORE.format(provider=provider, news=NEWS) + configuration
+    deployment.configuration.write_text(text)
+    (deployment.directory / "policies" / "shown.cedar").write_text(policy)
     with deployment.broker("--no-scheduler") as process:
         yield process
 

@@ -43,18 +43,22 @@ def test_the_metadata_is_what_rfc_8414_says(broker, metadata):
     assert alias == dict(metadata)
 
 
-def test_private_key_jwt_gets_a_token(broker, metadata, private_key):
+def test_private_key_jwt_gets_a_token_for_a_task_that_is_dead_when_the_task_has_ended(broker, metadata, private_key):
     """A client that is its own issuer, with the broker's issuer as audience as RFC 7523 bis asks."""
+    task = broker.open_task("oauth-client")
     client = OAuth2Session(CLIENT_ID, private_key, token_endpoint_auth_method="private_key_jwt")
     client.register_client_auth_method(
         PrivateKeyJWT(broker.deployment.issuer, headers={"kid": CLIENT.kid}, alg=CLIENT.algorithm)
     )
     with client:
         token = client.fetch_token(
-            metadata["token_endpoint"], grant_type="client_credentials", resource=NEWS, scope="news:read"
+            metadata["token_endpoint"], grant_type="client_credentials", resource=NEWS, scope="news:read", task_id=task
         )
-    assert (token["token_type"], token["scope"]) == ("Bearer", "news:read")
-    assert broker.is_active(token["access_token"])
+    assert (token["token_type"], token["scope"], token["task_id"]) == ("Bearer", "news:read", task)
+    claims = broker.introspect(token["access_token"]).json()
+    assert (claims["active"], claims["client_id"], claims["task_id"]) == (True, "oauth-client", task)
+    broker.complete(task)
+    assert not broker.is_active(token["access_token"])
 
 
 def test_a_wrong_key_is_an_error_that_the_client_can_read(broker, metadata):

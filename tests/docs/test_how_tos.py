@@ -16,8 +16,9 @@ from broker.sdk import Client, DpopKey
 from tests.docs.documents import HOW_TOS, ROOT, blocks, name_of
 
 VERIFIER = ROOT / "docs" / "how-to" / "verifier.md"
-# That of Vault needs one, and has a test of its own.
-WITH_A_SHELL = [path for path in [ROOT / "README.md", *HOW_TOS] if blocks(path, "sh") and path.name != "vault.md"]
+# They need a Vault, and have tests of their own: `test_how_to_vault`, and those of `tests/compatibility`.
+ELSEWHERE = ("vault.md", "use-existing-clients.md")
+WITH_A_SHELL = [path for path in [ROOT / "README.md", *HOW_TOS] if blocks(path, "sh") and path.name not in ELSEWHERE]
 CRM = "https://crm.example/api"
 _EXITS = re.compile(r"\s+# exits (\d+)$")
 
