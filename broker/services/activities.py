@@ -167,7 +167,7 @@ class Activities:
             raise LimitExceeded(
                 f"more than {self._limits.max_activities_per_minute} activities in a minute, which is as many as one "
                 "reporter may tell of: tell of fewer, or later",
-                limit="activities.max_per_minute",
+                limit="max_per_minute",
                 value=self._limits.max_activities_per_minute,
                 window_s=_MINUTE_S,
                 retry_after_s=_MINUTE_S - epoch(now) % _MINUTE_S,
@@ -187,7 +187,7 @@ class Activities:
             dropped[activity.grant_id] += 1
             refused[place] = LimitExceeded(
                 f"{most} activities of grant {activity.grant_id} are kept already: this one is only counted",
-                limit="activities.max_per_grant",
+                limit="max_per_grant",
                 value=most,
                 retry_after_s=_MINUTE_S,
             )
