@@ -178,3 +178,43 @@ def test_what_is_no_token_is_not_collected_as_one(house):
     collect(house, case)
     with house.broker.database.read() as db:
         assert stored_leases.leases_of(db, [case.grant.id])[case.grant.id].state == "held"
+
+
+# --- In an emergency ---
+
+EMERGENCY = f"""
+@id("orders-emergency")
+@break_glass("true") @approval("security") @quorum("2")
+permit (principal == Agent::"summarizer", action == Action::"select", resource == Resource::"{ORDERS}");
+"""
+
+
+def broken_glass(house):
+    found = house.broker.standing.now().catalogue
+    policies = {**found.policies, "emergency.cedar": EMERGENCY}
+    house.broker.administration.apply(replace(found, policies=policies), by="tests")
+    case = asked(house, break_glass="the orders are stuck")
+    approve(house, case)
+    approve(house, case, by="sue")
+    return case
+
+
+def test_a_break_glass_to_a_secret_from_outside_owes_its_review_before_there_is_one(house):
+    case = broken_glass(house)
+    issued = collect(house, case)
+    assert issued.credential.data.reveal()["password"] == PASSWORD
+    assert issued.grant.break_glass == "the orders are stuck"
+    [owed] = house.broker.reviews.page(house.caller("ada"))
+    assert (owed.grant.id, str(owed.state)) == (case.grant.id, "owed")
+
+
+def test_a_break_glass_whose_secret_could_not_be_had_owes_its_review_all_the_same(house):
+    """It may exist: nobody heard of it (INV-05)."""
+    case = broken_glass(house)
+    house.outside.down = True
+    with pytest.raises(ProviderUnavailable):
+        collect(house, case)
+    assert len(house.broker.reviews.page(house.caller("ada"))) == 1
+    trail = house.broker.audit_trail.page(house.caller("ada"), {"grant_id": case.grant.id}, before=None, limit=100)
+    types = [event.type for event in trail]
+    assert types.count("break_glass.ended") == types.count("break_glass.collected") == 1

@@ -147,6 +147,21 @@ def test_who_approved_is_seen_when_it_is_collected(house):
     assert decided_again(house, BOARD.replace('contains("sue")', 'contains("sid")')).ended == 1
 
 
+def test_a_renewal_remembers_who_approved(house):
+    with_sam = f"""{BOARD}
+@id("sam-is-enough")
+permit (principal, action == Action::"contacts:write", resource) when {{ context.approvals.by.contains("sam") }};
+"""
+    configured(house, with_sam)
+    case = ask(house, house.open_task(), scopes=WRITE)
+    for by in ("sam", "sue"):
+        approve(house, case, by=by)
+    issued = collect(house, case)
+    renewed = house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=9))
+    assert renewed.grant.decision["policies"] == ["sam-is-enough"]
+    assert terms_of(house, renewed)["approved"]["by"] == ["sam", "sue"]
+
+
 def test_only_votes_that_count_are_seen(house):
     """INV-15: who left the group meanwhile has approved nothing."""
     one_of = BOARD.replace('@quorum("2")', '@quorum("1")')
@@ -214,6 +229,17 @@ def test_who_handed_it_down_is_seen_and_told_apart_when_decided_again(house):
     assert facts["delegation_chain"] == ["summarizer"]
     decided_again(house, reads_where("context.delegation_chain.isEmpty()"))
     assert (house.is_active(above), house.is_active(below)) == (True, False)
+
+
+def test_two_that_differ_in_the_chain_alone_share_no_decision(house):
+    configured(house, reads_where("context.ttl_s > 0"))
+    task = house.open_task("summarizer", "scribe")
+    above = house.issue(task)
+    own = house.issue(task, by="scribe")
+    handed = house.issue(None, by="scribe", parent_grant_id=above.grant.id, parent_by_token=True)
+    configured(house, reads_where("context.delegation_chain.isEmpty()"))
+    house.broker.redeciding.run()
+    assert (house.is_active(own), house.is_active(handed)) == (True, False)
 
 
 def test_no_claim_of_the_caller_is_a_fact(house):
