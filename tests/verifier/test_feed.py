@@ -181,6 +181,21 @@ def test_a_key_that_leaked_is_refused_whatever_time_its_tokens_say(source):
     assert source.feed.refuses(token(issued_at=253402300000))
 
 
+def test_a_key_that_leaked_is_never_forgotten_and_a_forged_event_silences_none(source, clocks):
+    source.feed.event(source.append("tokens", key="k1", issued_before=253402300799))
+    assert not source.feed.refuses_key("k1", EPOCH)
+    source.state()
+    assert source.feed.refuses_key("k1", EPOCH)
+    assert not source.feed.refuses_key("k2", EPOCH)
+    clocks.forward(86_400)
+    source.state()
+    assert source.feed.refuses(token(issued_at=EPOCH + 86_400))
+    source.feed.event('{"seq":2,"kind":"tokens","key":"k2","issued_before":253402300799}')
+    source.reset()
+    assert source.feed.refuses(token(marks=(("key", "k2"),)))
+    assert not source.feed.refuses_key("k2", EPOCH)
+
+
 def test_a_statement_from_before_an_event_does_not_say_which_lists_are_complete(source):
     before = statement_of(source.claims(), source.time, bound_s=15)
     source.feed.event(source.append("lists"))

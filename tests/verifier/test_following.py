@@ -315,6 +315,30 @@ def test_keys_that_rotate_are_known_at_once_and_unknown_names_do_not_make_us_ask
     refused(verifier, live)
 
 
+def test_a_key_that_leaked_proves_nothing_while_it_is_still_published(broker, verifier, live):
+    """Whoever has it could go on saying that nothing was revoked."""
+    other = broker.issue(key=broker.coming)
+    assert why(verifier, other) is None
+    broker.revoke("tokens", key=broker.keys[0].kid, issued_before=253402300799)
+    refused(verifier, live)
+    broker.heal()
+    until(lambda: why(verifier, other) == "not_fresh", within_s=10, what="the end of what the key proved")
+    assert "revoked" in verifier.state().problem
+    broker.rotate()
+    until(lambda: why(verifier, other) is None, what="a yes by the next key")
+    assert why(verifier, live) == "revoked"
+
+
+def test_a_token_function_that_fails_is_a_problem_and_no_end(broker, verifier_of):
+    def failing():
+        raise RuntimeError("the-workload-token-itself")
+
+    verifier = verifier_of(token_source=failing, introspect=True)
+    assert why(verifier, broker.issue()) == "not_fresh"
+    until(lambda: "RuntimeError" in (verifier.state().problem or ""), what="the problem said")
+    assert "itself" not in verifier.state().problem
+
+
 def test_keys_are_kept_while_they_cannot_be_fetched(broker, verifier, live):
     broker.serves -= {"jwks"}
     verifier._keys.refresh(at_most_every_s=0)

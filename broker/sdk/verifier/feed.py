@@ -30,6 +30,7 @@ _FEED_ID = re.compile(r"[A-Za-z0-9_.~-]{1,128}")
 _HEADS_KEPT = 1024
 _UNPROVEN_KEPT = 200_000
 _PASSED_OVER = 3
+_NEVER = float("inf")
 
 
 class Broken(Exception):
@@ -91,6 +92,10 @@ class Refusals:
         return bool(marks) and any(
             token.issued_at <= found[0] for mark in token.marks if (found := marks.get(mark)) is not None
         )
+
+    def over_key(self, kid: str, issued_at: int) -> bool:
+        before, forget_at = self._marks.get(("key", kid), (0, 0.0))
+        return issued_at < before and forget_at == _NEVER
 
     def add(self, refusal: Refusal, forget_at: float) -> bool:
         """Whether there was room for it."""
@@ -157,6 +162,13 @@ class Feed:
     def refuses(self, token: Token) -> bool:
         return self._unproven_refusals.over(token) or self._proven_refusals.over(token)
 
+    def refuses_key(self, kid: str, issued_at: int) -> bool:
+        """Whether nothing counts any more that this key signed at this time.
+
+        By what was proven alone: otherwise a forged event would silence the very statements that do not bear it out.
+        """
+        return self._proven_refusals.over_key(kid, issued_at)
+
     def is_fresh(self, now: Moment) -> bool:
         return not self.fresh.is_over(now)
 
@@ -201,7 +213,7 @@ class Feed:
         if event.refusal is None or event.unsure:
             self._only_newer_lists(issued_from=event.at)
         if event.refusal is not None:
-            self._unproven_refusals.add(event.refusal, float("inf"))
+            self._unproven_refusals.add(event.refusal, _NEVER)
         if self._waiting is not None and self._waiting.seq == event.seq:
             self._prove(self._waiting)
 
@@ -262,22 +274,25 @@ class Feed:
         if not self._unproven:
             return
         while self._unproven and self._unproven[0].seq <= seq:
-            self._keep(self._unproven.popleft(), now)
+            event = self._unproven.popleft()
+            # Whoever has a key that leaked goes on signing with it.
+            is_key = event.refusal is not None and event.refusal.kind == "key"
+            self._keep(event, _NEVER if is_key else now + self._kept_s)
         self._unproven_refusals = Refusals(_UNPROVEN_KEPT)
         for event in self._unproven:
             if event.refusal is not None:
-                self._unproven_refusals.add(event.refusal, float("inf"))
+                self._unproven_refusals.add(event.refusal, _NEVER)
 
     def _keep_unproven(self) -> None:
         now = self._time.now().monotonic
         while self._unproven:
-            self._keep(self._unproven.popleft(), now)
+            self._keep(self._unproven.popleft(), now + self._kept_s)
         self._unproven_refusals = Refusals(_UNPROVEN_KEPT)
 
-    def _keep(self, event: Event, now: float) -> None:
+    def _keep(self, event: Event, forget_at: float) -> None:
         # What cannot be remembered is left to the status lists, so that a flood of revocations revokes too much for a
         # moment and never too little.
-        if event.refusal is not None and not self._proven_refusals.add(event.refusal, now + self._kept_s):
+        if event.refusal is not None and not self._proven_refusals.add(event.refusal, forget_at):
             self._only_newer_lists(issued_from=event.at)
 
     def _only_newer_lists(self, *, issued_from: int = 0) -> None:

@@ -213,5 +213,10 @@ class Follower:
 
     def _claims(self, statement: str) -> Mapping[str, Any]:
         return claims_of(
-            statement, self._keys, typ="feed-statement+jwt", issuer=self._issuer, max_bytes=_MAX_STATEMENT_BYTES
+            statement,
+            self._keys,
+            typ="feed-statement+jwt",
+            issuer=self._issuer,
+            max_bytes=_MAX_STATEMENT_BYTES,
+            refuses_key=self._feed.refuses_key,
         )

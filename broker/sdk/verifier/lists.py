@@ -18,7 +18,7 @@ from broker.sdk.verifier import jose
 from broker.sdk.verifier.jose import NotReadable
 from broker.sdk.verifier.keys import Keys
 from broker.sdk.verifier.moments import OVER, BrokerTime, Until
-from broker.sdk.verifier.signed import UnknownKey, claims_of
+from broker.sdk.verifier.signed import RefusesKey, UnknownKey, claims_of
 from broker.sdk.verifier.transport import Lost, Transport
 
 VALID, INVALID = 0, 1
@@ -51,9 +51,19 @@ class Lists:
     """`get` and `refresh` are safe between threads; of one list, one is fetched at a time."""
 
     def __init__(
-        self, transport: Transport, keys: Keys, time: BrokerTime, lock: Any, timing: Timing, issuer: str, bound_s: int
+        self,
+        *,
+        transport: Transport,
+        keys: Keys,
+        time: BrokerTime,
+        lock: Any,
+        timing: Timing,
+        issuer: str,
+        bound_s: int,
+        refuses_key: RefusesKey,
     ) -> None:
         self._transport, self._keys, self._time, self._timing = transport, keys, time, timing
+        self._refuses_key = refuses_key
         self._issuer, self._bound_s = issuer, bound_s
         self._kept: OrderedDict[str, StatusList] = OrderedDict()
         self._newest: OrderedDict[str, int] = OrderedDict()
@@ -129,7 +139,14 @@ class Lists:
         return StatusList(packed=packed, bits=bits, issued_at=issued_at, asked_at=asked_at, fresh=fresh)
 
     def _claims(self, token: str) -> Mapping[str, Any]:
-        return claims_of(token, self._keys, typ="statuslist+jwt", issuer=self._issuer, max_bytes=MAX_SENT_BYTES)
+        return claims_of(
+            token,
+            self._keys,
+            typ="statuslist+jwt",
+            issuer=self._issuer,
+            max_bytes=MAX_SENT_BYTES,
+            refuses_key=self._refuses_key,
+        )
 
     def _keep(self, uri: str, found: StatusList) -> None:
         if found.issued_at < self._newest.get(uri, 0):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker.sdk.verifier import jose
@@ -16,7 +16,13 @@ class UnknownKey(NotReadable):
     """Signed with a key that is not in the set as we have it."""
 
 
-def claims_of(token: str, keys: Keys, *, typ: str, issuer: str, max_bytes: int) -> Mapping[str, Any]:
+# Whether nothing that this key signed at this time is believed.
+RefusesKey = Callable[[str, int], bool]
+
+
+def claims_of(
+    token: str, keys: Keys, *, typ: str, issuer: str, max_bytes: int, refuses_key: RefusesKey
+) -> Mapping[str, Any]:
     """The claims of something of this type that the broker signed; its times are for the caller to judge."""
     parsed = jose.parse(token, max_bytes=max_bytes)
     if parsed.typ != typ:
@@ -30,4 +36,7 @@ def claims_of(token: str, keys: Keys, *, typ: str, issuer: str, max_bytes: int) 
     claims = jose.members(parsed.payload, max_bytes=max_bytes)
     if claims.get("iss") != issuer:
         raise NotReadable("it is of another issuer")
+    if refuses_key(parsed.kid or "", jose.seconds(claims, "iat")):
+        # Whoever has a key that leaked could say with it that nothing leaked, until the key set is read again.
+        raise NotReadable("it is signed by a key that was revoked")
     return claims

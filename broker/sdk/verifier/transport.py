@@ -137,3 +137,5 @@ class Transport:
             return self._token().reveal()
         except BrokerError as problem:
             raise Lost(f"there is no workload token to ask with: {problem.title}") from None
+        except Exception as problem:  # somebody else's function; what it says may hold what it was to give
+            raise Lost(f"there is no workload token to ask with ({type(problem).__name__})") from None

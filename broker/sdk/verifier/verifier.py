@@ -160,11 +160,18 @@ class Verifier:
         self._time = BrokerTime(self._timing)
         self._transport = Transport(self._issuer, own, self._timing)
         self._keys = Keys(self._transport, self._timing)
-        self._lists = Lists(
-            self._transport, self._keys, self._time, self._lock, self._timing, self._issuer, self._bound_s
-        )
         self._most_refusals = most_refusals
         self._feed = self._new_feed()
+        self._lists = Lists(
+            transport=self._transport,
+            keys=self._keys,
+            time=self._time,
+            lock=self._lock,
+            timing=self._timing,
+            issuer=self._issuer,
+            bound_s=self._bound_s,
+            refuses_key=lambda kid, issued_at: self._feed.refuses_key(kid, issued_at),
+        )
         self._seen = tokens.Seen(cache_size)
         self._once = once or proofs.Memory(self._timing.monotonic, most_proofs)
         self._revoked: dict[bytes, int] = {}
