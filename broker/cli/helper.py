@@ -79,6 +79,7 @@ def kubernetes(source: CredentialSource, /, *, member: str | None, exec_info: st
         --exec-interactive-mode Never --exec-command=broker --exec-arg helper --exec-arg kubernetes \\
         --exec-arg=--resource --exec-arg https://cluster.example --exec-arg=--scope --exec-arg pods:read
     BROKER_TASK="$TASK" kubectl --user agent get pods
+    broker helper kubernetes --task "$TASK" --resource https://cluster.example --scope pods:read  # what kubectl reads
     """
     version = _exec_version(exec_info)
     credential = first(source, wait_s)
