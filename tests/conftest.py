@@ -86,15 +86,22 @@ def migrated_template(postgres):
         yield sa.make_url(url).database
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store_url(request, tmp_path):
-    """A migrated database of each kind."""
-    if request.param == "sqlite":
-        shutil.copyfile(request.getfixturevalue("migrated_file"), tmp_path / "broker.db")
-        yield f"sqlite:///{tmp_path / 'broker.db'}"
+@contextmanager
+def migrated_store(kind, request, directory):
+    """The URL of a migrated database of this kind."""
+    if kind == "sqlite":
+        shutil.copyfile(request.getfixturevalue("migrated_file"), directory / "broker.db")
+        yield f"sqlite:///{directory / 'broker.db'}"
         return
     template = request.getfixturevalue("migrated_template")
     with postgres_database(request.getfixturevalue("postgres"), template=template) as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request, tmp_path):
+    """A migrated database of each kind."""
+    with migrated_store(request.param, request, tmp_path) as url:
         yield url
 
 

@@ -4,14 +4,20 @@ import pytest
 
 from broker.sdk import DpopKey
 from broker.sdk.verifier import Verifier
+from tests.conftest import migrated_store
 from tests.processes import until
+from tests.verifier import sources
 from tests.verifier.conftest import why
-from tests.verifier.sources import SOURCES
 
 
-@pytest.fixture(params=SOURCES)
+@pytest.fixture(params=["fake", "sqlite", "postgresql"])
 def source(request, tmp_path):
-    with SOURCES[request.param](tmp_path) as made:
+    """The fake broker, and a real one on each store."""
+    if request.param == "fake":
+        with sources.fake() as made:
+            yield made
+        return
+    with migrated_store(request.param, request, tmp_path) as store_url, sources.real(tmp_path, store_url) as made:
         yield made
 
 
