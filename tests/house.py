@@ -37,6 +37,17 @@ permit (principal == Agent::"scribe", action == Action::"contacts:read", resourc
 }
 
 
+# For who sends thousands of requests within a second of a clock that stands, and is refused most of them on purpose.
+UNLIMITED = {
+    "max_live_per_agent": 100_000,
+    "requests_per_agent": 1_000_000,
+    "requests_per_task": 1_000_000,
+    "mints_per_task": 1_000_000,
+    "denials_throttle": 1_000_000,
+    "denials_lockdown": 1_000_001,
+}
+
+
 @dataclass
 class TestClock:
     """Stands at a named moment until somebody moves it."""

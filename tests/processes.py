@@ -50,6 +50,11 @@ master_key_file = "master.key"
 [grants]
 max_live_per_agent = 100000
 
+[limits]
+requests_per_agent = 1000000
+requests_per_task = 1000000
+mints_per_task = 1000000
+
 [policies]
 directory = "policies"
 
