@@ -147,7 +147,7 @@ def test_a_client_whose_key_is_not_the_one_is_told_so(broker, notes, client):
         asyncio.run(client.call(notes, auth, "who_asks"))
 
 
-def test_a_workload_token_goes_to_no_other_issuer(notes, client, token_file):
+def test_a_workload_token_goes_to_no_other_issuer(notes, client):
     """The SDK's own rule, which our metadata must let it keep: the issuer is compared exactly."""
     asked = []
 
