@@ -49,10 +49,17 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def notify() -> None:
         broker.notifying.send_due()
 
+    def transmit() -> None:
+        broker.transmitting.run()
+
+    def listen() -> None:
+        broker.receiving.poll()
+
     def measure() -> None:
         looks, outstanding = broker.reconciliation.looks(), broker.leases.measure()
         for look in looks:
             telemetry.looked(look.provider, look.looked_at, reachable=look.reachable)
+        telemetry.sets_waiting(broker.transmitting.backlog())
         telemetry.owed(outstanding.counts, outstanding.oldest_s, [look.provider for look in looks])
 
     # Each its own, so that a provider that hangs delays neither what time ends nor what another is owed.
@@ -65,6 +72,8 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         ("tell", tell, 1),
         ("alert", alert, 1),
         ("notify", notify, 1),
+        ("transmit", transmit, 1),
+        ("listen", listen, 5),
         ("measure", measure, 5),
         ("look again", broker.look_again, 1),
         ("confirm keys", broker.keys.tend, 10),
