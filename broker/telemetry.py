@@ -145,6 +145,11 @@ def sets_received(outcome: str, count: int) -> None:
     _SETS_RECEIVED.labels(outcome).inc(count)
 
 
+def set_refused(reason: str, trace_id: str) -> None:
+    """A SET was pushed to us that is none; it costs no row, because anybody can cause it (INV-35)."""
+    _log.info("set refused", extra={"fields": {"reason": reason, "trace_id": trace_id}})
+
+
 def sets_waiting(counts: Mapping[str, int]) -> None:
     """As the rows have it now; of a stream that is gone nothing is said."""
     _SETS_WAITING.clear()

@@ -456,7 +456,9 @@ def _check_key_file(reader: Reader, at: str, values: Mapping[str, Any]) -> None:
 
 
 def _transmitter(reader: Reader, values: Mapping[str, Any], source: str, own: str) -> Transmitter:
-    location = None if source == "discovery" else values[source]
+    location: str | None = None if source == "discovery" else values[source]
+    if location is not None and source == "jwks_file":
+        location = str(reader.path(location))
     token_file = values["poll_token_file"]
     return Transmitter(
         name=values["name"],
@@ -464,7 +466,7 @@ def _transmitter(reader: Reader, values: Mapping[str, Any], source: str, own: st
             name=values["name"],
             issuer=values["issuer"],
             key_source=_TRANSMITTER_KEYS[source],
-            location=str(reader.path(location)) if source == "jwks_file" else location,
+            location=location,
             algorithms=tuple(values["algorithms"]),
         ),
         audience=values["audience"] or own,

@@ -49,7 +49,7 @@ class FeedSettings:
 class SsfSettings:
     """Bounds of streams of security events, and where inside they may be pushed to."""
 
-    bounds: StreamBounds = StreamBounds()
+    bounds: StreamBounds = field(default_factory=StreamBounds)
     push_networks: tuple[Network, ...] = ()
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 from broker.domain.audit import canonical_json
 from broker.domain.catalogue import TrustedIssuer
@@ -243,6 +244,11 @@ class Stream:
     progress_at: datetime
     verified_at: datetime | None
     sealed_authorization: bytes | None = field(default=None, repr=False)
+
+    @property
+    def pushed_to(self) -> str | None:
+        """The host alone: for some receivers the whole address is all that is needed to write there."""
+        return None if self.endpoint_url is None else urlsplit(self.endpoint_url).hostname
 
     @property
     def delivered(self) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ from broker.store.database import Database
 from broker.store.standing import is_consumed
 from broker.store.transitions import record
 
+MAX_SET_BYTES = jose.MAX_TOKEN_BYTES
 POLL_DEADLINE = timedelta(seconds=10)
 MOST_POLLED = 50
 _SET = "set"

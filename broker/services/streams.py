@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +45,7 @@ from broker.store.transitions import move, record
 
 MOST_REMOVED = 1000
 MOST_URL = 2000
+_ACTIVE_AGAIN = timedelta(seconds=10)
 ALGORITHM = "RS256"
 _AUTHORIZATION = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,1022}[\x21-\x7e])?")
 _PURPOSE = "stream authorization"
@@ -135,9 +136,13 @@ class Streams:
     def find(self, caller: Caller, stream_id: str) -> Stream:
         """The receiver's stream of this id; looking at it is activity of the receiver's."""
         self._admit(caller)
-        with self._database.begin() as db:
-            stream = self._held(db, caller, stream_id)
-            streams.change(db, stream.id, active_at=self._clock())
+        now = self._clock()
+        with self._database.read() as db:
+            stream = _found(db, stream_id, receiver=caller.name)
+        # Not at each look: who polls looks all the time.
+        if stream.active_at <= now - _ACTIVE_AGAIN:
+            with self._database.begin() as db:
+                streams.change(db, stream.id, active_at=now)
         return stream
 
     def update(self, caller: Caller, stream_id: str, wish: Wish, *, keeps_authorization: bool) -> Stream:
@@ -266,11 +271,13 @@ class Streams:
     def resume(self, caller: Caller, stream_id: str, *, reason: str | None = None) -> Overseen:
         return self._stopped_or_let_go(caller, stream_id, StreamState.ENABLED, reason=reason)
 
-    def remove(self, caller: Caller, stream_id: str) -> None:
-        """Delete a receiver's stream. Its receiver may make another."""
+    def remove(self, caller: Caller, stream_id: str) -> Overseen:
+        """Delete a receiver's stream; answers what it was. Its receiver may make another."""
         self._oversee(caller, "delete")
         with self._database.begin() as db:
-            self._deleted(db, _found(db, stream_id, lock=True), by=caller.name, trace_id=caller.trace_id)
+            overseen = self._overseen(db, _found(db, stream_id, lock=True))
+            self._deleted(db, overseen.stream, by=caller.name, trace_id=caller.trace_id)
+        return overseen
 
     def _stopped_or_let_go(self, caller: Caller, stream_id: str, to: StreamState, *, reason: str | None) -> Overseen:
         self._oversee(caller, str(to))
@@ -410,12 +417,6 @@ def _event(
     actor: str, stream: Stream, now: datetime, type_: str, *, reason: str | None = None, trace_id: str | None = None,
     **more: Any,
 ) -> Event:  # fmt: skip
-    host = None if stream.endpoint_url is None else urlsplit(stream.endpoint_url).hostname
-    data = {
-        "stream_id": stream.id,
-        "receiver": stream.receiver,
-        "method": str(stream.method),
-        "pushed_to": host,
-        **more,
-    }
+    data = {"stream_id": stream.id, "receiver": stream.receiver, "method": str(stream.method), **more}
+    data["pushed_to"] = stream.pushed_to
     return Event(id=new_id("evt", now), at=now, type=type_, actor=actor, reason=reason, trace_id=trace_id, data=data)

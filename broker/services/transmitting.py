@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 from sqlalchemy import Connection
 
@@ -317,7 +316,7 @@ class Transmitting:
 
     def _sent(self, stream: Stream, jti: str, token: str, headers: Mapping[str, str]) -> str | None:
         """None when it is done with: taken, or refused for what it is. Else why it has to be sent again."""
-        host = urlsplit(stream.endpoint_url or "").hostname
+        host = stream.pushed_to
         try:
             answer = self._poster(stream.id).post(
                 stream.endpoint_url or "", token.encode("ascii"), headers, read=_MOST_SAID

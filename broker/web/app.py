@@ -15,6 +15,7 @@ from broker.web import auth, envelope, problems
 from broker.web.answers import Answer, json_response, kept_response
 from broker.web.api.approvals import approvals
 from broker.web.api.audit import audit
+from broker.web.api.event_streams import event_streams
 from broker.web.api.grants import grants
 from broker.web.api.leases import leases
 from broker.web.api.policies import policies
@@ -30,9 +31,10 @@ from broker.web.oauth.metadata import metadata
 from broker.web.oauth.token import token
 from broker.web.operations import openapi
 from broker.web.reading import MAX_BODY_BYTES
+from broker.web.ssf import ssf
 from broker.wiring import Broker
 
-API = (tasks, grants, approvals, leases, revocations, signals, policies, audit)
+API = (tasks, grants, approvals, leases, revocations, signals, event_streams, policies, audit)
 # What agents and verifiers ask all day long, and what nobody else waits for.
 _BUSY = ("grants.request_grant", "token.issue_token", "token.introspect")
 
@@ -49,6 +51,7 @@ def create_app(built: Broker) -> Flask:
         app.register_blueprint(operations.blueprint)
     app.register_blueprint(token)
     app.register_blueprint(metadata)
+    app.register_blueprint(ssf)
     app.before_request(_begin)
     app.after_request(_end)
     app.register_error_handler(Exception, envelope.refusal)

@@ -286,9 +286,14 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
 
 
 def _id_of(operation: Operation) -> str:
-    prefix = {"tasks": "task", "grants": "grt", "leases": "lea", "lockdowns": "lck", "approvals": "apr"}[
-        operation.path.split("/")[2]
-    ]
+    prefix = {
+        "tasks": "task",
+        "grants": "grt",
+        "leases": "lea",
+        "lockdowns": "lck",
+        "approvals": "apr",
+        "event-streams": "stm",
+    }[operation.path.split("/")[2]]
     return f"^{prefix}_[0-7][0-9a-hjkmnp-tv-z]{{25}}$"
 
 
