@@ -110,10 +110,13 @@ class Broadcast:
         self._bell.set()
 
     def newest(self) -> Edition:
-        """An edition no older than a statement may get."""
+        """The edition that readers have, while there are some; else one that was looked for after this was asked."""
+        asked_at = self._monotonic()
         with self._guard:
-            edition, age_s = self._edition, self._monotonic() - self._looked_at
-        return self.look() if edition is None or age_s > STATED_EVERY_S else edition
+            edition, age_s = self._edition, asked_at - self._looked_at
+            if edition is not None and self._readers and age_s <= STATED_EVERY_S and not self._bell.is_set():
+                return edition
+        return self.look(asked_at)
 
     def begin(self, wanted: Position | None) -> tuple[Edition, Start]:
         """Where a reader that came so far goes on, and the edition it does so with."""
@@ -138,15 +141,21 @@ class Broadcast:
                 return
             edition = newer
 
-    def look(self) -> Edition:
-        """A new edition. Readers of this process are told of it before this returns."""
+    def look(self, asked_at: float | None = None) -> Edition:
+        """A new edition, or one whose look began after it was asked for: one look is enough for a crowd (INV-35).
+
+        Readers of this process are told of it before this returns.
+        """
         with self._looking:
             last = self._edition
+            if last is not None and asked_at is not None and self._looked_at > asked_at:
+                return last
+            now = self._monotonic()
             looked = self._feed.look()
             since, texts = self._read(last, looked)
-            now = self._monotonic()
             due = now - self._stated_at >= STATED_EVERY_S - _EARLY_S
             if last is not None and last.looked.seen == looked.seen and not due:
+                self._looked_at = now
                 return last
             edition = Edition(
                 looked=looked,

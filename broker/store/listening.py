@@ -42,9 +42,9 @@ def _listen(database: Database, channel: str, heard: Callable[[], None], stop: t
     while not stop.is_set():
         try:
             with database.engine.connect() as pooled:
+                driver = pooled.connection.driver_connection
                 # Out of the pool: who waits for messages all the time must not keep a place that others need.
                 pooled.detach()
-                driver = pooled.connection.driver_connection
                 assert isinstance(driver, Driver)  # noqa: S101 - the only driver of PostgreSQL we have
                 driver.rollback()
                 driver.autocommit = True

@@ -47,6 +47,8 @@ _SAID_EVERY_S = 5.0
 _UNREAD = 64 * 1024  # bytes that one reader may leave in our memory
 _UNACKNOWLEDGED_MS = 20_000
 _DRAINED_WITHIN_S = 10.0
+_EMPTY_WITHIN_S = 3.0
+_LOOK_AGAIN_S = 0.02
 _REPLAYS_AT_ONCE = 32  # a thousand events each
 
 _log = logging.getLogger(__name__)
@@ -121,9 +123,7 @@ class FeedServer:
             await hall.stopping.wait()
         server.close()
         tending.cancel()
-        hall.empty()
-        # One turn of the loop, so that what was just written is on its way.
-        await asyncio.sleep(0)
+        await hall.empty()
 
 
 class _Answers:
@@ -266,9 +266,13 @@ class _Hall:
         self._connections.discard(connection)
         self.listeners.discard(connection)
 
-    def empty(self) -> None:
+    async def empty(self) -> None:
+        """End them all, and wait a little until what was just said is on its way."""
         for connection in tuple(self._connections):
             connection.end()
+        until = self.loop.time() + _EMPTY_WITHIN_S
+        while self._connections and self.loop.time() < until:
+            await asyncio.sleep(_LOOK_AGAIN_S)
 
     def do(self, what: Coroutine[Any, Any, None], connection: _Connection) -> None:
         """Something that waits, for one connection; if it breaks, that connection is over and nothing else is."""
@@ -398,7 +402,9 @@ class _Connection(asyncio.Protocol):
             b"".join(parser.send(part) or b"" for part in (head, h11.Data(data=answer.body), h11.EndOfMessage()))
         )
         self._busy, self._since = False, self._hall.loop.time()
-        if parser.our_state is h11.DONE and parser.their_state is h11.DONE and not parser.trailing_data[0]:
+        if self._hall.stopping.is_set():
+            self._transport.close()
+        elif parser.our_state is h11.DONE and parser.their_state is h11.DONE and not parser.trailing_data[0]:
             parser.start_next_cycle()
         else:
             self._transport.close()
@@ -492,10 +498,12 @@ class _Connection(asyncio.Protocol):
     # --- Ending -------------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """In order: a poll is answered, a stream is complete."""
+        """In order: what was asked is answered, a stream is complete."""
         if self._waiting is not None:
             self._reply()
             return
+        if self._busy and self._opened is None:
+            return  # it is being answered
         if self._opened is not None and not self._transport.is_closing():
             self._transport.write(b"0\r\n\r\n" if self._chunked else b"")
         self._transport.close()
