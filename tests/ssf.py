@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from dataclasses import replace
@@ -10,6 +11,8 @@ from ipaddress import ip_network
 from pathlib import Path
 
 import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from broker.config.settings import SsfSettings
 from broker.domain.catalogue import TrustedIssuer
@@ -28,6 +31,22 @@ IDP = "https://idp.example/tenant"
 LOOPBACK = (ip_network("127.0.0.0/8"),)
 
 
+_KEYS: list[rsa.RSAPrivateKey] = []
+_TURN = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def quick_keys(monkeypatch):
+    """RSA keys out of a few that were made once: finding primes is most of what these tests would take."""
+
+    def next_key(**_):
+        while len(_KEYS) < 8:
+            _KEYS.append(rsa.generate_private_key(public_exponent=65537, key_size=2048))
+        return _KEYS[next(_TURN) % len(_KEYS)]
+
+    monkeypatch.setattr("broker.providers.jwt.generate_rsa_key", next_key)
+
+
 def ssf_house(store_url, directory, *, clock=None, inside=LOOPBACK, transmitters=(), catalogue=None, **bounds):
     """A whole broker that may push to this machine, and believes these transmitters."""
     clock = clock or TestClock()
@@ -43,7 +62,7 @@ def ssf_house(store_url, directory, *, clock=None, inside=LOOPBACK, transmitters
 
 
 class Receiver:
-    """Takes what is pushed. `answers` are given one by one, and the last one for ever; while not `released` it hangs."""
+    """Takes what is pushed. `answers` are given one by one, the last one for ever; while not `released` it hangs."""
 
     def __init__(self, *answers, port=0):
         self.answers = list(answers) or [202]
