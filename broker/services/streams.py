@@ -6,7 +6,6 @@ the receiver is sealed before it is kept, and never told again (INV-30). Nothing
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -52,7 +51,11 @@ _PURPOSE = "stream authorization"
 _SEAL = "AES-256-GCM"
 _ADMIN, _RECEIVER, BROKER = "admin", "receiver", "broker"
 
-_log = logging.getLogger(__name__)
+_MOVED = {
+    StreamState.ENABLED: "stream.enabled",
+    StreamState.PAUSED: "stream.paused",
+    StreamState.DISABLED: "stream.disabled",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +291,7 @@ class Streams:
                 # The receiver's own pause becomes one that the receiver does not end.
                 stream = replace(stream, set_by=_ADMIN, reason=reason)
                 streams.change(db, stream.id, set_by=_ADMIN, reason=reason)
-                record(db, [_event(caller.name, stream, now, f"stream.{to}", reason=reason)])
+                record(db, [_event(caller.name, stream, now, _MOVED[to], reason=reason)])
             else:
                 stream = self._moved(db, stream, to, reason=reason, set_by=_ADMIN, by=caller.name, now=now)
             return self._overseen(db, stream)
@@ -329,7 +332,7 @@ class Streams:
         after = replace(stream, state=to, **values)
 
         def moved(_row: Row[Any]) -> Event:
-            return _event(by, after, now, f"stream.{to}", reason=reason)
+            return _event(by, after, now, _MOVED[to], reason=reason)
 
         move(db, models.EventStream, to, models.EventStream.id == stream.id, event=moved, **values)
         if set_by != _RECEIVER:

@@ -55,8 +55,8 @@ MOST_POLLED = 100
 MOST_ACKNOWLEDGED = 1000
 _READ_AT_ONCE = 200  # events of the feed in one transaction
 _PUSHED_AT_ONCE = 100
-_PUSHED_FOR_S = 10.0  # then another stream has its turn
-_CLAIMED_FOR = timedelta(seconds=30)  # longer than that and one push
+_PUSHED_FOR_S = 5.0  # then another stream has its turn
+_CLAIMED_FOR = timedelta(seconds=15)  # longer than that and one push
 _AT_ONCE = 8
 _NO_PROGRESS = timedelta(minutes=1)
 _LONGEST_LIFE = timedelta(hours=1)  # of a token

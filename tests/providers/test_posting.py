@@ -54,7 +54,8 @@ def receiver():
     made.close()
 
 
-def poster(may_reach=public_or(LOOPBACK), seconds=5.0):
+def poster(may_reach=None, seconds=5.0):
+    may_reach = may_reach or public_or(LOOPBACK)
     return Poster(deadline=timedelta(seconds=seconds), may_reach=may_reach)
 
 
