@@ -53,10 +53,17 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
     def review() -> None:
         broker.reviews.note_overdue()
 
+    def transmit() -> None:
+        broker.transmitting.run()
+
+    def listen() -> None:
+        broker.receiving.poll()
+
     def measure() -> None:
         looks, outstanding = broker.reconciliation.looks(), broker.leases.measure()
         for look in looks:
             telemetry.looked(look.provider, look.looked_at, reachable=look.reachable)
+        telemetry.sets_waiting(broker.transmitting.backlog())
         telemetry.owed(outstanding.counts, outstanding.oldest_s, [look.provider for look in looks])
         broken = broker.reviews.measure()
         telemetry.break_glass(live=broken.live, owed=broken.owed, overdue=broken.overdue)
@@ -72,6 +79,8 @@ def jobs(broker: Broker) -> tuple[tuple[str, Callable[[], None], int], ...]:
         ("alert", alert, 1),
         ("notify", notify, 1),
         ("review", review, 5),
+        ("transmit", transmit, 1),
+        ("listen", listen, 5),
         ("measure", measure, 5),
         ("look again", broker.look_again, 1),
         ("confirm keys", broker.keys.tend, 10),

@@ -59,6 +59,11 @@ _STREAMS = Gauge("broker_feed_streams", "Streams of the feed that are open")
 _CUT_OFF = Counter("broker_feed_cut_off", "Streams that did not read what they were sent, and were ended")
 
 
+_SETS_SENT = Counter("broker_ssf_sets_sent", "Security event tokens, by what became of them at receivers", ["outcome"])
+_SETS_RECEIVED = Counter("broker_ssf_sets_received", "Security event tokens of transmitters", ["outcome"])
+_SETS_WAITING = Gauge("broker_ssf_sets_waiting", "Security event tokens a receiver has not taken", ["receiver"])
+
+
 _OPEN = tuple(str(state) for state in LeaseState if state is not LeaseState.RELEASED)
 _OWING: set[str] = set()  # every provider whose leases were counted
 
@@ -151,6 +156,28 @@ def streams(more: int) -> None:
 def cut_off() -> None:
     """A stream was ended because nobody read it."""
     _CUT_OFF.inc()
+
+
+def sets_sent(outcome: str, count: int) -> None:
+    """What receivers did with so many SETs: delivered, refused, failed."""
+    _SETS_SENT.labels(outcome).inc(count)
+
+
+def sets_received(outcome: str, count: int) -> None:
+    """What we did with so many SETs of transmitters: accepted, repeated, refused."""
+    _SETS_RECEIVED.labels(outcome).inc(count)
+
+
+def set_refused(reason: str, trace_id: str) -> None:
+    """A SET was pushed to us that is none; it costs no row, because anybody can cause it (INV-35)."""
+    _log.info("set refused", extra={"fields": {"reason": reason, "trace_id": trace_id}})
+
+
+def sets_waiting(counts: Mapping[str, int]) -> None:
+    """As the rows have it now; of a stream that is gone nothing is said."""
+    _SETS_WAITING.clear()
+    for receiver, count in counts.items():
+        _SETS_WAITING.labels(receiver).set(count)
 
 
 def exposition() -> tuple[bytes, str]:

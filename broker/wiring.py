@@ -8,9 +8,13 @@ from pathlib import Path
 
 from broker import telemetry
 from broker.config import Settings, read_master_key
+from broker.config.files import require_secret
+from broker.config.wording import Wrong
 from broker.domain.approval import Route
 from broker.domain.clock import Clock, system_clock
-from broker.domain.errors import ConfigurationError
+from broker.domain.errors import ConfigurationError, ProviderRefused
+from broker.domain.secret import Secret
+from broker.domain.shared_signals import Transmitter
 from broker.providers.alerts import Alerts, NoAlerts, WebhookAlerts
 from broker.providers.base import Provider, third_party
 from broker.providers.dev_issuer import DevIssuer
@@ -40,6 +44,7 @@ from broker.services.leases import Leases
 from broker.services.limits import Limiter
 from broker.services.notifying import Notifying
 from broker.services.proofs import Proofs
+from broker.services.receiving import Receiving
 from broker.services.reconciliation import Reconciliation, settings_in_use
 from broker.services.redeciding import Redeciding
 from broker.services.replaying import Replaying
@@ -49,9 +54,11 @@ from broker.services.secrets import Secrets
 from broker.services.signals import Signals
 from broker.services.standing import StandingReader
 from broker.services.status_indexes import StatusIndexes
+from broker.services.streams import Streams
 from broker.services.sweeper import Sweeper
 from broker.services.tasks import TaskService
 from broker.services.timeline import Timeline
+from broker.services.transmitting import Transmitting
 from broker.services.verification import Verification
 from broker.services.waiting import Waiting
 from broker.store.clock import DatabaseClock
@@ -92,6 +99,9 @@ class Broker:
     broadcast: Broadcast
     feed_places: Places
     feed_waiting: Places
+    streams: Streams
+    transmitting: Transmitting
+    receiving: Receiving
     explaining: Explaining
     administration: Administration
     redeciding: Redeciding
@@ -130,6 +140,7 @@ class Broker:
     def close(self) -> None:
         self.broadcast.stop()
         self.waiting.stop()
+        self.transmitting.close()
         self.debts.close()
         self.keys.close()
         self.database.close()
@@ -151,9 +162,10 @@ def build(
     if clock is None:
         # One clock decides (INV-09): on SQLite there is one process and its own will do.
         clock = system_clock if database.is_sqlite else DatabaseClock(database)
+    sealing = _sealing(settings, clock)
     keys = Keys(
         database=database,
-        sealing=_sealing(settings, clock),
+        sealing=sealing,
         clock=clock,
         rotate_every=settings.rotate_every,
         max_ttl=settings.limits.max_ttl,
@@ -189,8 +201,19 @@ def build(
         return stopped
 
     broadcast = Broadcast(feed, listen=heard)
+    streams = Streams(
+        database=database,
+        feed=feed,
+        keys=keys,
+        sealing=sealing,
+        bounds=settings.ssf.bounds,
+        inside=settings.ssf.push_networks,
+        issuer=issuer,
+        clock=clock,
+    )
     versions = Versions(database=database, standing=standing)
     redeciding = Redeciding(database=database, standing=standing, versions=versions, clock=clock)
+    signals = Signals(database=database, standing=standing, redeciding=redeciding, wakeups=wakeups, clock=clock)
     return Broker(
         settings=settings,
         clock=clock,
@@ -242,6 +265,28 @@ def build(
         broadcast=broadcast,
         feed_places=_places(settings.feed.streams_of_serve),
         feed_waiting=_places(_POLLS_OF_SERVE),
+        streams=streams,
+        transmitting=Transmitting(
+            database=database,
+            standing=standing,
+            feed=feed,
+            streams=streams,
+            inside=settings.ssf.push_networks,
+            issuer=issuer,
+            clock=clock,
+            counted=telemetry.sets_sent,
+        ),
+        receiving=Receiving(
+            database=database,
+            standing=standing,
+            key_sets=key_sets,
+            revocation=revocation,
+            signals=signals,
+            transmitters=settings.transmitters,
+            token_of=_poll_token,
+            clock=clock,
+            counted=telemetry.sets_received,
+        ),
         explaining=Explaining(database=database, versions=versions),
         administration=Administration(
             database=database, standing=standing, redeciding=redeciding, keys=keys, wakeups=wakeups, clock=clock
@@ -250,7 +295,7 @@ def build(
         replaying=Replaying(
             database=database, standing=standing, versions=versions, redeciding=redeciding, clock=clock
         ),
-        signals=Signals(database=database, standing=standing, redeciding=redeciding, wakeups=wakeups, clock=clock),
+        signals=signals,
         audit_trail=AuditTrail(database=database),
         activities=Activities(database=database, standing=standing, limits=limits, clock=clock),
         timeline=Timeline(database=database),
@@ -269,6 +314,17 @@ def build(
 def _places(at_once: int) -> Places:
     # Two thirds for one caller, so that one gone wrong leaves room for the others.
     return Places(at_once, of_one_caller=max(1, at_once * 2 // 3))
+
+
+def _poll_token(transmitter: Transmitter) -> Secret | None:
+    """What opens a transmitter that is polled, as its file has it now."""
+    if transmitter.poll_token_file is None:
+        return None
+    try:
+        return require_secret(Path(transmitter.poll_token_file), "the token")
+    except Wrong as wrong:
+        reason = str(wrong)
+    raise ProviderRefused(f"there is nothing to poll {transmitter.name} with", reason=reason)
 
 
 def _alerts(settings: Settings, clock: Clock) -> Alerts:

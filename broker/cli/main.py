@@ -38,6 +38,7 @@ _COMMANDS: Mapping[str, str] = {
     "revoke": "broker.cli.revoke",
     "scheduler": "broker.cli.server",
     "serve": "broker.cli.server",
+    "ssf": "broker.cli.ssf",
     "task": "broker.cli.task",
     "vault": "broker.cli.vault",
 }

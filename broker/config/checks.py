@@ -25,11 +25,13 @@ from broker.config.reading import Reader, Row
 from broker.config.settings import AlertSettings
 from broker.config.values import WORKLOAD_ALGORITHMS, address, is_loopback, web_url
 from broker.config.wording import Wrong, bare, nearest, quoted, shown
-from broker.domain.catalogue import KEY_SOURCES
+from broker.domain.catalogue import KEY_SOURCES, TrustedIssuer
 from broker.domain.errors import Invalid
 from broker.domain.identity import Role
 from broker.domain.secret import Secret
+from broker.domain.shared_signals import Transmitter
 from broker.providers.alerts import webhook_key, webhook_url
+from broker.providers.key_sets import SSF_DISCOVERY
 from broker.providers.notices import ChannelSettings, Mail
 from broker.providers.targets import Target, target_url
 from broker.providers.vault.sources import SecretSource
@@ -435,6 +437,81 @@ def _mail(reader: Reader, at: str, via: Mapping[str, Any]) -> Mail | None:
         recipients=tuple(via["recipients"]),
         user=via.get("user"),
         password=_secret_of(reader, at, "password_file", via.get("password_file"), "the password"),
+    )
+
+
+_TRANSMITTER_KEYS = {"discovery": SSF_DISCOVERY, "jwks_uri": "jwks_uri", "jwks_file": "jwks_file"}
+
+
+def read_transmitters(
+    reader: Reader, rows: Sequence[Row], issuers: Sequence[Row], own: str | None
+) -> tuple[Transmitter, ...]:
+    """Whose security events are believed, and about whom."""
+    for key in ("name", "issuer"):
+        _unique(reader, rows, key)
+    known = _written(issuers, "name")
+    found: list[Transmitter] = []
+    for at, raw, values in rows:
+        before = len(reader.problems)
+        if values.get("issuer") is not None and values["issuer"] == own:
+            reader.refuse(f"{at}.issuer", "is the broker itself, which need not be told by itself; take it out", own)
+        _check_whom(reader, at, values, known)
+        sources = [source for source in _TRANSMITTER_KEYS if source in raw and raw[source] is not False]
+        if len(sources) != 1:
+            reader.refuse(at, f"has {len(sources)} key sources; write exactly one of {', '.join(_TRANSMITTER_KEYS)}")
+        elif sources == ["jwks_file"] and values.get("jwks_file") is not None:
+            _check_key_file(reader, at, values)
+        if values.get("poll_token_file") is not None:
+            _secret_of(reader, at, "poll_token_file", values["poll_token_file"], "the token")
+            if values.get("poll_url") is None:
+                reader.refuse(f"{at}.poll_token_file", "opens nothing without poll_url; add it, or take this out")
+        needed = {"name", "issuer", "speaks_of", "algorithms", "events", "lockdown_on"}
+        if len(reader.problems) == before and needed <= values.keys() and own is not None:
+            found.append(_transmitter(reader, values, sources[0], own))
+    return tuple(found)
+
+
+def _check_whom(reader: Reader, at: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in ("speaks_of", "events", "algorithms"):
+        if values.get(name) == []:
+            reader.refuse(f"{at}.{name}", "is empty, so that nothing it says counts; name at least one", [])
+    for index, name in enumerate(values.get("speaks_of", ())):
+        if name not in known and "issuers" not in reader.unreadable:
+            reader.refuse(f"{at}.speaks_of[{index}]", _unknown("issuer", name, known, "issuers"), name)
+    for index, name in enumerate(values.get("lockdown_on", ())):
+        if name not in values.get("events", ()):
+            reader.refuse(f"{at}.lockdown_on[{index}]", "is not among events, so that nothing comes of it", name)
+
+
+def _check_key_file(reader: Reader, at: str, values: Mapping[str, Any]) -> None:
+    try:
+        require_key_set(reader.path(values["jwks_file"]), "jwks_file", values)
+    except Wrong as wrong:
+        reader.refuse(f"{at}.jwks_file", str(wrong), values["jwks_file"])
+
+
+def _transmitter(reader: Reader, values: Mapping[str, Any], source: str, own: str) -> Transmitter:
+    location: str | None = None if source == "discovery" else values[source]
+    if location is not None and source == "jwks_file":
+        location = str(reader.path(location))
+    token_file = values["poll_token_file"]
+    return Transmitter(
+        name=values["name"],
+        keys=TrustedIssuer(
+            name=values["name"],
+            issuer=values["issuer"],
+            key_source=_TRANSMITTER_KEYS[source],
+            location=location,
+            algorithms=tuple(values["algorithms"]),
+        ),
+        audience=values["audience"] or own,
+        events=frozenset(values["events"]),
+        speaks_of=tuple(values["speaks_of"]),
+        max_age=timedelta(seconds=values["max_age_s"]),
+        lockdown_on=frozenset(values["lockdown_on"]),
+        risk_lasts=timedelta(seconds=values["risk_lasts_s"]),
+        poll_url=values["poll_url"],
+        poll_token_file=None if token_file is None else str(reader.path(token_file)),
     )
 
 

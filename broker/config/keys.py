@@ -22,6 +22,7 @@ from broker.domain.catalogue import (
     TrustedIssuer,
 )
 from broker.domain.identity import Role
+from broker.domain.shared_signals import HEARD, StreamBounds, Transmitter
 from broker.providers.base import RevocationClass
 from broker.providers.notices import TLS
 
@@ -468,6 +469,37 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             default=Limits.max_activities_per_minute,
         ),
     ),
+    "ssf": (
+        _array(
+            "push_networks",
+            "Networks that are not of the Internet, like `10.20.0.0/16`, to which security events are pushed all the "
+            "same.",
+            default=[],
+            check=values.network,
+        ),
+        _integer(
+            "most_waiting",
+            "Security events that may wait on one stream; with that many, of which none is taken for a minute, it is "
+            "paused.",
+            10,
+            100_000,
+            default=StreamBounds.most_waiting,
+        ),
+        _integer(
+            "min_verification_interval_s",
+            "How long a receiver waits between two verifications of its stream.",
+            1,
+            3600,
+            default=_seconds(StreamBounds.min_verification_interval),
+        ),
+        _integer(
+            "inactivity_timeout_s",
+            "A stream that is polled, and was not for so long, is paused.",
+            60,
+            31_536_000,
+            default=_seconds(StreamBounds.inactivity_timeout),
+        ),
+    ),
     "policies": (
         _string(
             "directory", f"Directory of the `*.cedar` files and, if there is one, `{SCHEMA_FILE}`.", default="policies"
@@ -588,6 +620,53 @@ ARRAYS: Mapping[str, tuple[Key, ...]] = {
         _string("name", "What it is called in the log.", check=values.name),
         _array("groups", "The groups whose approvals it is for. Without them, all.", default=[], check=values.name),
         _table("via", "How they are told.", "format", NOTICES),
+    ),
+    "transmitters": (
+        _string("name", "What the audit trail calls it.", check=values.name),
+        _string("issuer", "The `iss` of its security event tokens.", check=values.fetched_url),
+        _boolean("discovery", "Keys come from its `/.well-known/ssf-configuration`.", default=False),
+        _string("jwks_uri", "Keys come from this JWK set.", default=None, check=values.fetched_url),
+        _string("jwks_file", "Keys come from this JWK set on disk.", default=None),
+        _array(
+            "algorithms",
+            f"Signature algorithms believed: {', '.join(WORKLOAD_ALGORITHMS)}.",
+            default=["RS256"],
+            check=values.algorithm,
+        ),
+        _string("audience", "The `aud` it calls us by. Without it, the broker's issuer.", default=None),
+        _array("speaks_of", "Names of the issuers about whose subjects it is believed.", check=values.name),
+        _array(
+            "events",
+            f"Which of its events are acted on: {', '.join(HEARD)}.",
+            default=list(HEARD),
+            check=values.heard_event,
+        ),
+        _array(
+            "lockdown_on",
+            "Events that also lock down whom they are about, until an admin lifts it.",
+            default=[],
+            check=values.revoking_event,
+        ),
+        _integer(
+            "max_age_s",
+            "The oldest token believed; each is acted on once.",
+            60,
+            604_800,
+            default=_seconds(Transmitter.max_age),
+        ),
+        _integer(
+            "risk_lasts_s",
+            "How long a risk it tells of lasts.",
+            60,
+            2_592_000,
+            default=_seconds(Transmitter.risk_lasts),
+        ),
+        _string(
+            "poll_url", "Ask here for events (RFC 8936), every few seconds.", default=None, check=values.fetched_url
+        ),
+        _string(
+            "poll_token_file", "File with the bearer token for that, mode 0600; read anew each time.", default=None
+        ),
     ),
     "targets": (
         _string("name", "What resources call it.", check=values.name),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from broker.config.checks import (
     read_notify,
     read_policies,
     read_targets,
+    read_transmitters,
     stated,
 )
 from broker.config.keys import ARRAYS, SECTIONS, TOP
 from broker.config.reading import Reader
-from broker.config.settings import FeedSettings, ServerSettings, Settings, VaultAdministrator
+from broker.config.settings import FeedSettings, ServerSettings, Settings, SsfSettings, VaultAdministrator
 from broker.config.values import address, vault_address
 from broker.config.wording import Wrong, shown
 from broker.domain.catalogue import (
@@ -41,6 +43,7 @@ from broker.domain.catalogue import (
 )
 from broker.domain.errors import ConfigurationError, Invalid
 from broker.domain.secret import Secret
+from broker.domain.shared_signals import StreamBounds
 from broker.providers.vault import VaultSettings
 
 
@@ -80,6 +83,7 @@ def load(
     targets = read_targets(reader, rows["targets"], rows["resources"], before_setup=before_vault_setup)
     alerts = read_alerts(reader, section["alerts"])
     notify = read_notify(reader, rows["notify"], rows["principals"])
+    transmitters = read_transmitters(reader, rows["transmitters"], rows["issuers"], top.get("issuer"))
     if reader.problems:
         raise ConfigurationError(reader.problems)
 
@@ -123,6 +127,8 @@ def load(
         feed=_feed(section["feed"]),
         alerts=alerts,
         notify=notify,
+        ssf=_ssf(section["ssf"]),
+        transmitters=transmitters,
         targets=targets,
         providers={values["name"]: values["settings"] for _, _, values in rows["providers"]},
     )
@@ -184,6 +190,15 @@ def _feed(feed: Mapping[str, Any]) -> FeedSettings:
         longest_stream=timedelta(seconds=feed["longest_stream_s"]),
         kept_for=timedelta(seconds=feed["kept_for_s"]),
     )
+
+
+def _ssf(ssf: Mapping[str, Any]) -> SsfSettings:
+    bounds = StreamBounds(
+        most_waiting=ssf["most_waiting"],
+        min_verification_interval=timedelta(seconds=ssf["min_verification_interval_s"]),
+        inactivity_timeout=timedelta(seconds=ssf["inactivity_timeout_s"]),
+    )
+    return SsfSettings(bounds=bounds, push_networks=tuple(map(ip_network, ssf["push_networks"])))
 
 
 def _store(reader: Reader, url: str) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 
 from broker.domain.catalogue import Catalogue, Limits
 from broker.domain.secret import Secret
+from broker.domain.shared_signals import StreamBounds, Transmitter
 from broker.providers.notices import ChannelSettings
+from broker.providers.posting import Network
 from broker.providers.targets import Target
 from broker.providers.vault import VaultSettings
 
@@ -44,6 +46,14 @@ class FeedSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SsfSettings:
+    """Bounds of streams of security events, and where inside they may be pushed to."""
+
+    bounds: StreamBounds = field(default_factory=StreamBounds)
+    push_networks: tuple[Network, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AlertSettings:
     """Who is told of what must not wait."""
 
@@ -73,6 +83,8 @@ class Settings:
     feed: FeedSettings = field(default_factory=FeedSettings)
     alerts: AlertSettings | None = None
     notify: tuple[ChannelSettings, ...] = ()
+    ssf: SsfSettings = field(default_factory=SsfSettings)
+    transmitters: tuple[Transmitter, ...] = ()
     targets: tuple[Target, ...] = ()
     providers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # of others, by name
 

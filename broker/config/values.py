@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from urllib.parse import SplitResult, urlsplit
 
 from broker.config.wording import Wrong, quoted, shown
 from broker.domain.catalogue import unknown_zone
 from broker.domain.errors import Invalid, InvalidScope
 from broker.domain.scope import scope_set
+from broker.domain.shared_signals import HEARD, REVOKING
 from broker.providers.vault.settings import COMPONENT, MOST_COMPONENTS, component_of, path_of
 
 WORKLOAD_ALGORITHMS = (
@@ -330,3 +331,20 @@ def transit_key(value: str) -> None:
     if not found or not COMPONENT.fullmatch(key):
         raise Wrong("is not a key of the transit engine; write transit/keys/<name>")
     vault_path(mount)
+
+
+def network(value: str) -> None:
+    try:
+        ip_network(value)
+    except ValueError as problem:
+        raise Wrong("is not a network; write one like 10.20.0.0/16, without bits set behind its length") from problem
+
+
+def heard_event(value: str) -> None:
+    if value not in HEARD:
+        raise Wrong(f"is not an event the broker acts on; use {quoted(tuple(HEARD))}")
+
+
+def revoking_event(value: str) -> None:
+    if value not in REVOKING:
+        raise Wrong(f"is not an event that revokes; use {quoted(REVOKING)}")

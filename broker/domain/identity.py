@@ -26,7 +26,7 @@ _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = tuple(high + low for high in _CROCKFORD for low in _CROCKFORD)
 _SHIFTS = range(70, -1, -10)  # of what follows the milliseconds
 _COUNTER = itertools.count()
-_ID = re.compile(r"(task|grt|lea|apr|evt|lck|sig|rev|act)_[0-7][0-9a-hjkmnp-tv-z]{25}")
+_ID = re.compile(r"(task|grt|lea|apr|evt|lck|sig|rev|act|stm|set)_[0-7][0-9a-hjkmnp-tv-z]{25}")
 
 
 class Role(StrEnum):

@@ -14,6 +14,7 @@ drawn cannot happen. "Live" is never stored.
     Approval  open ──▶ approved | denied | expired | withdrawn
     Review    owed ──▶ overdue ──▶ completed        owed ──▶ completed
     Key       next ──▶ current ──▶ retired          any ──▶ compromised
+    Stream    enabled ◀──▶ paused ◀──▶ disabled ◀──▶ enabled
 """
 
 from __future__ import annotations
@@ -70,6 +71,12 @@ class KeyState(StrEnum):
     COMPROMISED = "compromised"
 
 
+class StreamState(StrEnum):
+    ENABLED = "enabled"
+    PAUSED = "paused"
+    DISABLED = "disabled"
+
+
 # For each state, the states it may be reached from. No entry leads out of an ended state: that
 # revocation is monotone (INV-23) is the shape of this table.
 _DRAWN: tuple[tuple[StrEnum, frozenset[StrEnum]], ...] = (
@@ -96,6 +103,9 @@ _DRAWN: tuple[tuple[StrEnum, frozenset[StrEnum]], ...] = (
     (KeyState.CURRENT, frozenset({KeyState.NEXT})),
     (KeyState.RETIRED, frozenset({KeyState.CURRENT})),
     (KeyState.COMPROMISED, frozenset({KeyState.NEXT, KeyState.CURRENT, KeyState.RETIRED})),
+    (StreamState.ENABLED, frozenset({StreamState.PAUSED, StreamState.DISABLED})),
+    (StreamState.PAUSED, frozenset({StreamState.ENABLED, StreamState.DISABLED})),
+    (StreamState.DISABLED, frozenset({StreamState.ENABLED, StreamState.PAUSED})),
 )
 
 # Members of different StrEnums with the same text are equal, so the machine is part of the key.

@@ -9,7 +9,6 @@ No alert holds what opens something. What an agent or a caller wrote is under `c
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import hashlib
@@ -17,12 +16,9 @@ import hmac
 import json
 import logging
 import re
-import ssl
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from queue import Empty, SimpleQueue
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -32,6 +28,7 @@ from broker.domain.clock import Clock, epoch, rfc3339, system_clock
 from broker.domain.errors import Invalid, ProviderUnavailable
 from broker.domain.secret import Secret
 from broker.providers.key_sets import is_loopback
+from broker.providers.posting import Poster
 
 DEADLINE = timedelta(seconds=5)
 MAX_TEXT = 300  # characters of one value
@@ -95,9 +92,7 @@ class Webhook:
             webhook_key(secret.reveal())
         self._secret = secret
         self._clock = clock
-        self._deadline_s = deadline.total_seconds()
-        self._tls = ssl.create_default_context()
-        self._late: threading.Thread | None = None
+        self._poster = Poster(deadline=deadline)
 
     def post(self, message_id: str, body: bytes, *, what: str = "an alert") -> None:
         """Deliver a JSON document, or raise ProviderUnavailable; `message_id` is the same at each try."""
@@ -108,7 +103,6 @@ class Webhook:
             **self._signed(message_id, body),
         }
         problem = self._posted(body, headers)
-        # Raised here, without a context: that would be a request with its address (INV-30).
         if problem is not None:
             raise ProviderUnavailable(f"{what} was not delivered", reason=f"{self._name}: {problem}")
 
@@ -126,46 +120,13 @@ class Webhook:
 
     def _posted(self, body: bytes, headers: Mapping[str, str]) -> str | None:
         """None when it was delivered, else why not."""
-        # A resolver that hangs keeps its thread beyond the deadline: one, and not one an alert.
-        if self._late is not None:
-            self._late.join(0.2)
-            if self._late.is_alive():
-                return "an earlier one still waits for its name to be resolved"
-        outcome: SimpleQueue[str | None] = SimpleQueue()
-        post = threading.Thread(
-            target=lambda: asyncio.run(self._post(body, headers, outcome)), name="alert", daemon=True
-        )
-        post.start()
         try:
-            return outcome.get(timeout=self._deadline_s + 1)
-        except Empty:
-            self._late = post
-            return f"no answer within {self._deadline_s:g} s"
-
-    async def _post(self, body: bytes, headers: Mapping[str, str], outcome: SimpleQueue[str | None]) -> None:
-        found: str | None = "it could not be sent"
-        try:
-            # One end for all of it: httpx has one for each single read.
-            async with asyncio.timeout(self._deadline_s):
-                status = await self._status(body, headers)
-            found = None if 200 <= status < 300 else f"it answered {status}"
-            if 300 <= status < 400:
-                found = f"it answered {status}, a redirect, which is not followed; configure where it leads"
-        except TimeoutError:
-            self._late = threading.current_thread()
-            found = f"no answer within {self._deadline_s:g} s"
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as problem:
-            # By its kind alone: the messages of some hold the address.
-            found = f"{type(problem).__name__}"
-        finally:
-            # Here and not after the loop has ended: that waits for the thread which asks the resolver.
-            outcome.put(found)
-
-    async def _status(self, body: bytes, headers: Mapping[str, str]) -> int:
-        # No proxy, no .netrc; a redirect could lead to a service of this machine. The answer's text is nobody's.
-        client = httpx.AsyncClient(verify=self._tls, follow_redirects=False, trust_env=False, timeout=self._deadline_s)
-        async with client, client.stream("POST", self._url.reveal(), content=body, headers=dict(headers)) as answer:
-            return answer.status_code
+            status = self._poster.post(self._url.reveal(), body, headers).status
+        except ProviderUnavailable as problem:
+            return problem.reason
+        if 300 <= status < 400:
+            return f"it answered {status}, a redirect, which is not followed; configure where it leads"
+        return None if 200 <= status < 300 else f"it answered {status}"
 
 
 class WebhookAlerts:

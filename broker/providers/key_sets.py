@@ -34,6 +34,7 @@ FIRST_RETRY_AFTER = timedelta(seconds=5)  # nothing works before the first fetch
 KEPT_FOR = timedelta(hours=24)  # without news of the issuer
 DEADLINE = timedelta(seconds=5)
 MAX_BODY = 256 * 1024
+SSF_DISCOVERY = "ssf_discovery"  # a key source like `discovery`, of a transmitter of security events
 MAX_KEYS = 100
 # Of all issuers together. A flood of unknown kids while some are slow must leave workers for everybody else.
 MOST_WAITING = 16
@@ -223,9 +224,9 @@ class KeySets:
         async with httpx.AsyncClient(
             verify=self._tls, follow_redirects=False, trust_env=False, timeout=self._deadline_s
         ) as client:
-            if issuer.key_source != "discovery":
+            if issuer.key_source not in ("discovery", SSF_DISCOVERY):
                 return await _get(client, issuer.location or "")
-            document = await _get(client, f"{issuer.issuer.rstrip('/')}/.well-known/openid-configuration")
+            document = await _get(client, _discovery_url(issuer))
             return await _get(client, discovered_uri(document, issuer))
 
     def _read_file(self, held: _Held, now: datetime) -> None:
@@ -258,6 +259,14 @@ class KeySets:
             held.file_is_good, held.file_state = good, state
         finally:
             held.guard.release()
+
+
+def _discovery_url(issuer: TrustedIssuer) -> str:
+    if issuer.key_source != SSF_DISCOVERY:
+        return f"{issuer.issuer.rstrip('/')}/.well-known/openid-configuration"
+    # SSF 1.0 section 7.2: between the host and the path.
+    parts = urlsplit(issuer.issuer)
+    return f"{parts.scheme}://{parts.netloc}/.well-known/ssf-configuration{parts.path.rstrip('/')}"
 
 
 def discovered_uri(raw: bytes, issuer: TrustedIssuer) -> str:

@@ -34,7 +34,7 @@ _LOOKS_BACK = timedelta(seconds=5)
 # A lost heartbeat ends a task when the sweeper comes by, every second. If it does not, we cannot vouch for the feed.
 _SWEPT_WITHIN = timedelta(seconds=5)
 AT_ONCE = 1000
-_READERS = (Role.VERIFIER, Role.AUDITOR, Role.ADMIN)
+READERS = (Role.VERIFIER, Role.AUDITOR, Role.ADMIN)
 STATEMENT_TYPE = "feed-statement+jwt"
 
 _log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Feed:
     def admit(self, caller: Caller) -> None:
         """Refuse whoever is no verifier, auditor or admin: the feed names grants, tasks and agents (INV-28)."""
         with recorded(self._database, self._clock, caller, "feed.refused", "read"):
-            if not any(caller.has(role) for role in _READERS):
+            if not any(caller.has(role) for role in READERS):
                 raise RoleMissing(f"{caller.name} is no verifier, auditor or admin: only those read the feed")
 
     def still_reads(self, caller: Caller) -> bool:
@@ -87,7 +87,7 @@ class Feed:
             known = current_caller(caller, self._standing.last_known())
         except Unauthenticated:
             return False
-        return any(known.has(role) for role in _READERS)
+        return any(known.has(role) for role in READERS)
 
     def advance(self) -> None:
         """Have a number for everything that was committed before this was called."""

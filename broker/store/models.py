@@ -35,7 +35,16 @@ from sqlalchemy.types import TypeEngine
 from broker.domain.audit import DENIAL_OUTCOMES, DENIAL_TYPES
 from broker.domain.clock import epoch, from_epoch
 from broker.domain.grant import BREAK_GLASS_LIFE
-from broker.domain.lifecycle import ApprovalState, GrantState, KeyState, LeaseState, ReviewState, TaskState
+from broker.domain.lifecycle import (
+    ApprovalState,
+    GrantState,
+    KeyState,
+    LeaseState,
+    ReviewState,
+    StreamState,
+    TaskState,
+)
+from broker.domain.shared_signals import Delivery
 
 
 class Instant(TypeDecorator[datetime]):
@@ -85,7 +94,14 @@ def table_of(model: type[Base]) -> Table:
 
 
 _States = (
-    type[TaskState] | type[GrantState] | type[LeaseState] | type[ApprovalState] | type[ReviewState] | type[KeyState]
+    type[TaskState]
+    | type[GrantState]
+    | type[LeaseState]
+    | type[ApprovalState]
+    | type[ReviewState]
+    | type[KeyState]
+    | type[StreamState]
+    | type[Delivery]
 )
 _BREAK_GLASS_S = int(BREAK_GLASS_LIFE.total_seconds())
 
@@ -785,3 +801,65 @@ class ActivityReporter(Base):
     reporter: Mapped[str] = mapped_column(Name, primary_key=True)
     minute_at: Mapped[datetime] = mapped_column(Instant)
     told: Mapped[int] = mapped_column(Integer)
+
+
+class EventStream(Base):
+    """A receiver's stream of security events: a place in the feed, and what the receiver wants; one a receiver.
+
+    What opens the receiver is sealed like a signing key. Whoever pushes holds `fence` until `next_attempt_at`.
+    """
+
+    __tablename__ = "event_streams"
+    __table_args__ = (
+        CheckConstraint(_one_of("state", StreamState), name="state_is_known"),
+        CheckConstraint(_one_of("method", Delivery), name="method_is_known"),
+        CheckConstraint("(method = 'push') = (endpoint_url IS NOT NULL)", name="pushed_to_somewhere"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    receiver: Mapped[str] = mapped_column(Name, unique=True)
+    state: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(String(1000))
+    set_by: Mapped[str] = mapped_column(String(16))
+    method: Mapped[str] = mapped_column(String(8))
+    endpoint_url: Mapped[str | None] = mapped_column(String(2048))
+    sealed_authorization: Mapped[bytes | None] = mapped_column(LargeBinary)
+    events_requested: Mapped[list[str] | None] = mapped_column(Json)
+    description: Mapped[str | None] = mapped_column(String(1000))
+    feed_id: Mapped[str] = mapped_column(String(64))
+    seq: Mapped[int] = mapped_column(BigInteger)
+    failures: Mapped[int] = mapped_column(Integer)
+    trouble: Mapped[str | None] = mapped_column(String(255))
+    fence: Mapped[int] = mapped_column(BigInteger)
+    next_attempt_at: Mapped[datetime] = mapped_column(Instant)
+    created_at: Mapped[datetime] = mapped_column(Instant)
+    active_at: Mapped[datetime] = mapped_column(Instant)
+    progress_at: Mapped[datetime] = mapped_column(Instant)
+    verified_at: Mapped[datetime | None] = mapped_column(Instant)
+
+
+class RemovedSubject(Base):
+    """A subject of which a receiver does not want to hear."""
+
+    __tablename__ = "removed_subjects"
+
+    stream_id: Mapped[str] = mapped_column(Id, ForeignKey("event_streams.id", ondelete="CASCADE"), primary_key=True)
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    subject: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class EventDelivery(Base):
+    """A SET that a receiver has not taken yet: what it says, to be signed each time it is sent, always as one `jti`.
+
+    Ids are given under the lock of the stream, so that they order what it is told. `always`: also while it is paused.
+    """
+
+    __tablename__ = "event_deliveries"
+    __table_args__ = (Index("event_deliveries_stream_idx", "stream_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+    jti: Mapped[str] = mapped_column(Id, unique=True)
+    stream_id: Mapped[str] = mapped_column(Id, ForeignKey("event_streams.id", ondelete="CASCADE"))
+    claims: Mapped[dict[str, Any]] = mapped_column(Json)
+    made_at: Mapped[datetime] = mapped_column(Instant)
+    always: Mapped[bool] = mapped_column(Boolean)

@@ -210,6 +210,13 @@ def made_under(db: Connection, keys: Collection[tuple[str, str]]) -> dict[tuple[
     return {(row.principal, row.key_sha256): row.made_id for row in rows}
 
 
+def is_consumed(db: Connection, kind: str, key_sha256: str) -> bool:
+    """A look before, which decides nothing: a proof is used by whoever inserts it."""
+    proofs = models.table_of(models.ConsumedProof)
+    where = (proofs.c.kind == kind, proofs.c.key_sha256 == key_sha256)
+    return db.execute(select(proofs.c.kind).where(*where)).first() is not None
+
+
 def forget(db: Connection, *, now: datetime, limit: int) -> int:
     """Drop proofs and idempotency keys that could not be accepted any more anyway, and allowances of windows past."""
     gone = 0

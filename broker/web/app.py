@@ -16,6 +16,7 @@ from broker.web.answers import Answer, json_response, kept_response
 from broker.web.api.activities import activities
 from broker.web.api.approvals import approvals
 from broker.web.api.audit import audit
+from broker.web.api.event_streams import event_streams
 from broker.web.api.grants import grants
 from broker.web.api.leases import leases
 from broker.web.api.policies import policies
@@ -33,9 +34,22 @@ from broker.web.oauth.token import token
 from broker.web.operations import openapi
 from broker.web.otlp import otlp
 from broker.web.reading import MAX_BODY_BYTES
+from broker.web.ssf import ssf
 from broker.wiring import Broker
 
-API = (tasks, grants, approvals, reviews, leases, revocations, signals, policies, audit, activities)
+API = (
+    tasks,
+    grants,
+    approvals,
+    reviews,
+    leases,
+    revocations,
+    signals,
+    event_streams,
+    policies,
+    audit,
+    activities,
+)
 # What agents and verifiers ask all day long, and what nobody else waits for.
 _BUSY = ("grants.request_grant", "token.issue_token", "token.introspect")
 
@@ -53,6 +67,7 @@ def create_app(built: Broker) -> Flask:
     app.register_blueprint(token)
     app.register_blueprint(metadata)
     app.register_blueprint(otlp)
+    app.register_blueprint(ssf)
     app.before_request(_begin)
     app.after_request(_end)
     app.register_error_handler(Exception, envelope.refusal)

@@ -299,6 +299,7 @@ def _id_of(operation: Operation) -> str:
         "lockdowns": "lck",
         "approvals": "apr",
         "reviews": "rev",
+        "event-streams": "stm",
     }[operation.path.split("/")[2]]
     return f"^{prefix}_[0-7][0-9a-hjkmnp-tv-z]{{25}}$"
 

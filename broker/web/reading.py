@@ -102,6 +102,11 @@ def query(model: type[Body]) -> Body:
         raise invalid(problems) from None
 
 
+def text_query() -> dict[str, str]:
+    """The query string where names that nobody knows are ignored."""
+    return _once(_pairs(current().query_string, "the query is not well-formed text in UTF-8"))
+
+
 def form(raw: bytes) -> dict[str, str]:
     """The parameters of an OAuth request. Unknown ones are ignored, as RFC 6749 section 3.2 asks."""
     call = current()
@@ -189,6 +194,11 @@ def invalid(problems: ValidationError) -> Invalid:
 def printable(text: str, longest: int = 200) -> str:
     """Somebody else's text as it may stand in an answer or a log line (INV-31)."""
     return _NOT_PLAIN.sub("?", text.encode(errors="replace").decode())[:longest]
+
+
+def is_plain(text: str) -> bool:
+    """Whether it may stand in an answer or a log line as it is."""
+    return not _NOT_PLAIN.search(text)
 
 
 def _json_type(value: Any) -> str:

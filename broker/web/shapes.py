@@ -19,7 +19,7 @@ from broker.domain.clock import rfc3339
 from broker.domain.feed import POSITION_PATTERN
 from broker.domain.grant import Credential, Grant, Issued
 from broker.domain.lease import Lease
-from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, ReviewState, TaskState
+from broker.domain.lifecycle import ApprovalState, GrantState, LeaseState, ReviewState, StreamState, TaskState
 from broker.domain.policy import claimed_text
 from broker.domain.review import ReviewCase
 from broker.domain.risk import Signal
@@ -28,6 +28,7 @@ from broker.services.administration import AppliedVersion
 from broker.services.explaining import Explanation
 from broker.services.receipts import SignedReceipt
 from broker.services.revocation import BulkOutcome, Lockdown
+from broker.services.streams import Overseen
 from broker.web.plain import PLAIN_PATTERN
 
 Sentence = Annotated[str, Field(min_length=1, max_length=1000, pattern=PLAIN_PATTERN)]
@@ -706,6 +707,31 @@ class SignalAnswer(Answer):
     expires_at: When
 
 
+class EventStreamAnswer(Answer):
+    """`pushed_to` is a host; what else there is of the address, and what opens it, is the receiver's."""
+
+    id: str
+    receiver: str
+    status: StreamState
+    reason: str | None
+    set_by: Literal["receiver", "admin", "broker"]
+    method: Literal["push", "poll"]
+    pushed_to: str | None
+    events: list[str]
+    waiting: int
+    failures: int
+    trouble: str | None
+    description: str | None
+    created_at: When
+    active_at: When
+    progress_at: When
+
+
+class EventStreamPage(Answer):
+    items: list[EventStreamAnswer]
+    next_cursor: str | None
+
+
 class SignalPage(Answer):
     items: list[SignalAnswer]
     next_cursor: str | None
@@ -1021,3 +1047,24 @@ def of_version(version: AppliedVersion) -> dict[str, Any]:
 
 def _time(at: datetime | None) -> str | None:
     return None if at is None else rfc3339(at)
+
+
+def of_event_stream(overseen: Overseen) -> dict[str, Any]:
+    stream = overseen.stream
+    return {
+        "id": stream.id,
+        "receiver": stream.receiver,
+        "status": str(stream.state),
+        "reason": stream.reason,
+        "set_by": stream.set_by,
+        "method": str(stream.method),
+        "pushed_to": stream.pushed_to,
+        "events": [name.rpartition("/")[2] for name in stream.delivered],
+        "waiting": overseen.waiting,
+        "failures": stream.failures,
+        "trouble": stream.trouble,
+        "description": stream.description,
+        "created_at": rfc3339(stream.created_at),
+        "active_at": rfc3339(stream.active_at),
+        "progress_at": rfc3339(stream.progress_at),
+    }

@@ -277,7 +277,7 @@ def test_a_resolver_that_hangs_keeps_one_thread_and_not_one_an_alert(monkeypatch
     try:
         assert undelivered(sender.send) == "hooks.example: no answer within 0.2 s"
         assert "still waits for its name" in undelivered(sender.send)
-        (thread,) = [thread for thread in threading.enumerate() if thread.name == "alert"]
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "post"]
     finally:
         released.set()
     thread.join(10)

@@ -88,6 +88,7 @@ def components() -> dict[str, Any]:
         ),
         "IntrospectionAnswer": _object({"active": {"type": "boolean"}}, required=("active",)),
         "AnyDocument": {"type": "object"},
+        **_ssf_shapes(),
     }
 
 
@@ -112,6 +113,7 @@ def paths() -> dict[str, Any]:
         "/.well-known/oauth-protected-resource/v1": {"get": _document("Metadata of the JSON API (RFC 9728)")},
         "/status-lists": {"get": _document("The status lists a live token may point to", kept=False)},
         "/status-lists/{id}": {"get": _status_list()},
+        **_ssf_paths(),
         "/healthz": {"get": _document("Whether the process answers", kept=False, asks_the_store=False)},
         "/readyz": {"get": _document("Whether it can do its work", kept=False)},
         "/metrics": {"get": _metrics()},
@@ -119,6 +121,123 @@ def paths() -> dict[str, Any]:
         "/openapi.json": {"get": _document("This document", asks_the_store=False)},
         "/v1/traces": {"post": _spans()},
     }
+
+
+_STREAM_ID = {**_TEXT, "maxLength": 64}
+_SENTENCE = {**_TEXT, "maxLength": 1000}
+_URIS = {"type": "array", "items": {**_TEXT, "minLength": 1, "maxLength": 255}, "maxItems": 100}
+_SUBJECT = {"type": "object", "description": "A subject identifier (RFC 9493, SSF 1.0).", "required": ["format"]}
+_SETS = {"type": "object", "description": "SETs by jti.", "additionalProperties": _TEXT}
+
+
+def _ssf_shapes() -> dict[str, Any]:
+    """Shapes of Shared Signals (OpenID SSF 1.0, RFC 8935, RFC 8936). Unknown members are ignored."""
+    delivery = _object(
+        {"method": {"enum": ["urn:ietf:rfc:8935", "urn:ietf:rfc:8936"]}, "endpoint_url": _TEXT}, required=("method",)
+    )
+    wish: dict[str, Any] = {"delivery": delivery, "events_requested": _URIS, "description": _SENTENCE}
+    status = {"stream_id": _STREAM_ID, "status": {"enum": ["enabled", "paused", "disabled"]}, "reason": _SENTENCE}
+    subject = {"stream_id": _STREAM_ID, "subject": _SUBJECT}
+    whole = {"type": "integer", "minimum": 0}
+    return {
+        "StreamWish": _object(wish, required=()),
+        "StreamChange": _object({"stream_id": _STREAM_ID, **wish}, required=("stream_id",)),
+        "StreamConfiguration": _object(
+            {
+                "stream_id": _TEXT,
+                "iss": _TEXT,
+                "aud": _TEXT,
+                "events_supported": _URIS,
+                "events_delivered": _URIS,
+                "min_verification_interval": whole,
+                "inactivity_timeout": whole,
+                **wish,
+            },
+            required=("stream_id", "iss", "aud", "events_delivered", "delivery"),
+        ),
+        "StreamStatus": _object(status, required=("stream_id", "status")),
+        "StreamSubject": _object({**subject, "verified": {"type": "boolean"}}, required=("stream_id", "subject")),
+        "StreamVerification": _object({"stream_id": _STREAM_ID, "state": _SENTENCE}, required=("stream_id",)),
+        "StreamPoll": _object(
+            {
+                "maxEvents": whole,
+                "returnImmediately": {"type": "boolean"},
+                "ack": {"type": "array", "items": {**_TEXT, "minLength": 1, "maxLength": 1000}, "maxItems": 1000},
+                "setErrs": {"type": "object", "additionalProperties": {"type": "object"}, "maxProperties": 1000},
+            },
+            required=(),
+        ),
+        "StreamPolled": _object({"sets": _SETS, "moreAvailable": {"type": "boolean"}}, required=("sets",)),
+        "SetRefused": _object({"err": _TEXT, "description": _TEXT}, required=("err", "description")),
+    }
+
+
+def _ssf_paths() -> dict[str, Any]:
+    named = [{"name": "stream_id", "in": "query", "required": True, "schema": _STREAM_ID}]
+    either = [{**named[0], "required": False}]
+    configuration = {
+        "get": _of_stream("Read one stream, or all of one's own", None, "AnyJson", either),
+        "post": _of_stream("Create a stream", "StreamWish", "StreamConfiguration", status="201"),
+        "patch": _of_stream("Change a stream", "StreamChange", "StreamConfiguration"),
+        "put": _of_stream("Replace a stream", "StreamChange", "StreamConfiguration"),
+        "delete": _of_stream("Delete a stream", None, None, named, status="204"),
+    }
+    status = {
+        "get": _of_stream("The status of a stream", None, "StreamStatus", named),
+        "post": _of_stream("Enable, pause or disable a stream", "StreamStatus", "StreamStatus"),
+    }
+    id_ = [{"name": "id", "in": "path", "required": True, "schema": _TEXT}]
+    heard: dict[str, Any] = {
+        "summary": "Security events of other transmitters (RFC 8935)",
+        "security": [],
+        "requestBody": {"required": True, "content": {"application/secevent+jwt": {"schema": _TEXT}}},
+        "responses": {
+            "202": {"description": "Heard, now or before."},
+            "400": {
+                "description": "Refused, in the words of RFC 8935.",
+                "content": {"application/json": {"schema": _reference("SetRefused")}},
+            },
+            **{refused: {"$ref": f"#/components/responses/{refused}"} for refused in ("413", "503")},
+        },
+    }
+    add = _of_stream("Hear of a subject again", "StreamSubject", None)
+    remove = _of_stream("Hear no more of a subject", "StreamSubject", None, status="204")
+    return {
+        "/.well-known/ssf-configuration": {"get": _document("Metadata of this transmitter (SSF 1.0)")},
+        "/ssf/streams": configuration,
+        "/ssf/status": status,
+        "/ssf/subjects:add": {"post": add},
+        "/ssf/subjects:remove": {"post": remove},
+        "/ssf/verify": {
+            "post": _of_stream("Have a verification event", "StreamVerification", None, status="204"),
+        },
+        "/ssf/poll/{id}": {"post": _of_stream("Poll a stream (RFC 8936)", "StreamPoll", "StreamPolled", id_)},
+        "/ssf/events": {"post": heard},
+    }
+
+
+def _of_stream(
+    summary: str,
+    body: str | None,
+    answer: str | None,
+    parameters: list[dict[str, Any]] | None = None,
+    *,
+    status: str = "200",
+) -> dict[str, Any]:
+    """One operation on a stream, for its receiver."""
+    done: dict[str, Any] = {"description": "The answer." if answer else "Done."}
+    if answer is not None:
+        schema: dict[str, Any] = {} if answer == "AnyJson" else _reference(answer)
+        done |= {"content": {"application/json": {"schema": schema}}, "headers": {"Cache-Control": _HEADER}}
+    refusals = ("400", "401", "403", "404", "409", "413", "415", "429", "503")
+    found: dict[str, Any] = {
+        "summary": summary,
+        "parameters": parameters or [],
+        "responses": {status: done, **{one: {"$ref": f"#/components/responses/{one}"} for one in refusals}},
+    }
+    if body is not None:
+        found["requestBody"] = {"required": True, "content": {"application/json": {"schema": _reference(body)}}}
+    return found
 
 
 def _object(properties: dict[str, Any], *, required: tuple[str, ...]) -> dict[str, Any]:
