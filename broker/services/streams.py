@@ -217,7 +217,12 @@ class Streams:
             if not could_be_told_of(subject):
                 return
             if streams.count_removed(db, stream.id) >= MOST_REMOVED:
-                raise LimitExceeded(f"{MOST_REMOVED} subjects are removed from this stream already", retry_after_s=3600)
+                raise LimitExceeded(
+                    f"{MOST_REMOVED} subjects are removed from this stream already",
+                    limit="removed_subjects",
+                    value=MOST_REMOVED,
+                    retry_after_s=3600,
+                )
             if streams.remove_subject(db, stream.id, subject):
                 record(db, [_event(caller.name, stream, now, "stream.subject_removed", subject=dict(subject))])
 
@@ -247,6 +252,9 @@ class Streams:
                 if wait.total_seconds() > 0:
                     raise LimitExceeded(
                         "verification was asked for a moment ago: see min_verification_interval",
+                        limit="verifications",
+                        value=1,
+                        window_s=int(self.bounds.min_verification_interval.total_seconds()),
                         retry_after_s=int(wait.total_seconds()),
                     )
             streams.change(db, stream.id, verified_at=now, active_at=now)
