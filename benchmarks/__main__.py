@@ -4,6 +4,7 @@ python -m benchmarks                    # all, on both stores
 python -m benchmarks --only sqlite      # one store
 python -m benchmarks --quick            # only the hot paths
 python -m benchmarks --peer openbao     # and OpenBao beside the broker on PostgreSQL, under the same load
+python -m benchmarks --feed             # instead: the feed
 python -m benchmarks --secrets          # instead: secrets of a real OpenBao, through the broker and read directly
 """
 
@@ -23,7 +24,7 @@ import httpx
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks import decided_again, load, openbao, rows, secrets
+from benchmarks import decided_again, feed, load, openbao, rows, secrets
 from benchmarks.servers import (
     AGENTS,
     RESOURCE,
@@ -48,6 +49,10 @@ _CLOSINGS = 3
 _DEBTS = 10_000
 _DECIDED_AGAIN = 100_000
 _URGENT = 5  # of each kind
+_STREAMS = (100, 1_000)
+_STREAMS_HELD = 5_000
+_TOLD = 20  # ends, one after the other
+_REPLAYED = 100_000
 
 
 class Report:
@@ -175,6 +180,18 @@ def measure_decisions(report: Report, bench: Bench, seconds: float) -> None:
         report.value(f"  by a broker that issues, in {took:.0f} s", value)
 
 
+def measure_feed(report: Report, bench: Bench, *, quick: bool) -> None:
+    with_feed = feed.with_feed(bench)
+    for streams in _STREAMS[: 1 if quick else 2]:
+        propagated = feed.propagation(with_feed, streams, _TOLD)
+        report.value(f"a task's end, to {streams:,} streams", propagated.told)
+    if not (quick or on_sqlite(bench)):
+        before, held = feed.memory_of_streams(with_feed, _STREAMS_HELD)
+        report.value(f"memory with {_STREAMS_HELD:,} streams", f"{held:.0f} MiB, {before:.0f} MiB without")
+    if not quick:
+        report.value(f"replay of {_REPLAYED:,} events", f"{feed.replay(with_feed, _REPLAYED):.2f} s")
+
+
 def measure_two_workers(report: Report, bench: Bench, seconds: float) -> None:
     two = replace(bench, settings=replace(bench.settings, server=replace(bench.settings.server, workers=2)))
     with broker_on(two):
@@ -188,6 +205,9 @@ def measure_store(report: Report, bench: Bench, options: argparse.Namespace) -> 
     # later a machine may be another.
     beside = bench.settings.source.parent / "openbao" if options.peer and not on_sqlite(bench) else None
     prepare(bench)
+    if options.feed:
+        measure_feed(report, bench, quick=options.quick)
+        return
     if not on_sqlite(bench):
         measure_two_workers(report, bench, options.seconds)
     grants = measure_http(report, bench, options.seconds, quick=options.quick)
@@ -253,6 +273,7 @@ def options_from(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="only the hot paths")
     parser.add_argument("--peer", choices=["openbao"], help="its nearest equal, under the same load on PostgreSQL")
     parser.add_argument("--secrets", action="store_true", help="instead: secrets of a real OpenBao, also read directly")
+    parser.add_argument("--feed", action="store_true", help="instead: streams of the feed")
     options = parser.parse_args(arguments)
     if options.peer and options.secrets:
         parser.error("--secrets is measured by itself: leave out --peer openbao")

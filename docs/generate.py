@@ -183,7 +183,7 @@ def _operation(route: str, operation: Mapping[str, Any]) -> Iterator[str]:
     for status, answer in operation["responses"].items():
         if int(status) < 300:
             [(media_type, content)] = answer["content"].items()
-            what = _type(content["schema"]) if media_type == "application/json" else f"`{media_type}`"
+            what = _type(content["schema"]) if "schema" in content else f"`{media_type}`"
             yield f"Answers {status} {what}."
 
 

@@ -490,6 +490,10 @@ REFUSED = [
     ("server.workers", 2**5000, "[an integer of more than 64 bits]", "an integer from 1 to 64"),
     ("server.metrics_listen", "unix:/run/metrics.sock", None, "write 127.0.0.1:8080"),
     ("server.metrics_listen", "127.0.0.1:8080", None, "a port of their own"),
+    ("feed.listen", "127.0.0.1:8080", None, "is server.listen too"),
+    ("feed.listen", "unix:/run/feed.sock", None, "write 127.0.0.1:8080"),
+    ("feed.kept_for_s", 3600, None, "7200"),
+    ("feed.streams_of_serve", 33, None, "32"),
     ("server", {**VALID["server"], "metrics_listen": "127.0.0.1:8079", "workers": 2}, "127.0.0.1:8079", "of their own"),
     ("server", {**VALID["server"], "metrics_listen": "127.0.0.1:65535", "workers": 2}, "65535", "use a smaller one"),
     # store and redis

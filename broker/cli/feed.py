@@ -17,7 +17,7 @@ from broker import scheduler, telemetry
 from broker.cli import output, stopping
 from broker.cli.client import client_options
 from broker.cli.server import config_option, opened, require_free, stay_on_one_core
-from broker.config import load
+from broker.config import Settings, load
 from broker.sdk import Client
 from broker.sdk.exchange import Answer, Call
 from broker.web.feed_server import FeedServer
@@ -38,11 +38,11 @@ def feed(context: click.Context, config: Path) -> None:
     broker feed --config /etc/broker/broker.toml
     """
     if context.invoked_subcommand is None:
-        _serve(config)
+        serve(load(config))
 
 
-def _serve(config: Path) -> None:
-    settings = load(config)
+def serve(settings: Settings) -> None:
+    """Hold streams until told to stop."""
     host, port = settings.feed.host, settings.feed.port
     if host is None or port is None:
         raise output.fail("where should it listen? Write listen into the section [feed], like 127.0.0.1:8081")
@@ -109,6 +109,10 @@ def watch(broker: Client, /, *, after: str | None, once: bool) -> None:
     """
     while True:
         found = broker.send(_poll(after, 0 if once else _WAIT_S))
+        if once and after is None and found["reset"] is not None:
+            # From the oldest on, and not from now on; where that is not kept any more, it is answered with a reset.
+            after = f"{found['reset']['feed']}:0"
+            continue
         if found["reset"] is not None:
             output.say(f"the feed is at {found['next_after']}")
         for item in found["items"]:

@@ -173,7 +173,9 @@ def openapi(operations: Sequence[Operation], issuer: str, version: str) -> dict[
             for status, model in operation.answers.items()
         }
         if operation.streams is not None:
-            responses["200"] = _content(_TEXT, "The stream.", operation.streams) | {"headers": _NOT_TO_BE_KEPT}
+            # No schema: what a stream is made of has no place in it.
+            content: dict[str, Any] = {operation.streams: {}}
+            responses["200"] = {"description": "The stream.", "content": content, "headers": _NOT_TO_BE_KEPT}
         responses |= {str(status): {"$ref": f"#/components/responses/{status}"} for status in _refusals(operation)}
         entry: dict[str, Any] = {
             "operationId": operation.name,

