@@ -20,7 +20,7 @@ from broker.config.files import (
     require_key_set,
     require_secret,
 )
-from broker.config.keys import PROVIDERS
+from broker.config.keys import ARRAYS, PROVIDERS
 from broker.config.reading import Reader, Row
 from broker.config.settings import AlertSettings
 from broker.config.values import WORKLOAD_ALGORITHMS, address, is_loopback, web_url
@@ -465,8 +465,8 @@ def read_transmitters(
             _secret_of(reader, at, "poll_token_file", values["poll_token_file"], "the token")
             if values.get("poll_url") is None:
                 reader.refuse(f"{at}.poll_token_file", "opens nothing without poll_url; add it, or take this out")
-        needed = {"name", "issuer", "speaks_of", "algorithms", "events", "lockdown_on"}
-        if len(reader.problems) == before and needed <= values.keys() and own is not None:
+        is_whole = {key.name for key in ARRAYS["transmitters"]} <= values.keys()
+        if len(reader.problems) == before and is_whole and own is not None:
             found.append(_transmitter(reader, values, sources[0], own))
     return tuple(found)
 

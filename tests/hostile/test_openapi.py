@@ -100,6 +100,9 @@ def real_id(web, path):
         return None
     if "/lockdowns/" in path:
         return web.post("/v1/lockdowns", "ada", json={"agent": "nobody", "reason": "drill"}).json["id"]
+    if "/event-streams/" in path:
+        web.post("/ssf/streams", "crm-api", json={})
+        return web.get("/ssf/streams", "crm-api").json[0]["stream_id"]
     task = web.open_task("summarizer")
     if "/tasks/" in path:
         return task["id"]
