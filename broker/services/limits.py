@@ -36,6 +36,7 @@ from broker.store.tasks import agents_among
 from broker.store.transitions import record
 
 _WAITING = 50  # callers; of the server's threads, some are always left for what ends authority
+_ROUNDS = 10
 _REMEMBERED = 100_000  # of each kind of thing; beyond it they are looked up again
 _MINTS_AGAIN_S = 60  # a task that has had its mints gets one back only where a request came to nothing
 
@@ -273,10 +274,13 @@ class Limiter:
     def _take_all(self, asks: Sequence[_Asked]) -> Sequence[_Asked | BrokerError]:
         """Fetch what these requests lack, for all in one transaction, and count them; a refusal is an answer."""
         answers: dict[int, _Asked | BrokerError] = {}
-        while len(answers) < len(asks):
+        for _ in range(_ROUNDS):
             # More than once where others used up meanwhile what was enough at the first look.
             self._take({number: asked for number, asked in enumerate(asks) if number not in answers}, answers)
-        return [answers[number] for number in range(len(asks))]
+            if len(answers) == len(asks):
+                break
+        late = Unavailable("others were quicker each time that this was counted: try again")
+        return [answers.get(number, late) for number in range(len(asks))]
 
     def _take(self, asks: Mapping[int, _Asked], answers: dict[int, _Asked | BrokerError]) -> None:
         with self._guard:
