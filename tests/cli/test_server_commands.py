@@ -24,7 +24,7 @@ from tests.processes import until
 
 def test_check_counts_what_it_found(configuration):
     checked = json.loads(command("check", "--config", configuration, "--json").stdout)
-    assert (checked["issuers"], checked["principals"], checked["resources"]) == (2, 9, 3)
+    assert (checked["issuers"], checked["principals"], checked["resources"]) == (2, 10, 3)
     assert "nothing is wrong" in command("check", "--config", configuration).stdout
 
 
