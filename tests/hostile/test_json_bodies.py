@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from broker.web import shapes
 from broker.web.app import API
 from tests.approvals import apply, approve, ask, asking
-from tests.hostile.conftest import Hostile, refused, stuck_lease
+from tests.hostile.conftest import Hostile, event_stream, refused, stuck_lease
 from tests.hostile.corpus import (
     AXES,
     BODIES,
@@ -33,7 +33,7 @@ OPERATIONS = {operation.name: operation for room in API for operation in room.de
 CALLERS = (
     dict.fromkeys(("request_grant", "renew_grant", "revoke_grant", "collect_grant", "withdraw"), "summarizer")
     | dict.fromkeys(("revoke_along", "set_lockdown", "evaluate", "abandon_lease"), "ada")
-    | dict.fromkeys(("put_policies", "replay", "send_signal"), "ada")
+    | dict.fromkeys(("put_policies", "replay", "send_signal", "pause_event_stream", "resume_event_stream"), "ada")
     | dict.fromkeys(("approve", "deny"), "sam")
 )
 
@@ -60,6 +60,8 @@ class Scene:
     def _id(self, task_id, grant_id):
         if "/leases/" in self.operation.path:
             return stuck_lease(self.web.house.broker, grant_id)
+        if "/event-streams/" in self.operation.path:
+            return event_stream(self.web)
         if "/approvals/" in self.operation.path or self.operation.name == "collect_grant":
             return self._waiting()
         return task_id if "/tasks/" in self.operation.path else grant_id
