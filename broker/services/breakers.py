@@ -25,6 +25,7 @@ from broker.services.standing import Standing, StandingReader
 from broker.store import gate
 from broker.store.database import Database
 from broker.store.events import Denials, count_denials
+from broker.store.standing import has_lockdown
 
 _REMEMBERED = 10_000
 _THROTTLE = "denials_throttle"
@@ -89,18 +90,20 @@ class Breakers:
         """What follows of denials that are on record now. Nothing that fails here changes what was answered."""
         try:
             self._follow(agents)
-        except BrokerError as problem:
-            # The next request of the agent comes here again.
-            _log.error("denials were not followed", extra={"fields": {"agents": sorted(agents), "why": problem.detail}})
+        except Exception:
+            # The next denial of the agent comes here again.
+            _log.exception("denials were not followed", extra={"fields": {"agents": sorted(agents)}})
 
     def _follow(self, agents: Collection[str]) -> None:
         with self._database.read() as db:
             now = self._clock()
             found = self.denials(db, agents, self._standing.at(db, gate.era_of(db)), now)
+            # Who is locked down already does not stop everybody's issuing to be found so once more (INV-27).
+            locked = {agent for agent in agents if has_lockdown(db, "agent", agent)}
         for agent, denials in found.items():
             if denials.count >= self._limits.denials_throttle and denials.newest_at is not None:
                 self._remember(agent, denials.newest_at + self._limits.throttle_pause)
-            if denials.count >= self._limits.denials_lockdown:
+            if denials.count >= self._limits.denials_lockdown and agent not in locked:
                 self._lock_down(agent)
 
     def _lock_down(self, agent: str) -> None:

@@ -61,6 +61,7 @@ from broker.services.status_indexes import StatusIndexes
 from broker.services.terms import Terms, require_known_user, require_may_ask, terms
 from broker.store import approvals, gate, grants, locks, models
 from broker.store.database import Database
+from broker.store.events import Denials
 from broker.store.leases import insert_leases
 from broker.store.reviews import insert_review
 from broker.store.tasks import Tasks
@@ -81,6 +82,7 @@ class _Held:
     votes: Sequence[Vote]
     task: Task
     live_of: Mapping[live_limits.Thing, int]
+    denials: Denials
 
 
 class Collection:
@@ -135,11 +137,11 @@ class Collection:
         self._indexes.reserve(1, self._clock())
         with self._database.begin_issuing() as db:
             unlocked = grants.find_grant(db, grant_id) if is_id(grant_id, "grt") else None
-            agents, tasks_of_it = ([], []) if unlocked is None else ([unlocked.agent], [unlocked.task_id])
+            tasks_of_it = [] if unlocked is None else [unlocked.task_id]
             wanted = [] if unlocked is None else [_counts_for(unlocked)]
             counted = live_limits.bounds(self._limits, self._standing.last_known().catalogue, wanted)
             # As issuing takes them: two that collect at once go one after the other, and so does an end of the task.
-            locks.hold_for_issuing(db, agents=agents, tasks=tasks_of_it, counted=live_limits.locks_of(counted))
+            locks.hold_for_issuing(db, agents=[caller.name], tasks=tasks_of_it, counted=live_limits.locks_of(counted))
             now = self._clock()
             standing = self._standing.at(db, gate.era_of(db))
             tasks = self._tasks.hold_shared(db, tasks_of_it)
@@ -153,6 +155,8 @@ class Collection:
                 approval = approvals.approval_of_grant(db, grant.id)
                 if approval is None:
                     raise Conflict(f"grant {grant.id} waited for nobody: its credential came with the answer to it")
+                denials = self._breakers.denials(db, [caller.name], standing, now)[caller.name]
+                self._breakers.require_rest(caller.name, denials, now)
                 held = _Held(
                     db=db,
                     now=now,
@@ -164,6 +168,7 @@ class Collection:
                     votes=approvals.votes_of(db, [approval.id])[approval.id],
                     task=tasks[grant.task_id],
                     live_of=live_limits.count(db, counted, now),
+                    denials=denials,
                 )
                 _require_collectable(held, jkt)
                 return self._collected(held, parameters)
@@ -218,7 +223,6 @@ class Collection:
         requesters = requesters_of(held.db, grant, standing.catalogue)
         require_may_ask(principal, resource, left.scopes, grant.jkt)
         most = live_limits.agent_bound(self._limits, standing.catalogue, grant.agent)
-        denied = self._breakers.denials(held.db, [grant.agent], standing, held.now)[grant.agent]
         found = terms(
             GrantRequest(
                 caller=held.caller,
@@ -244,7 +248,7 @@ class Collection:
             renewable_until=grant.renewable_until,
             risk=standing.risks.level(grant.agent, grant.on_behalf_of, held.now),
             live_grants=self._beside(held, at_most=most + 1),
-            recent_denials=denied.count,
+            recent_denials=held.denials.count,
         )
         approved = replace(found.asked, scopes=frozenset(approval.scopes), ttl_s=approval.ttl_s)
         if not approved.sha256() == approval.request_sha256 == grant.request_sha256:
@@ -418,11 +422,10 @@ def _collected_event(held: _Held, grant: Grant, **facts: str) -> Event:
 def _refused(grant: Grant | None, caller: Caller, now: datetime, refusal: BrokerError) -> Event:
     known = (
         {}
-        if grant is None
+        if grant is None or not grant.is_held_by(caller.principal)
         else {
             "task_id": grant.task_id,
             "grant_id": grant.id,
-            "agent": grant.agent,
             "user": grant.on_behalf_of,
             "resource": grant.resource,
             "policy_version": grant.policy_version,
@@ -433,6 +436,8 @@ def _refused(grant: Grant | None, caller: Caller, now: datetime, refusal: Broker
         at=now,
         type="approval.refused",
         actor=caller.name,
+        # Whatever is said of the agent counts as its own denial, and nobody is locked down by another's.
+        agent=caller.name,
         outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
         reason=refusal.detail[:1000],
         trace_id=caller.trace_id,

@@ -156,9 +156,14 @@ class Issuance:
         with self._limiter.admitted(request.caller, resource=request.resource, task_id=task_id) as minting:
             try:
                 made = self._batches.submit(request)
-            except PolicyDenied as refusal:
-                # After the commit: while it is searched for what would be allowed, nobody waits (INV-27).
-                raise refusal.explained() from None
+            except BrokerError as refusal:
+                # After the commit, and for itself alone: while a breaker trips, or while it is searched for what would
+                # be allowed, nobody waits (INV-27).
+                if is_denial(refusal):
+                    self._breakers.after_denials([request.caller.name])
+                if isinstance(refusal, PolicyDenied):
+                    raise refusal.explained() from None
+                raise
             minting.made = not isinstance(made, Case)
             return self._secrets.obtain(made) if isinstance(made, Intent) else made
 
@@ -203,13 +208,6 @@ class Issuance:
             insert_approvals(db, [case.approval for case in batch.cases])
             owe_notices(db, batch.cases, self._routes)
             record(db, batch.events)
-        denied = {
-            request.caller.name
-            for request, outcome in zip(requests, outcomes, strict=True)
-            if is_denial(outcome) or moment.denials[request.caller.name].count >= self._limits.denials_lockdown
-        }
-        if denied:
-            self._breakers.after_denials(denied)
         return outcomes
 
     def _moment(self, db: Connection, requests: Sequence[GrantRequest]) -> _Moment:
@@ -265,16 +263,16 @@ class Issuance:
                     made_id=grant_id,
                 )
             broken = request.break_glass is not None
-            if (broken or not isinstance(refusal, PolicyDenied)) and self._is_told(request, refusal):
+            if (broken or not isinstance(refusal, PolicyDenied)) and self._is_told(request.caller.name, refusal):
                 batch.events.append(_refused(request, moment, refusal))
             if is_denial(refusal):
                 self._count_denial(request.caller.name, moment, batch)
             return refusal
 
-    def _is_told(self, request: GrantRequest, refusal: BrokerError) -> bool:
+    def _is_told(self, agent: str, refusal: BrokerError) -> bool:
         """Whether it is recorded: that a limit is reached is said once a window, however often somebody asks."""
         if isinstance(refusal, LimitExceeded):
-            return self._limiter.is_news(refusal.limit, request.caller.name)
+            return self._limiter.is_news(refusal.limit, agent)
         return not isinstance(refusal, Unavailable)
 
     def _count_denial(self, agent: str, moment: _Moment, batch: _Batch) -> None:
@@ -689,8 +687,9 @@ class Issuance:
         with self._database.begin_issuing() as db:
             unlocked = find_grant(db, grant_id) if is_id(grant_id, "grt") else None
             tasks_of_it = [] if unlocked is None else [unlocked.task_id]
-            # Task before grant, as everywhere, so that a closing task and a renewal cannot wait for each other.
-            locks.hold_for_issuing(db, agents=(), tasks=tasks_of_it)
+            # Task before grant, as everywhere, so that a closing task and a renewal cannot wait for each other. And the
+            # agent: what it was denied is counted (INV-34).
+            locks.hold_for_issuing(db, agents=[caller.name], tasks=tasks_of_it)
             now = self._clock()
             standing = self._standing.at(db, gate.era_of(db))
             tasks = self._tasks.hold_shared(db, tasks_of_it)
@@ -705,13 +704,14 @@ class Issuance:
                 most = 1 + live_limits.agent_bound(self._limits, standing.catalogue, agent)
                 held = count_live(db, [agent], now=now, at_most=most)
                 denied = self._breakers.denials(db, [agent], standing, now)[agent]
+                self._breakers.require_rest(agent, denied, now)
                 facts = {"live_grants": max(0, held[agent] - 1), "recent_denials": denied.count}
                 issued = self._renewed(
                     grant, parent, tasks[grant.task_id], standing, principal, caller, ttl, jkt, now, facts
                 )
             except BrokerError as refusal:
                 # The refusal is recorded; the grant stays as it is until it expires or somebody revokes it.
-                if not isinstance(refusal, Unavailable):
+                if self._is_told(caller.name, refusal):
                     record(db, [_renewal_refused(grant, caller, now, refusal)])
                 return refusal
             renew_grant(db, issued.grant)
@@ -904,13 +904,13 @@ def _renewal_refused(grant: Grant | None, caller: Caller, now: datetime, refusal
         trace_id=caller.trace_id,
         data={"subject": caller.principal.subject},
     )
-    if grant is None:
+    if grant is None or not grant.is_held_by(caller.principal):
+        # Whatever is said of the agent counts as its own denial, and nobody is locked down by another's.
         return event
     return replace(
         event,
         task_id=grant.task_id,
         grant_id=grant.id,
-        agent=grant.agent,
         user=grant.on_behalf_of,
         resource=grant.resource,
         policy_version=grant.policy_version,

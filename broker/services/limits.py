@@ -163,7 +163,9 @@ class Limiter:
         except Unavailable:
             raise  # what may have been made counts as made
         except BrokerError:
-            self._give_back(counted)
+            # Once it is made, something may live outside whatever came then.
+            if not minting.made:
+                self._give_back(counted)
             raise
         if not minting.made:
             self._give_back(counted)

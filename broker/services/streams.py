@@ -291,7 +291,7 @@ class Streams:
         return overseen
 
     def _stopped_or_let_go(self, caller: Caller, stream_id: str, to: StreamState, *, reason: str | None) -> Overseen:
-        self._oversee(caller, str(to))
+        self._oversee(caller, "pause" if to is StreamState.PAUSED else "resume")
         with self._database.begin() as db:
             stream = _found(db, stream_id, lock=True)
             now = self._clock()

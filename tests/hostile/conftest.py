@@ -89,6 +89,12 @@ def stuck_lease(broker, grant_id):
     return lease.id
 
 
+def event_stream(web):
+    """The id of the stream of security events of crm-api."""
+    web.post("/ssf/streams", "crm-api", json={})
+    return web.get("/ssf/streams", "crm-api").json[0]["stream_id"]
+
+
 @pytest.fixture(scope="module")
 def module_house(migrated_file, tmp_path_factory):
     """A whole broker for all tests of a module, where none of them leaves anything in the way of another."""

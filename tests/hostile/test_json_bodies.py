@@ -14,7 +14,7 @@ from broker.web import shapes
 from broker.web.app import API
 from tests.approvals import ASKING, apply, approve, ask, asking
 from tests.break_glass import EMERGENCY, broken, review_of
-from tests.hostile.conftest import Hostile, refused, stuck_lease
+from tests.hostile.conftest import Hostile, event_stream, refused, stuck_lease
 from tests.hostile.corpus import (
     AXES,
     BODIES,
@@ -36,6 +36,7 @@ CALLERS = (
     | {"tell_activities": "summarizer"}
     | dict.fromkeys(("revoke_along", "set_lockdown", "evaluate", "abandon_lease"), "ada")
     | dict.fromkeys(("put_policies", "replay", "send_signal", "complete_review"), "ada")
+    | dict.fromkeys(("put_policies", "replay", "send_signal", "pause_event_stream", "resume_event_stream"), "ada")
     | dict.fromkeys(("approve", "deny"), "sam")
 )
 
@@ -68,6 +69,8 @@ class Scene:
             return stuck_lease(self.web.house.broker, grant_id)
         if "/reviews/" in self.operation.path:
             return self._reviewable()
+        if "/event-streams/" in self.operation.path:
+            return event_stream(self.web)
         if "/approvals/" in self.operation.path or self.operation.name == "collect_grant":
             return self._waiting()
         return task_id if "/tasks/" in self.operation.path else grant_id

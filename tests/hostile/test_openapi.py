@@ -15,7 +15,7 @@ from schemathesis.specs.openapi import checks
 from broker.web.app import API, create_app
 from broker.web.oauth import described
 from broker.web.operations import openapi
-from tests.hostile.conftest import Hostile, stuck_lease
+from tests.hostile.conftest import Hostile, event_stream, stuck_lease
 from tests.house import CRM, ISSUER
 
 CALLERS = ("pipeline", "summarizer", "crm-api", "ada", "audrey")
@@ -106,8 +106,7 @@ def real_id(web, path):
     if "/lockdowns/" in path:
         return web.post("/v1/lockdowns", "ada", json={"agent": "nobody", "reason": "drill"}).json["id"]
     if "/event-streams/" in path:
-        web.post("/ssf/streams", "crm-api", json={})
-        return web.get("/ssf/streams", "crm-api").json[0]["stream_id"]
+        return event_stream(web)
     task = web.open_task("summarizer")
     if "/tasks/" in path:
         return task["id"]

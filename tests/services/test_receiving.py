@@ -308,6 +308,23 @@ def test_a_set_that_comes_again_does_nothing(house, other):
     refused(house, token, "invalid_request")
 
 
+def test_a_set_is_remembered_for_as_long_as_it_could_be_believed(store_url, tmp_path):
+    """INV-20: longer than the idempotency keys, by which it was acted on, are kept."""
+    other = Other(tmp_path, max_age=timedelta(days=3))
+    house = ssf_house(store_url, tmp_path, transmitters=[other.settings])
+    try:
+        grant_for_zoe(house)
+        token = say(house, other, f"{CAEP}/session-revoked", sub_id=zoe(house))
+        for _ in range(2):
+            house.clock.forward(hours=35)
+            house.broker.sweeper.sweep()
+            again = grant_for_zoe(house)
+            house.broker.receiving.receive(token)
+            assert house.is_active(again)
+    finally:
+        house.broker.close()
+
+
 def test_a_set_that_was_acted_on_and_not_marked_does_nothing_more(house, other, monkeypatch):
     grant_for_zoe(house)
     claims = other.claims(house.clock(), f"{CAEP}/session-revoked", sub_id=zoe(house))
