@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from broker.domain.errors import BrokerError, LimitExceeded, LockedDown, PolicyDenied
+from broker.domain.errors import BrokerError, LimitExceeded, LockedDown, NotFound, PolicyDenied
 from broker.domain.lifecycle import TaskState
 from broker.services.alerting import Alerting
 from tests.house import LEDGER, build_house
@@ -233,3 +233,62 @@ def test_what_changes_them_decides_nothing_again(house):
     apply(house)
     house.broker.redeciding.run()
     assert house.is_active(first)
+
+
+@pytest.mark.parametrize("verb", ["renew", "collect"])
+def test_whoever_tries_another_s_grant_counts_its_own_denials_and_not_the_holder_s(house, verb):
+    task = house.open_task("summarizer", "scribe")
+    issued = house.issue(task)
+    caller = house.caller("scribe")
+    for _ in range(5):
+        with pytest.raises(NotFound):
+            if verb == "renew":
+                house.broker.issuance.renew(caller, issued.grant.id, ttl=None)
+            else:
+                house.broker.collection.collect(caller, issued.grant.id)
+        house.clock.forward(seconds=PAUSE_S)
+    assert [(lockdown.axis, lockdown.value) for lockdown in standing(house)] == [("agent", "scribe")]
+    assert house.is_active(issued)
+    house.issue(task)
+
+
+def test_an_agent_that_is_locked_down_stops_nobody_to_be_found_so_again(house, monkeypatch):
+    """INV-27: looking for it behind the gate would stop everybody's issuing, as often as it asks."""
+    task = house.open_task()
+    locked_down(house, task)
+    asked = []
+    monkeypatch.setattr(house.broker.revocation, "lock_down_agent", lambda *about: asked.append(about))
+    for _ in range(3):
+        house.clock.forward(seconds=PAUSE_S)
+        with pytest.raises((LockedDown, PolicyDenied)):
+            house.issue(task)
+        with pytest.raises(NotFound):
+            house.broker.issuance.renew(house.caller("summarizer"), "grt_nobodys", ttl=None)
+    assert asked == []
+
+
+def test_a_broker_that_did_not_see_the_denials_makes_a_renewal_wait_too(house, store_url, tmp_path):
+    """INV-34."""
+    task = house.open_task()
+    issued = house.issue(task)
+    deny(house, task, 3)
+    other = build_house(store_url, tmp_path, clock=house.clock, denials_throttle=3, denials_lockdown=5)
+    with pytest.raises(LimitExceeded) as refusal:
+        other.broker.issuance.renew(other.caller("summarizer"), issued.grant.id, ttl=None)
+    assert refusal.value.limit == "denials_throttle"
+    other.broker.close()
+
+
+def test_a_lockdown_that_fails_changes_no_answer_and_repeats_nothing(house, monkeypatch):
+    task = house.open_task()
+
+    def fails(*_about):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(house.broker.revocation, "lock_down_agent", fails)
+    locked_down(house, task)
+    assert len(events(house, "grant.denied")) == 5
+    monkeypatch.undo()
+    house.clock.forward(seconds=PAUSE_S)
+    deny(house, task)
+    assert [lockdown.axis for lockdown in standing(house)] == ["agent"]
