@@ -48,6 +48,10 @@ class Refusals:
                         return refusal
         return None
 
+    def along(self, axis: str, value: str) -> Refusal | None:
+        """One over exactly this, whatever its era; or None."""
+        return next(iter(self._by_axis.get(axis, {}).get(value, ())), None)
+
     def __iter__(self) -> Iterator[Refusal]:
         for by_value in self._by_axis.values():
             for refusals in by_value.values():

@@ -33,7 +33,6 @@ from broker.domain.errors import (
     Forbidden,
     Invalid,
     LimitExceeded,
-    LockedDown,
     NotFound,
     PolicyDenied,
     TaskNotActive,
@@ -56,7 +55,7 @@ from broker.services.grant_events import grant_event, sentence
 from broker.services.limits import Limiter
 from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
-from broker.services.standing import Standing, StandingReader, current_caller
+from broker.services.standing import Standing, StandingReader, current_caller, require_no_refusal
 from broker.services.status_indexes import StatusIndexes
 from broker.services.terms import Terms, require_known_user, require_may_ask, terms
 from broker.store import approvals, gate, grants, locks, models
@@ -194,11 +193,7 @@ class Collection:
         found = self._terms(held, resource)
         self._require_room(held)
         collected = self._granted(held, found, resource)
-        refusal = standing.refusals.over(collected)
-        if refusal is not None:
-            raise LockedDown(
-                f"a lockdown stands over {refusal.axis} {refusal.value!r} ({refusal.id}): {refusal.reason}"
-            )
+        require_no_refusal(collected, standing)
         if outside:
             self._secrets.require_foreseeable(collected, resource.settings, parameters)
         issued = None

@@ -52,7 +52,7 @@ from broker.services.idempotency import claimed
 from broker.services.limits import Limiter
 from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
-from broker.services.standing import Standing, StandingReader, principal_of
+from broker.services.standing import Standing, StandingReader, principal_of, require_no_refusal
 from broker.services.status_indexes import StatusIndexes
 from broker.services.terms import Terms, attributes_of_user, require_known_user, require_may_ask, terms, user_of
 from broker.store import gate, locks
@@ -200,6 +200,8 @@ class Issuance:
         self._indexes.reserve(len(requests), self._clock())
         with self._database.begin_issuing() as db:
             moment = self._moment(db, requests)
+            # Whoever was to lock them down died before it did, or could not.
+            overdue = [agent for agent, found in moment.denials.items() if found.count >= self._limits.denials_lockdown]
             batch = _Batch()
             outcomes = [self._outcome(request, moment, batch) for request in requests]
             insert_tasks(db, batch.tasks)
@@ -208,6 +210,8 @@ class Issuance:
             insert_approvals(db, [case.approval for case in batch.cases])
             owe_notices(db, batch.cases, self._routes)
             record(db, batch.events)
+        if overdue:
+            self._breakers.after_denials(overdue)
         return outcomes
 
     def _moment(self, db: Connection, requests: Sequence[GrantRequest]) -> _Moment:
@@ -325,11 +329,7 @@ class Issuance:
         # Taken before it is sure to be used: a place in a status list may be lost, never shared.
         place = self._indexes.take(task.id, now) if found.allowed and not outside else (None, None)
         grant = self._granted(request, grant_id, principal, task, parent, found, standing, place, now)
-        refusal = standing.refusals.over(grant)
-        if refusal is not None:
-            raise LockedDown(
-                f"a lockdown stands over {refusal.axis} {refusal.value!r} ({refusal.id}): {refusal.reason}"
-            )
+        require_no_refusal(grant, standing)
         asks_people = found.decision.outcome == NEEDS_APPROVAL
         if not found.allowed and not asks_people:
             raise self._denied(request, grant, found, standing.policies, now, batch)
@@ -639,6 +639,7 @@ class Issuance:
             jti=secrets.token_urlsafe(16),
             kids=joined(grant.kids, moment.standing.keys.current(resource.signing_algorithm).kid),
         )
+        require_no_refusal(another, moment.standing)
         issued = signed(another, moment.standing, issuer=self._issuer, issued_at=moment.now, expires_at=expires_at)
         renew_grant(moment.db, issued.grant)
         if another.kids != grant.kids:
@@ -792,6 +793,8 @@ class Issuance:
             policy_version=found.decision.policy_version,
             terms=found.as_json(),
         )
+        # By what allows it now, and not only by what allowed it until now.
+        require_no_refusal(renewed, standing)
         return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
 
 

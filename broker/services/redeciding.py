@@ -233,7 +233,7 @@ class Redeciding:
         reasking, found = self._by(standing), _Found()
         for row in unhurried(rows):
             found.looked_at += 1
-            again = reasking.again(row, now)
+            again = _unless_refused(row, reasking.again(row, now), standing)
             if again.outcome is Outcome.ENDED or (again.outcome is Outcome.UNDECIDED and final):
                 found.ended.setdefault(again.why, []).append(row.id)
             elif again.outcome is Outcome.UNDECIDED:
@@ -299,6 +299,15 @@ class Redeciding:
             "shortened": len(shortened),
             "undecided": len(found.undecided),
         }
+
+
+def _unless_refused(row: Row[Any], again: Again, standing: Standing) -> Again:
+    """What it stands on from now on may be refused already, and its rows followed: then it ends like those did."""
+    for name in again.policies if again.outcome in (Outcome.KEPT, Outcome.SHORTENED) else ():
+        if f" {name} " not in row.policies and standing.refusals.along("policy", name) is not None:
+            why = f"policy {name!r}, which allows it now, is locked down"
+            return Again(outcome=Outcome.ENDED, why=why, policies=again.policies)
+    return again
 
 
 def _ended(db: Connection, share: Share, why: str, ids: Sequence[str], version: int, now: datetime) -> int:

@@ -15,7 +15,8 @@ from sqlalchemy import Connection
 
 from broker.domain.catalogue import Catalogue
 from broker.domain.clock import Clock
-from broker.domain.errors import Unavailable
+from broker.domain.errors import LockedDown, Unavailable
+from broker.domain.grant import Authority
 from broker.domain.identity import Caller, Principal
 from broker.domain.policy import PolicySet
 from broker.domain.refusal import Refusals
@@ -101,6 +102,13 @@ class StandingReader:
             risks=Risks(standing_signals(db, now=now)),
             lifted_at=lifted_from_agents(db, since=now - timedelta(days=1)),
         )
+
+
+def require_no_refusal(grant: Authority, standing: Standing) -> None:
+    """LockedDown where what is about to be handed out would be covered by what stands above everything."""
+    refusal = standing.refusals.over(grant)
+    if refusal is not None:
+        raise LockedDown(f"a lockdown stands over {refusal.axis} {refusal.value!r} ({refusal.id}): {refusal.reason}")
 
 
 def principal_of(caller: Caller, standing: Standing) -> Principal:

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from broker.domain.errors import Conflict, PolicyDenied
+from broker.domain.errors import Conflict, LockedDown, PolicyDenied
 from broker.domain.policy import DENY, Decision, PolicySet, engine
 from broker.services import reasking, redeciding
 from broker.store import redecisions
@@ -74,6 +74,20 @@ def test_what_no_policy_permits_any_more_ends(house):
     version = with_policies(house, crm_cedar=stricter)
     house.broker.redeciding.run()
     assert grant_of(house, issued).reason == f"configuration version {version}: no policy permits it"
+
+
+def test_a_grant_that_would_stand_on_a_policy_that_is_locked_down_ends(house):
+    """The rows of the lockdown have followed, and nobody else would end it or tell verifiers of it."""
+    issued = house.issue(house.open_task())
+    house.broker.revocation.set_lockdown(house.caller("ada"), "policy", "everybody", reason="drill")
+    with_policies(house, open_cedar=OPEN)
+    # Nor is it handed out anew before it comes to that.
+    with pytest.raises(LockedDown):
+        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+    assert house.is_active(issued)
+    house.broker.redeciding.run()
+    assert not house.is_active(issued)
+    assert grant_of(house, issued).reason.endswith("policy 'everybody', which allows it now, is locked down")
 
 
 def test_what_is_still_allowed_stays_as_it_is_and_no_event_is_written_for_it(house):
