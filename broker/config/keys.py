@@ -463,7 +463,7 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
         ),
         _integer(
             "max_per_minute",
-            "Activities that one reporter may tell of in a minute.",
+            "Activities that one reporter may tell of in a minute; of spans all count, kept or not.",
             2_048,
             1_000_000,
             default=Limits.max_activities_per_minute,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -64,13 +64,29 @@ class Refused:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Told:
+    """What was read of one telling, and how much of it is no report: no use of a grant at all, or without an id."""
+
+    reports: Sequence[Report]
+    passed_over: int = 0
+    malformed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.reports) + self.passed_over + self.malformed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Taken:
     """What came of what was told. `passed_over` is what is no use of any grant of the reporter."""
 
     recorded: int
     repeated: int
     passed_over: int
+    malformed: int
     refused: tuple[Refused, ...]
+
+
+_NOTHING = Taken(recorded=0, repeated=0, passed_over=0, malformed=0, refused=())
 
 
 class _PassedOver(Exception):
@@ -83,44 +99,62 @@ class Activities:
         self._standing = standing
         self._limits = limits
         self._clock = clock
-        # Whatever is told, and by however many: what ends authority finds a connection (INV-27).
+        # Whatever is told, and by however many: what ends authority finds a connection, and a processor (INV-27).
         self._at_once = threading.BoundedSemaphore(_AT_ONCE)
 
-    def take(self, caller: Caller, reports: Sequence[Report]) -> Taken:
-        """Take down what is told of grants that the caller holds, or of resources that it verifies (INV-26)."""
+    def require_reporter(self, caller: Caller) -> None:
+        """Refuse whoever may tell of nothing, before anything of theirs is read (INV-26, INV-35)."""
         with recorded(self._database, self._clock, caller, "activity.refused", "report"):
             if not (caller.has(Role.AGENT) or caller.has(Role.VERIFIER)):
                 raise RoleMissing(
                     f"{caller.name} is neither an agent nor a verifier: only those tell what was done with grants"
                 )
-        if len(reports) > MAX_TOGETHER:
-            raise Invalid(f"{len(reports)} activities are more than the {MAX_TOGETHER} of one request")
-        now = self._clock()
+
+    def take(self, caller: Caller, reports: Sequence[Report]) -> Taken:
+        """Take down what is told of grants that the caller holds, or of resources that it verifies (INV-26)."""
+        return self.take_read(caller, lambda: Told(reports=reports))
+
+    def take_read(self, caller: Caller, read: Callable[[], Told]) -> Taken:
+        """The same of what is yet to be read, where reading costs something: in the reporter's turn (INV-35)."""
+        self.require_reporter(caller)
         with self._turn():
-            looked = self._look(caller, reports)
-            made: dict[int, Activity] = {}
-            refused: dict[int, BrokerError] = {}
-            passed_over = 0
-            for place, report in enumerate(reports):
-                try:
-                    made[place] = _activity(report, looked, now)
-                except _PassedOver:
-                    passed_over += 1
-                except BrokerError as problem:
-                    refused[place] = problem
-            repeated = self._write(caller, made, refused, now) if made or refused else 0
-        taken = Taken(
+            told = read()
+            if len(told.reports) > MAX_TOGETHER:
+                raise Invalid(f"{len(told.reports)} activities are more than the {MAX_TOGETHER} of one request")
+            taken = self._take(caller, told) if len(told) else _NOTHING
+        telemetry.told(
+            recorded=taken.recorded,
+            repeated=taken.repeated,
+            passed_over=taken.passed_over,
+            refused=len(taken.refused) + taken.malformed,
+        )
+        return taken
+
+    def _take(self, caller: Caller, told: Told) -> Taken:
+        now, reports = self._clock(), told.reports
+        looked = self._look(caller, reports)
+        made: dict[int, Activity] = {}
+        refused: dict[int, BrokerError] = {}
+        passed_over = 0
+        for place, report in enumerate(reports):
+            try:
+                made[place] = _activity(report, looked, now)
+            except _PassedOver:
+                passed_over += 1
+            except BrokerError as problem:
+                refused[place] = problem
+        repeated = self._write(caller, len(told), made, refused, now)
+        return Taken(
             recorded=len(reports) - passed_over - repeated - len(refused),
             repeated=repeated,
-            passed_over=passed_over,
+            passed_over=passed_over + told.passed_over,
+            malformed=told.malformed,
             refused=tuple(Refused(place=at, id=reports[at].id, why=why) for at, why in sorted(refused.items())),
         )
-        telemetry.told(recorded=taken.recorded, repeated=repeated, passed_over=passed_over, refused=len(refused))
-        return taken
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """So many write at once; whoever waits too long for its turn comes again."""
+        """So many read and write at once; whoever waits too long for its turn comes again."""
         if not self._at_once.acquire(timeout=_PATIENCE_S):
             raise Unavailable("too many tell at once what was done: try again")
         try:
@@ -134,21 +168,28 @@ class Activities:
         with self._database.read() as db:
             standing = self._standing.at(db, gate.era_of(db))
             principal, catalogue = principal_of(caller, standing), standing.catalogue
-            verified = [each.identifier for each in catalogue.resources if principal.name in each.verifiers]
             by_id = activities.given_grants(db, [name for name in named if is_id(name, "grt")])
             # Its own alone: whoever asks for a thousand grants in somebody else's trace must not hide theirs.
-            of_traces = activities.given_in_traces(
-                db, traces, agent=principal.name, resources=verified, limit=_GRANTS_OF_TRACES
-            )
+            of_traces = activities.given_in_traces(db, traces, holder=principal, limit=_GRANTS_OF_TRACES)
         in_trace: dict[str, list[GivenGrant]] = {}
         for grant in of_traces:
             in_trace.setdefault(grant.trace_id or "", []).append(grant)
         return _Looked(principal=principal, catalogue=catalogue, by_id=by_id, in_trace=in_trace)
 
-    def _write(self, caller: Caller, made: dict[int, Activity], refused: dict[int, BrokerError], now: datetime) -> int:
-        """Write what is new and not one too many; the rest leaves `made`. Answers how many are repeats."""
+    def _write(
+        self,
+        caller: Caller,
+        count: int,
+        made: dict[int, Activity],
+        refused: dict[int, BrokerError],
+        now: datetime,
+    ) -> int:
+        """Write what is new and not one too many; the rest leaves `made`. Answers how many are repeats.
+
+        All of the `count` that were told are the reporter's, what comes to nothing too: it was read like the rest.
+        """
         with self._database.begin() as db:
-            told = activities.told_this_minute(db, caller.name, now=now, more=len(made) + len(refused))
+            told = activities.told_this_minute(db, caller.name, now=now, more=count)
             self._require_turn(told, now)
             known = activities.known_reports(db, [activity.report_sha256 for activity in made.values()])
             repeated = _sort_out_repeats(known, made, refused)
@@ -231,21 +272,23 @@ class _Looked:
         if not within:
             if report.loose:
                 raise _PassedOver
-            raise NotFound("in this trace there is no grant that you hold or verify", member="traceparent")
+            raise NotFound(
+                "in this trace there is no grant that you hold; whoever verifies names the grant by grant_id",
+                member="traceparent",
+            )
         if len(within) > 1 and report.resource is not None:
-            within = [(grant, role) for grant, role in within if covers(grant.resource, report.resource)] or within
+            within = [grant for grant in within if covers(grant.resource, report.resource)] or within
         if len(within) > 1:
-            within = [
-                (grant, role) for grant, role in within if grant.issued_at <= report.at < grant.ended_at
-            ] or within
+            within = [grant for grant in within if grant.issued_at <= report.at < grant.ended_at] or within
         if len(within) > 1:
             # A guess would be evidence against a grant that has nothing to do with it.
             raise Conflict(f"{len(within)} grants were issued in this trace: say which, by grant_id", member="grant_id")
-        return within[0]
+        return within[0], AGENT
 
-    def _in_trace(self, report: Report) -> list[tuple[GivenGrant, str]]:
-        found = ((grant, self.role_for(grant)) for grant in self.in_trace.get(report.trace_id or "", ()))
-        return [(grant, role) for grant, role in found if role is not None and report.may_be_of(grant, role)]
+    def _in_trace(self, report: Report) -> list[GivenGrant]:
+        """What the reporter itself holds: the trace of a verifier is chosen by whoever calls it, and ties nothing."""
+        within = self.in_trace.get(report.trace_id or "", ())
+        return [grant for grant in within if self.role_for(grant) == AGENT and report.may_be_of(grant, AGENT)]
 
 
 def _sort_out_repeats(known: Mapping[str, Activity], made: dict[int, Activity], refused: dict[int, BrokerError]) -> int:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from broker.domain.activity import Activity, Beyond, Place, beyond
 from broker.domain.audit import Event
 from broker.domain.drift import Drift, drift_of
-from broker.domain.identity import Caller
+from broker.domain.identity import Caller, Principal
 from broker.services.tasks import sees_all, visible_task
 from broker.store import activities, tasks
 from broker.store.activities import GivenGrant, InLine, place_in_line
@@ -89,7 +89,7 @@ class Timeline:
         """What was granted and never used, and used outside of what was granted, as far as the caller may see it."""
         with self._database.read() as db:
             within, holder = _within(db, caller, task_id)
-            given = activities.given_for_tasks(db, within, agent=holder, limit=_GRANTS_LOOKED_AT + 1)
+            given = activities.given_for_tasks(db, within, holder=holder, limit=_GRANTS_LOOKED_AT + 1)
             looked_at = given[:_GRANTS_LOOKED_AT]
             ids = [grant.id for grant in looked_at]
             uses = activities.used_of_grants(db, within, ids, limit=_USES_LOOKED_AT + 1)
@@ -98,12 +98,12 @@ class Timeline:
         return drift_of(task_id, looked_at, uses[:_USES_LOOKED_AT], dropped=dropped, complete=complete)
 
 
-def _within(db: Connection, caller: Caller, task_id: str) -> tuple[list[str], str | None]:
+def _within(db: Connection, caller: Caller, task_id: str) -> tuple[list[str], Principal | None]:
     """The tasks that are told of, and who alone is told of what it holds, where that is not everybody (INV-28)."""
     task = visible_task(db, caller, task_id)
     if sees_all(caller) or caller.name == task.orchestrator:
         return tasks.tree_of(db, task.id), None
-    return [task.id], caller.name
+    return [task.id], caller.principal
 
 
 def _of_event(event: Event, caller: Caller) -> Line:

@@ -29,7 +29,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from broker.domain.activity import Activity, Outcome, Place
 from broker.domain.audit import Event
 from broker.domain.clock import LEEWAY
-from broker.domain.identity import first_id
+from broker.domain.identity import Principal, first_id
 from broker.store import models
 from broker.store.rows import among
 
@@ -79,25 +79,29 @@ def given_grants(db: Connection, ids: Collection[str]) -> dict[str, GivenGrant]:
     return {row.id: GivenGrant(**row._mapping) for row in rows}
 
 
-def given_in_traces(
-    db: Connection, trace_ids: Collection[str], *, agent: str, resources: Collection[str], limit: int
-) -> list[GivenGrant]:
-    """Those that got a credential in one of these traces, of an agent or on these resources; the newest of them."""
+def given_in_traces(db: Connection, trace_ids: Collection[str], *, holder: Principal, limit: int) -> list[GivenGrant]:
+    """Those that somebody got a credential for in one of these traces; the newest of them."""
     if not trace_ids:
         return []
-    concerned = or_(_grants.c.agent == agent, among(db, _grants.c.resource, resources))
-    statement = _SELECT_GRANT.where(among(db, _grants.c.trace_id, trace_ids), concerned)
+    statement = _SELECT_GRANT.where(among(db, _grants.c.trace_id, trace_ids), _held_by(holder))
     rows = db.execute(statement.order_by(_grants.c.id.desc()).limit(limit))
     return [GivenGrant(**row._mapping) for row in rows]
 
 
-def given_for_tasks(db: Connection, task_ids: Collection[str], *, agent: str | None, limit: int) -> list[GivenGrant]:
-    """Those under these tasks that got a credential, oldest first; of one agent alone, where one is named."""
+def given_for_tasks(
+    db: Connection, task_ids: Collection[str], *, holder: Principal | None, limit: int
+) -> list[GivenGrant]:
+    """Those under these tasks that got a credential, oldest first; of one holder alone, where one is named."""
     statement = _SELECT_GRANT.where(among(db, _grants.c.task_id, task_ids))
-    if agent is not None:
-        statement = statement.where(_grants.c.agent == agent)
+    if holder is not None:
+        statement = statement.where(_held_by(holder))
     rows = db.execute(statement.order_by(_grants.c.id).limit(limit))
     return [GivenGrant(**row._mapping) for row in rows]
+
+
+def _held_by(holder: Principal) -> ColumnElement[bool]:
+    # INV-17: the very workload; another may have its name by now.
+    return and_(_grants.c.agent == holder.name, _grants.c.issuer == holder.issuer, _grants.c.subject == holder.subject)
 
 
 def told_this_minute(db: Connection, reporter: str, *, now: datetime, more: int) -> int:
@@ -183,7 +187,7 @@ class InLine:
     """A part of a line of time, oldest first. With a `holder`, of the tasks themselves and of what it holds alone."""
 
     task_ids: Collection[str]
-    holder: str | None = None
+    holder: Principal | None = None
     grant_id: str | None = None
     after: Place | None = None
     limit: int
@@ -195,7 +199,7 @@ def events_in_line(db: Connection, part: InLine) -> list[Event]:
     if part.holder is not None:
         # INV-28: what others hold in the same task, and what of it was refused to them, it does not see.
         of_task = and_(_events.c.grant_id.is_(None), _events.c.type.like("task.%"))
-        statement = statement.where(or_(_events.c.grant_id.in_(_held(db, part)), of_task))
+        statement = statement.where(or_(_events.c.grant_id.in_(_held(db, part, part.holder)), of_task))
     return [Event(**row._mapping) for row in db.execute(statement)]
 
 
@@ -203,7 +207,7 @@ def activities_in_line(db: Connection, part: InLine) -> list[Activity]:
     """What was told."""
     statement = _of_part(db, part, select(*(_activities.c[name] for name in _NAMES)), _activities, "act")
     if part.holder is not None:
-        statement = statement.where(_activities.c.grant_id.in_(_held(db, part)))
+        statement = statement.where(_activities.c.grant_id.in_(_held(db, part, part.holder)))
     return [Activity(**row._mapping) for row in db.execute(statement)]
 
 
@@ -217,8 +221,8 @@ def _of_part(db: Connection, part: InLine, statement: Select[Any], table: Table,
     return statement.order_by(table.c.at, table.c.id).limit(part.limit)
 
 
-def _held(db: Connection, part: InLine) -> Select[Any]:
-    return select(_grants.c.id).where(among(db, _grants.c.task_id, part.task_ids), _grants.c.agent == part.holder)
+def _held(db: Connection, part: InLine, holder: Principal) -> Select[Any]:
+    return select(_grants.c.id).where(among(db, _grants.c.task_id, part.task_ids), _held_by(holder))
 
 
 def place_in_line(line: Event | Activity) -> Place:

@@ -42,7 +42,7 @@ class TellActivity(Request):
     grant_id: Name | None = None
     traceparent: Annotated[
         Name | None,
-        Field(description="Without a grant_id: the trace in which the grant was asked for."),
+        Field(description="Without a grant_id: the trace in which the caller asked for the grant."),
     ] = None
     scope: Annotated[Scope | None, Field(description="Which of the granted scopes it used.")] = None
     resource: Annotated[Identifier | None, Field(description="Where it went, if not to the resource itself.")] = None

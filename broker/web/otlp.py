@@ -1,7 +1,8 @@
 """`POST /v1/traces`: OTLP/HTTP (OpenTelemetry Protocol 1.x), so that an exporter of spans is all that a program needs.
 
 In binary or in JSON, compressed or not; the answer is of the kind of the request. Spans of a program's own affairs are
-taken and not kept. Nothing is read before it is known who sends it, and nothing is unpacked without end (INV-35).
+taken and not kept. Nothing is read before it is known that its sender may tell, and nothing is unpacked or parsed
+without end (INV-35): a few bytes spell a million spans, so what a body holds is counted before it is parsed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from flask import Blueprint, Response
 from google.protobuf import json_format
@@ -20,19 +21,29 @@ from opentelemetry.proto.common.v1 import common_pb2 as common
 from opentelemetry.proto.trace.v1 import trace_pb2 as trace
 
 from broker.domain import strict_json
+from broker.domain.activity import MAX_TOGETHER
 from broker.domain.clock import from_epoch
 from broker.domain.errors import BrokerError, Invalid
 from broker.domain.span import READ, SCOPE, Span, report_of
+from broker.services.activities import Told
 from broker.web import auth, envelope
 from broker.web.context import broker, current
 from broker.web.reading import TooLarge, UnsupportedMediaType, printable, raw_body
 
 otlp = Blueprint("otlp", __name__)
 
+_Level: TypeAlias = Mapping[int, "_Level"]
+
 PATH = "/v1/traces"
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 MAX_SENT_BYTES = 1_048_576
-MAX_UNPACKED_BYTES = 4_194_304
+MAX_UNPACKED_BYTES: Mapping[str, int] = {
+    PROTOBUF: 1_048_576,
+    JSON: 4_194_304,
+}  # in JSON the same is several times as long
+MAX_SPANS = MAX_TOGETHER
+MAX_FIELDS = 32_768  # of protobuf, in spans and around them
+MAX_VALUES = 65_536  # of JSON
 _WINDOW = {"gzip": 31, "deflate": 15}  # what zlib calls the two
 _SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,200}")
 _INBOUND = (trace.Span.SPAN_KIND_SERVER, trace.Span.SPAN_KIND_CONSUMER)
@@ -58,28 +69,34 @@ def take_spans() -> Response:
 
 def _take() -> service.ExportTraceServiceResponse:
     caller = auth.caller()
+    broker().activities.require_reporter(caller)
     if current().query_string:
         raise Invalid("this request takes no query")
-    kind = current().mimetype
-    if kind not in (PROTOBUF, JSON):
+    kind, encoding = current().mimetype, current().header("Content-Encoding")
+    if kind not in MAX_UNPACKED_BYTES:
         raise UnsupportedMediaType(f"{PROTOBUF} or {JSON}")
-    raw = _unpacked(raw_body(caller, max_bytes=MAX_SENT_BYTES), current().header("Content-Encoding"))
-    spans = list(_in_json(raw) if kind == JSON else _in_protobuf(raw))
-    reports = [report for span in spans if span is not None and (report := report_of(span)) is not None]
-    malformed = spans.count(None)
-    taken = broker().activities.take(caller, reports)
+    raw = raw_body(caller, max_bytes=MAX_SENT_BYTES)
+    taken = broker().activities.take_read(caller, lambda: _told_in(raw, encoding, kind))
     answer = service.ExportTraceServiceResponse()
-    rejected = len(taken.refused) + malformed
+    rejected = len(taken.refused) + taken.malformed
     if rejected:
         why = list(dict.fromkeys(refused.why.detail for refused in taken.refused))[:_REASONS_SHOWN]
-        if malformed:
+        if taken.malformed:
             why.append("a span has an id of 8 bytes, and one of 16 for its trace")
         answer.partial_success.rejected_spans = rejected
         answer.partial_success.error_message = "; ".join(why)
     return answer
 
 
-def _unpacked(raw: bytes, encoding: str | None) -> bytes:
+def _told_in(raw: bytes, encoding: str | None, kind: str) -> Told:
+    unpacked = _unpacked(raw, encoding, max_bytes=MAX_UNPACKED_BYTES[kind])
+    spans = list(_in_json(unpacked) if kind == JSON else _in_protobuf(unpacked))
+    whole = [span for span in spans if span is not None]
+    reports = [report for span in whole if (report := report_of(span)) is not None]
+    return Told(reports=reports, passed_over=len(whole) - len(reports), malformed=len(spans) - len(whole))
+
+
+def _unpacked(raw: bytes, encoding: str | None, *, max_bytes: int) -> bytes:
     """The body as it was before it was packed, up to a bound: of a few bytes somebody can make gigabytes."""
     name = (encoding or "identity").strip().lower()
     if name == "identity":
@@ -88,10 +105,10 @@ def _unpacked(raw: bytes, encoding: str | None) -> bytes:
         raise UnsupportedMediaType("gzip, deflate, or not compressed")
     unpacking = zlib.decompressobj(wbits=_WINDOW[name])
     try:
-        unpacked = unpacking.decompress(raw, MAX_UNPACKED_BYTES + 1)
+        unpacked = unpacking.decompress(raw, max_bytes + 1)
     except zlib.error:
         raise Invalid(f"the body is not {name}, which Content-Encoding says it is") from None
-    if len(unpacked) > MAX_UNPACKED_BYTES:
+    if len(unpacked) > max_bytes:
         raise TooLarge
     if not unpacking.eof or unpacking.unused_data:
         raise Invalid(f"the body is not one whole {name} stream")
@@ -100,12 +117,13 @@ def _unpacked(raw: bytes, encoding: str | None) -> bytes:
 
 def _in_protobuf(raw: bytes) -> Iterator[Span | None]:
     """Each span; None for one without an id."""
+    _require_few(raw)
     try:
         request = service.ExportTraceServiceRequest.FromString(raw)
     except DecodeError:
-        raise Invalid("the body is not an ExportTraceServiceRequest in protobuf, or is nested too deep") from None
+        raise Invalid(_NOT_PROTOBUF) from None
     for of_resource in request.resource_spans:
-        around = _told((each.key, _text(each.value)) for each in of_resource.resource.attributes)
+        around = _told(_looked_at(of_resource.resource.attributes))
         for span in (span for of_scope in of_resource.scope_spans for span in of_scope.spans):
             yield _span(
                 span.trace_id.hex(),
@@ -114,9 +132,64 @@ def _in_protobuf(raw: bytes) -> Iterator[Span | None]:
                 started_ns=span.start_time_unix_nano,
                 failed=span.status.code == trace.Status.STATUS_CODE_ERROR,
                 inbound=span.kind in _INBOUND,
-                attributes=_told((each.key, _text(each.value)) for each in span.attributes),
+                attributes=_told(_looked_at(span.attributes)),
                 around=around,
             )
+
+
+# What is walked through: by the number of a field, what lies in it. What is in an attribute, an event or a link is left
+# to the parser, which makes no more of it than some multiple of its bytes.
+_SPAN: _Level = {}
+_REQUEST: _Level = {1: {1: {}, 2: {2: _SPAN}}}
+_FIXED_LENGTH = {1: 8, 5: 4}  # in bytes, by the type on the wire
+_NOT_PROTOBUF = "the body is not an ExportTraceServiceRequest in protobuf, or is nested too deep"
+
+
+def _require_few(raw: bytes) -> None:
+    """Refuse too many spans or fields by the bytes on the wire: parsed, an empty span of two bytes takes a hundred."""
+    spans = fields = 0
+    left: list[tuple[int, int, _Level]] = [(0, len(raw), _REQUEST)]
+    while left:
+        at, end, level = left.pop()
+        while at < end:
+            fields += 1
+            if fields > MAX_FIELDS:
+                raise Invalid(f"more than {MAX_FIELDS} fields: send fewer spans at once")
+            tag, at = _varint_at(raw, at, end)
+            wire = tag & 7
+            if wire == 0:
+                _, at = _varint_at(raw, at, end)
+                continue
+            if wire == 2:
+                length, at = _varint_at(raw, at, end)
+                inner = level.get(tag >> 3)
+                if inner is not None:
+                    spans += inner is _SPAN
+                    if spans > MAX_SPANS:
+                        raise Invalid(f"more than {MAX_SPANS} spans: send fewer at once")
+                    left.append((at, at + length, inner))
+            elif wire in _FIXED_LENGTH:
+                length = _FIXED_LENGTH[wire]
+            else:
+                raise Invalid(_NOT_PROTOBUF)
+            at += length
+            if at > end:
+                raise Invalid(_NOT_PROTOBUF)
+
+
+def _varint_at(raw: bytes, at: int, end: int) -> tuple[int, int]:
+    """The number that begins there, and where the next thing does."""
+    value = shift = 0
+    for place in range(at, min(at + 10, end)):
+        value |= (raw[place] & 0x7F) << shift
+        if raw[place] < 0x80:
+            return value, place + 1
+        shift += 7
+    raise Invalid(_NOT_PROTOBUF)
+
+
+def _looked_at(attributes: Iterable[common.KeyValue]) -> Iterator[tuple[str, str | None]]:
+    return ((each.key, _text(each.value)) for each in attributes if each.key in READ)
 
 
 def _text(value: common.AnyValue) -> str | None:
@@ -128,10 +201,17 @@ def _text(value: common.AnyValue) -> str | None:
 
 def _in_json(raw: bytes) -> Iterator[Span | None]:
     """The same of OTLP's JSON: ids in hexadecimal, 64-bit numbers as text or as numbers, unknown members ignored."""
-    document = strict_json.loads(raw, max_bytes=MAX_UNPACKED_BYTES)
+    # A value stands first in something that opens, or after a comma: there are no more of them than of these marks.
+    if _count(raw, b"{[,") > MAX_VALUES or _count(raw, b'"]}') > 4 * MAX_VALUES:
+        raise Invalid(f"more than {MAX_VALUES} values: send fewer spans at once")
+    document = strict_json.loads(raw, max_bytes=MAX_UNPACKED_BYTES[JSON])
+    spans = 0
     for of_resource in _listed(_object(document), "resourceSpans"):
         around = _attributes(_object(of_resource.get("resource", {})))
         for span in (span for of_scope in _listed(of_resource, "scopeSpans") for span in _listed(of_scope, "spans")):
+            spans += 1
+            if spans > MAX_SPANS:
+                raise Invalid(f"more than {MAX_SPANS} spans: send fewer at once")
             yield _span(
                 str(span.get("traceId")).lower(),
                 str(span.get("spanId")).lower(),
@@ -142,6 +222,10 @@ def _in_json(raw: bytes) -> Iterator[Span | None]:
                 attributes=_attributes(span),
                 around=around,
             )
+
+
+def _count(raw: bytes, marks: bytes) -> int:
+    return len(raw) - len(raw.translate(None, marks))
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -210,7 +294,8 @@ def _refusal(problem: Exception, *, in_json: bool) -> Response:
     if isinstance(problem, BrokerError):
         sentence = problem.detail
     elif isinstance(problem, TooLarge):
-        sentence = f"a body has at most {MAX_SENT_BYTES} bytes, and {MAX_UNPACKED_BYTES} unpacked: send fewer spans"
+        unpacked = MAX_UNPACKED_BYTES[JSON if in_json else PROTOBUF]
+        sentence = f"a body has at most {MAX_SENT_BYTES} bytes, and {unpacked} unpacked: send fewer spans"
     else:
         sentence = str(json.loads(known.body)["detail"])
     code = _CODES.get(status, _INTERNAL)

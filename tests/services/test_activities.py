@@ -184,11 +184,46 @@ def test_what_is_told_of_a_grant_that_has_ended_is_kept_and_says_so(house, task,
 def test_a_report_is_tied_by_the_trace_in_which_the_grant_was_asked_for(house, task):
     grant = traced(house, task)
     assert tell(house, report(trace_id=TRACE)).recorded == 1
-    assert tell(house, report(trace_id=TRACE), by="crm-api").recorded == 1
-    assert {row.grant_id for row in rows(house)} == {grant.id}
+    assert [row.grant_id for row in rows(house)] == [grant.id]
     for by in ("scribe", "ledger-api"):
         assert codes(tell(house, report(trace_id=TRACE), by=by)) == ["not_found"]
     assert codes(tell(house, report(id="r2", trace_id="0" * 31 + "1"))) == ["not_found"]
+
+
+def test_whoever_verifies_names_the_grant_because_its_caller_chooses_the_trace(house, task):
+    """Else one agent could put down what it does to the grant of another, in the words of a resource."""
+    grant = traced(house, task)
+    [refused] = tell(house, report(trace_id=TRACE), by="crm-api").refused
+    assert (refused.why.code, "grant_id" in refused.why.detail) == ("not_found", True)
+    asked = report(trace_id=TRACE, loose=True, inbound=True)
+    assert tell(house, asked, by="crm-api").passed_over == 1
+    assert rows(house) == []
+    assert tell(house, replace(asked, grant_id=grant.id), by="crm-api").recorded == 1
+
+
+def test_a_trace_ties_to_what_the_very_workload_holds(house, task, monkeypatch):
+    """INV-17: grants of another of the same name are not among those that are looked through."""
+    monkeypatch.setattr("broker.services.activities._GRANTS_OF_TRACES", 1)
+    grant = traced(house, task)
+    traced(house, task)
+    with house.broker.database.begin() as db:
+        table = models.table_of(models.Grant)
+        db.execute(sa.update(table).where(table.c.id != grant.id).values(subject="dev:another"))
+    assert tell(house, report(trace_id=TRACE)).recorded == 1
+    assert [row.grant_id for row in rows(house)] == [grant.id]
+
+
+@pytest.mark.parametrize("changed", [{"subject": "dev:another"}, {"issuer": "another"}])
+def test_an_agent_sees_nothing_of_what_another_of_its_name_holds(house, task, grant, changed):
+    """INV-17, INV-28."""
+    tell(house, report(grant))
+    caller = house.caller("summarizer")
+    other = replace(caller, principal=replace(caller.principal, **changed))
+    timeline = house.broker.timeline
+    for asks, sees in ((caller, {None, grant.id}), (other, {None})):
+        assert {line.grant_id for line, _ in timeline.page(asks, task.id)} == sees
+        assert {each.grant_id for each in timeline.drift(asks, task.id).grants} == sees - {None}
+    assert [line for line, _ in timeline.page(other, task.id, source="report")] == []
 
 
 def test_grants_of_others_in_a_trace_hide_none_of_ones_own(house, task, monkeypatch):
@@ -221,7 +256,7 @@ def test_a_report_without_a_grant_and_without_a_trace_is_about_nothing(house):
     assert codes(tell(house, report())) == ["invalid_request"]
 
 
-def test_what_a_program_does_besides_is_passed_over_and_costs_nothing(house, task):
+def test_what_a_program_does_besides_is_passed_over(house, task):
     traced(house, task)
     elsewhere = report(trace_id=TRACE, resource="https://llm.example/v1/chat", loose=True)
     nowhere = report(id="r2", trace_id="0" * 31 + "1", loose=True)

@@ -4,13 +4,14 @@ import gzip
 import json
 import zlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as service
 from opentelemetry.proto.trace.v1 import trace_pb2 as trace
 
-from broker.web.otlp import JSON, MAX_SENT_BYTES, MAX_UNPACKED_BYTES, PROTOBUF
+from broker.web.otlp import JSON, MAX_FIELDS, MAX_SENT_BYTES, MAX_SPANS, MAX_UNPACKED_BYTES, MAX_VALUES, PROTOBUF
 from tests.conftest import NOW
 from tests.house import CRM
 
@@ -151,7 +152,10 @@ def test_spans_of_a_programs_own_affairs_are_taken_and_not_kept(web, task, grant
 
 def test_a_verifier_sends_the_spans_in_which_it_was_asked(web, task, grant):
     asked = {"http.request.method": "GET", "http.route": "/contacts", "http.response.status_code": 403}
-    partial(post(web, request((1, asked, {"kind": trace.Span.SPAN_KIND_SERVER})), by="crm-api"))
+    inbound = {"kind": trace.Span.SPAN_KIND_SERVER}
+    assert partial(post(web, request((1, asked, inbound)), by="crm-api")) == (0, "")
+    assert lines(web, task) == [], "its trace is chosen by whoever asked it"
+    partial(post(web, request((2, {**asked, "broker.grant_id": grant["id"]}, inbound)), by="crm-api"))
     [line] = lines(web, task)
     assert (line["who"], line["role"], line["outcome"]) == ("crm-api", "verifier", "denied")
 
@@ -232,7 +236,85 @@ def test_a_bomb_is_not_unpacked(web):
     bomb = b"".join(packer.compress(b"\0" * 2**20) for _ in range(900)) + packer.flush()
     assert len(bomb) < MAX_SENT_BYTES
     message = refused(post(web, bomb, **{"Content-Encoding": "gzip"}), 413, 3)
-    assert str(MAX_UNPACKED_BYTES) in message
+    assert f"{MAX_UNPACKED_BYTES[PROTOBUF]} unpacked" in message
+
+
+def _must_not_run(*_args, **_more):
+    raise AssertionError("it came as far as this")
+
+
+def _field(tag, inner):
+    return tag + _length(len(inner)) + inner
+
+
+@pytest.mark.parametrize("size", [MAX_SPANS + 1, 500_000])
+def test_too_many_spans_are_refused_before_they_are_parsed(web, monkeypatch, size):
+    """INV-35: of empty spans a million are two kilobytes, packed, and were 180 MB."""
+    parsed = service.ExportTraceServiceRequest
+    monkeypatch.setattr("broker.web.otlp.service.ExportTraceServiceRequest", _must_not_run)
+    raw = _field(b"\x0a", _field(b"\x12", b"\x12\0" * size))
+    headers = {"Content-Encoding": "deflate"}
+    assert f"{MAX_SPANS} spans" in refused(post(web, zlib.compress(raw), **headers), 400, 3)
+    apart = b"".join(_field(b"\x0a", _field(b"\x12", b"\x12\0" * 2)) for _ in range(MAX_SPANS))
+    assert f"{MAX_SPANS} spans" in refused(post(web, zlib.compress(apart), **headers), 400, 3)
+    monkeypatch.setattr("broker.web.otlp.service.ExportTraceServiceRequest", parsed)
+    most = _field(b"\x0a", _field(b"\x12", b"\x12\0" * MAX_SPANS))
+    assert partial(post(web, most))[0] == MAX_SPANS
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda many: many,
+        lambda many: _field(b"\x0a", many),
+        lambda many: _field(b"\x0a", _field(b"\x0a", many)),
+        lambda many: _field(b"\x0a", _field(b"\x12", many.replace(b"\x12", b"\x1a"))),
+        lambda many: _field(b"\x0a", _field(b"\x12", _field(b"\x12", many.replace(b"\x12", b"\x4a")))),
+    ],
+    ids=["request", "of resources", "resource", "of scopes", "span"],
+)
+def test_too_many_fields_are_refused_before_they_are_parsed(web, monkeypatch, around):
+    """INV-35: wherever they stand."""
+    monkeypatch.setattr("broker.web.otlp.service.ExportTraceServiceRequest", _must_not_run)
+    assert f"{MAX_FIELDS} fields" in refused(post(web, around(b"\x12\0" * (MAX_FIELDS + 1))), 400, 3)
+
+
+def test_too_much_json_is_refused_before_it_is_parsed(web, monkeypatch):
+    """INV-35."""
+    spans = as_json(*((number, {}) for number in range(MAX_SPANS + 1)))
+    assert f"{MAX_SPANS} spans" in refused(post_json(web, spans), 400, 3, JSON)
+    monkeypatch.setattr("broker.web.otlp.strict_json", SimpleNamespace(loads=_must_not_run))
+    most = MAX_UNPACKED_BYTES[JSON]
+    for raw in (b"{}," * MAX_VALUES, b"1," * (MAX_VALUES + 1), b"[" * most, b"]" * most, b'"' * most):
+        answer = post(web, gzip.compress(raw), JSON, **{"Content-Encoding": "gzip"})
+        assert f"{MAX_VALUES} values" in refused(answer, 400, 3, JSON)
+
+
+def test_nothing_is_unpacked_for_whoever_may_tell_of_nothing(web, monkeypatch):
+    """INV-35."""
+    monkeypatch.setattr("broker.web.otlp.raw_body", _must_not_run)
+    refused(post(web, b"\xff" * 100, by="pipeline", **{"Content-Encoding": "gzip"}), 403, 7)
+
+
+def test_so_many_unpack_at_once(web, monkeypatch):
+    """INV-27, INV-35."""
+    monkeypatch.setattr("broker.services.activities._PATIENCE_S", 0.01)
+    monkeypatch.setattr("broker.web.otlp._unpacked", _must_not_run)
+    with web.house.broker.activities._turn(), web.house.broker.activities._turn():
+        refused(post(web, request((1, TOOL))), 503, 14)
+
+
+@pytest.mark.parametrize("malformed", [False, True])
+def test_spans_that_come_to_nothing_count_for_the_minute_of_their_reporter(web, malformed):
+    """INV-35: reading them costs the same."""
+    activities = web.house.broker.activities
+    activities._limits = replace(activities._limits, max_activities_per_minute=3)
+    own = request((1, {}), (2, {}), (3, {}))
+    if malformed:
+        for span in own.resource_spans[0].scope_spans[0].spans:
+            span.span_id = b""
+    assert partial(post(web, own))[0] == (3 if malformed else 0)
+    refused(post(web, request((4, {}))), 429, 8)
 
 
 def test_a_body_that_is_too_long_is_refused(web):

@@ -338,7 +338,7 @@ def _spans() -> dict[str, Any]:
             "400": said("Not spans in OTLP."),
             "401": said("Who calls was not proven.", **{"WWW-Authenticate": _HEADER}),
             "403": said("The caller is neither agent nor verifier."),
-            "413": said("More than 1 MiB, or than 4 MiB unpacked."),
+            "413": said("More than 1 MiB, or unpacked than 1 MiB of protobuf or 4 MiB of JSON."),
             "415": said("Another media type, or compressed in another way."),
             "429": said("A limit is reached.", **_WAIT),
             "503": said("The broker cannot answer now.", **_WAIT),
