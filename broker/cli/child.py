@@ -1,7 +1,8 @@
 """A program that is started, told what we are told, and does not outlive us.
 
 Signals that ask us to stop go to it, and what it answers to them is what counts: nothing here gives up before it has
-ended. Where we are killed and can tell nobody, the system kills it too (Linux, `PR_SET_PDEATHSIG`).
+ended. Where we are killed and can tell nobody, the system kills it too (Linux, `PR_SET_PDEATHSIG`). What we prove
+ourselves with stays ours: neither `/proc` nor a core file shows it to the program (INV-30).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,7 +30,9 @@ _SIGNALS = (
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FROM_A_TERMINAL = (signal.SIGINT, signal.SIGQUIT)
 _SI_KERNEL = 0x80
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+Limits = tuple[int, int]
 
 
 class Stopped(BaseException):
@@ -83,6 +87,20 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, (*_SIGNALS, signal.SIGCHLD))
 
 
+def closed() -> Limits:
+    """Nobody of our user sees into us from here on, and no crash writes us down (INV-30).
+
+    Answers how large a core file might be until now: that is for the program, which is seen and dumped as before.
+    """
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    # What may be at most is left as it is: it could not be given back.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, before[1]))
+    # The system undoes it in whatever is executed.
+    if sys.platform.startswith("linux") and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return before
+
+
 class Child:
     """A program that runs, with our environment, less and more of it."""
 
@@ -93,8 +111,12 @@ class Child:
         variables: Mapping[str, str],
         without: Iterable[str] = (),
         descriptors: Sequence[int] = (),
+        core: Limits,
     ) -> None:
-        """Started; raises NotStarted. Called in the main thread, before there are others."""
+        """Started, with `core` as the limits of its core files; raises NotStarted.
+
+        Called in the main thread, before there are others.
+        """
         # Whoever waits for us may have had its children reaped by nobody: then there is no exit code to be had.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -107,6 +129,7 @@ class Child:
                 os.unsetenv(name)
             for name, value in variables.items():
                 os.putenv(name, value)
+            resource.setrlimit(resource.RLIMIT_CORE, core)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             die_with_us(us)
 

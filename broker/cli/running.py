@@ -79,7 +79,9 @@ def exec(
     without = () if with_identity else _IDENTITY
     with child.told():
         try:
-            code = _run(source, ways, command, without, wait_s)
+            # Before there is a credential, and before there is a program that could look.
+            core = child.closed()
+            code = _run(source, ways, command, without, wait_s, core)
         except child.Stopped as stopped:
             code = 128 + stopped.number
         except (Undeliverable, child.NotStarted, OSError) as problem:
@@ -95,11 +97,18 @@ def exec(
 
 
 def _run(
-    source: CredentialSource, ways: Ways, command: tuple[str, ...], without: tuple[str, ...], wait_s: int | None
+    source: CredentialSource,
+    ways: Ways,
+    command: tuple[str, ...],
+    without: tuple[str, ...],
+    wait_s: int | None,
+    core: child.Limits,
 ) -> int:
     credential = first(source, wait_s)
     with delivered(ways, credential) as found:
-        program = child.Child(command, variables=found.variables, without=without, descriptors=found.descriptors)
+        program = child.Child(
+            command, variables=found.variables, without=without, descriptors=found.descriptors, core=core
+        )
         with _kept(source, ways, found, credential):
             return program.wait()
 

@@ -14,6 +14,7 @@ import asyncio
 import hmac
 import logging
 import re
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +27,7 @@ from broker.sdk import BrokerError, Client, CredentialSource, Timing
 _log = logging.getLogger("broker.gateway")
 
 _THREADS = 64  # each waits for the broker
+_QUEUED = 256  # beyond them, who waits longer than a proxy does gets nothing from it
 _PREFIX = "/authorize/"
 _METHOD = re.compile(r"[A-Z]{1,20}")
 _TARGET = re.compile(r"/[\x21-\x7e]{0,8191}")
@@ -44,7 +46,9 @@ Answer = tuple[int, Sequence[tuple[str, str]]]
 class Gateway:
     """`close` hands back what it was given."""
 
-    def __init__(self, settings: GatewaySettings, *, timing: Timing | None = None) -> None:
+    def __init__(
+        self, settings: GatewaySettings, *, timing: Timing | None = None, threads: int = _THREADS, queued: int = _QUEUED
+    ) -> None:
         timing = timing or Timing()
         self._settings = settings
         # Whoever calls waits meanwhile, and asks again by itself.
@@ -55,7 +59,8 @@ class Gateway:
             retry_deadline_s=settings.timeout_s,
             timing=timing,
         )
-        self._threads = ThreadPoolExecutor(_THREADS, "deciding")
+        self._threads = ThreadPoolExecutor(threads, "deciding")
+        self._places = threading.BoundedSemaphore(threads + queued)
         self._sources: dict[str, CredentialSource] = {}
         proofs = Proofs(timing.now)
         self._upstreams: dict[str, Authorizing] = {}
@@ -63,7 +68,7 @@ class Gateway:
             source = self._source(upstream)
             if source is not None:
                 self._sources[upstream.name] = source
-            self._upstreams[upstream.name] = Authorizing(upstream, self._broker, source, proofs)
+            self._upstreams[upstream.name] = Authorizing(upstream, settings.broker, self._broker, source, proofs)
 
     async def __call__(
         self,
@@ -74,18 +79,30 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
-        loop = asyncio.get_running_loop()
-        status, headers = await loop.run_in_executor(self._threads, self.answer, scope["path"], scope["headers"])
+        # Whether we are there is said however many wait for the broker.
+        status, headers = (200, []) if scope["path"] == "/healthz" else await self._decided(scope)
         # Nobody on the way may keep it: the next request is another question (INV-25).
         fixed = [("Cache-Control", "no-store"), ("Content-Length", "0")]
         encoded = [(name.encode("ascii"), value.encode("ascii")) for name, value in (*fixed, *headers)]
         await send({"type": "http.response.start", "status": status, "headers": encoded})
         await send({"type": "http.response.body", "body": b""})
 
+    async def _decided(self, scope: Mapping[str, Any]) -> Answer:
+        """As `answer` says it in a thread; 503 at once where too many wait for one (INV-35)."""
+        if not self._places.acquire(blocking=False):
+            return _refused(None, Refused(503, "too many wait already"))
+        decided = self._threads.submit(self._in_its_place, scope["path"], scope["headers"])
+        # A caller who goes away leaves the place taken until the work is done: no more than it holds is ever queued.
+        return await asyncio.shield(asyncio.wrap_future(decided))
+
+    def _in_its_place(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Answer:
+        try:
+            return self.answer(path, headers)
+        finally:
+            self._places.release()
+
     def answer(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> Answer:
         """The status and the headers for a check at this path."""
-        if path == "/healthz":
-            return 200, []
         # Envoy asks below it, with the path of the request.
         name = path.removeprefix(_PREFIX).partition("/")[0]
         upstream = self._upstreams.get(name) if path.startswith(_PREFIX) else None

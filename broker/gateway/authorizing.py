@@ -15,8 +15,10 @@ from typing import Any
 from broker.gateway.proofs import NotProven, Proofs
 from broker.gateway.settings import NoSecret, Upstream, header_value, secret_in
 from broker.sdk import BrokerError, Client, CredentialSource, Secret
+from broker.sdk.verifier import jose
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{1,8192}")
+_TYPES = ("at+jwt", "jwt")  # what a resource's `token_typ` may be
 _SAID = re.compile(r"[\x21-\x7e]{1,512}")
 # Who acts for which task, for the log of the upstream.
 _TOLD = {"X-Broker-Agent": "client_id", "X-Broker-Task": "task_id", "X-Broker-Grant": "grant_id"}
@@ -34,7 +36,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """The headers to put on it, in place of any it has."""
+    """The headers to put on it, in place of any it has; an empty one takes off what it has."""
 
     headers: Mapping[str, Secret] = field(repr=False)
     grant_id: str
@@ -49,10 +51,13 @@ class Refused(Exception):
 
 
 class Authorizing:
-    """For one upstream. `source` gives its credential where the broker makes it, else a file does."""
+    """For one upstream, by tokens of `issuer`. `source` gives its credential where the broker makes it, else a file."""
 
-    def __init__(self, upstream: Upstream, broker: Client, source: CredentialSource | None, proofs: Proofs) -> None:
+    def __init__(
+        self, upstream: Upstream, issuer: str, broker: Client, source: CredentialSource | None, proofs: Proofs
+    ) -> None:
         self._upstream = upstream
+        self._issuer = issuer
         self._broker = broker
         self._source = source
         self._proofs = proofs
@@ -76,8 +81,10 @@ class Authorizing:
             for name, claim in _TOLD.items()
             if isinstance(value := claims.get(claim), str) and _SAID.fullmatch(value)
         }
+        # The caller's token is for us, and stays here where the upstream's own goes elsewhere (INV-30).
+        taken_off = {} if self._upstream.header.lower() == "authorization" else {"Authorization": Secret("")}
         return Passed(
-            headers={**told, self._upstream.header: self._credential()},
+            headers={**told, **taken_off, self._upstream.header: self._credential()},
             grant_id=grant_id if isinstance(grant_id, str) else "",
         )
 
@@ -90,7 +97,17 @@ class Authorizing:
         # Two of them come joined by a comma, which no token has: which one is meant is not ours to guess.
         if spelled is None or not _TOKEN.fullmatch(token):
             raise Refused(401, "its Authorization is not one token", f'{wanted} error="invalid_token"')
+        # Whoever has never had one of ours does not make us ask the broker (INV-35). Nothing is proven by it.
+        if not self._looks_like_ours(token):
+            raise Refused(401, "its token is none of the broker's", f'{wanted} error="invalid_token"')
         return spelled, token
+
+    def _looks_like_ours(self, token: str) -> bool:
+        try:
+            parsed = jose.parse(token)
+            return parsed.typ in _TYPES and jose.members(parsed.payload).get("iss") == self._issuer
+        except jose.NotReadable:
+            return False
 
     def _live(self, token: str) -> Mapping[str, Any]:
         try:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -32,8 +33,8 @@ def started(env, task, tmp_path):
     """`broker exec` on its way, with pipes; killed at the end if it is still there."""
     running = []
 
-    def start(*arguments, asked=READ, more=None, **options):
-        command = [*BROKER, "exec", "--task", task, *asked, *map(str, arguments)]
+    def start(*arguments, asked=READ, more=None, before=(), **options):
+        command = [*before, *BROKER, "exec", "--task", task, *asked, *map(str, arguments)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
         made = subprocess.Popen(command, env={**env, **(more or {})}, cwd=tmp_path, text=True, **pipes)
         running.append(made)
@@ -121,8 +122,42 @@ def test_the_secret_is_in_nobodys_arguments_and_not_in_our_own_environment(start
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             assert token.encode() not in (process / "cmdline").read_bytes()
-    assert token.encode() not in Path(f"/proc/{made.pid}/environ").read_bytes()
+    with contextlib.suppress(PermissionError):  # whom it is closed to sees nothing at all
+        assert token.encode() not in Path(f"/proc/{made.pid}/environ").read_bytes()
     made.communicate("go\n", timeout=60)
+
+
+# With its capabilities root looks into everybody; without them it is a user like others.
+AS_ANYBODY = ("setpriv", "--bounding-set=-all") if os.geteuid() == 0 else ()
+
+
+def test_the_program_cannot_read_our_token_out_of_our_process(started, env):
+    """INV-30"""
+    script = 'cat /proc/$PPID/environ; head -c 1 /proc/$PPID/mem; cat /proc/self/environ | tr "\\0" "\\n" | grep ^T='
+    out, err = started("--env", "T", *shell(script), before=AS_ANYBODY).communicate(timeout=60)
+    assert err.count("Permission denied") == 2
+    # It is itself as it was without us, and sees into itself.
+    assert out.startswith("T=eyJ")
+    assert env["BROKER_TOKEN"] not in out + err
+
+
+def test_we_leave_no_core_file_and_the_program_may(started):
+    """INV-30"""
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    allowed = 4096 if most == resource.RLIM_INFINITY else min(4096, most)
+    made = started(
+        *("--env", "T", *shell("grep core /proc/$PPID/limits; cat /proc/self/limits | grep core")),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (allowed, most)),
+    )
+    ours, its = [line.split()[4:6] for line in made.communicate(timeout=60)[0].splitlines()]
+    hard = "unlimited" if most == resource.RLIM_INFINITY else str(most)
+    assert (ours, its) == (["0", hard], [str(allowed), hard])
+
+
+def test_the_program_can_be_dumped_and_looked_into_as_without_us(started):
+    asks = "import ctypes; print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"  # PR_GET_DUMPABLE
+    made = started("--env", "T", "--", sys.executable, "-c", asks)
+    assert made.communicate(timeout=60)[0] == "1\n"
 
 
 def test_words_after_the_programs_name_are_its_own(ended):

@@ -1,9 +1,12 @@
 """A gateway with a real broker behind it, and an upstream that knows nothing of either."""
 
+import asyncio
+import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import jwt
 import pytest
 
 from broker.gateway.app import Gateway
@@ -51,9 +54,9 @@ class Place:
         text = SETTINGS.format(broker=self.broker.url, proxy=proxy, origin=origin)
         return self.write("gateway.toml", top + text + more)
 
-    def gateway(self, **configured):
+    def gateway(self, *, bounds=(), **configured):
         timing = None if self.time is None else self.time.timing()
-        made = Gateway(read_settings(self.configure(**configured)), timing=timing)
+        made = Gateway(read_settings(self.configure(**configured)), timing=timing, **dict(bounds))
         self.opened.append(made)
         return made
 
@@ -80,6 +83,25 @@ def ask(gateway, path="/authorize/crm", **headers):
     status, answered = gateway.answer(path, sent)
     assert len(dict(answered)) == len(answered)
     return status, dict(answered)
+
+
+async def call(gateway, path, **headers):
+    """(status, headers) as a proxy has it over HTTP."""
+    sent = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    messages = []
+
+    async def send(message):
+        messages.append(message)
+
+    await gateway({"type": "http", "path": path, "headers": sent}, asyncio.Event().wait, send)
+    told = {name.decode(): value.decode() for name, value in messages[0]["headers"]}
+    return messages[0]["status"], told
+
+
+def like_ours(issuer, *, typ="at+jwt", **claims):
+    """What has the form of a token of the broker's; nobody that checks it takes it for one."""
+    payload = json.dumps({"iss": issuer} | claims).encode()
+    return jwt.api_jws.encode(payload, "k" * 64, algorithm="HS512", headers={"typ": typ})
 
 
 class Work:

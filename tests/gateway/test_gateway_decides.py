@@ -1,8 +1,10 @@
 """What the gateway says to a proxy: yes only to what is proven at this moment, and nothing to anybody else."""
 
+import asyncio
 import base64
 import json
 import logging
+import threading
 from datetime import timedelta
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from broker.gateway.app import Gateway
 from broker.gateway.settings import Wrong, read_settings
 from broker.sdk import DpopKey
-from tests.gateway.conftest import KEY, ORIGIN, PROXY_SECRET, ask
+from tests.gateway.conftest import KEY, ORIGIN, PROXY_SECRET, ask, call, like_ours
 from tests.sdk.conftest import FakeTime, Scripted
 
 SECRET_LINE = 'proxy_secret_file = "proxy.secret"\n'
@@ -61,7 +63,9 @@ def test_a_credential_is_written_as_the_upstream_wants_it(place, work, scheme, w
     place.write("crm.key", written)
     more = f'scheme = "{scheme}"\nheader = "X-Api-Key"\n'
     headers = ask(place.gateway(more=more), **bearer(work.grant()[1]))[1]
-    assert headers["X-Api-Key"] == expected and "Authorization" not in headers
+    assert headers["X-Api-Key"] == expected
+    # The token of who calls is taken off: it is not the upstream's to have.
+    assert headers["Authorization"] == ""
 
 
 def test_a_credential_that_is_replaced_is_used_with_the_next_request(place, work):
@@ -145,7 +149,6 @@ def test_an_upstream_that_is_not_there_is_404(place, work):
     gateway, (_, token) = place.gateway(), work.grant()
     for path in ("/authorize/other", "/authorize/", "/authorize", "/", "/crm", "/authorize/CRM"):
         assert ask(gateway, path, **bearer(token))[0] == 404
-    assert ask(gateway, "/healthz")[0] == 200
 
 
 def test_a_broker_that_is_away_or_refuses_us_is_503_and_never_a_yes(place, work):
@@ -159,6 +162,86 @@ def test_a_broker_that_is_away_or_refuses_us_is_503_and_never_a_yes(place, work)
     assert ask(gateway, **bearer(token))[0] == 503
 
 
+NOT_OURS = {
+    "no parts": lambda url: "opaque",
+    "two parts": lambda url: ".".join(like_ours(url).split(".")[:2]),
+    "four parts": lambda url: like_ours(url) + ".x",
+    "another issuer": lambda url: like_ours("https://broker.other"),
+    "no issuer": lambda url: like_ours(None),
+    "an issuer that is no text": lambda url: like_ours([url]),
+    "another type": lambda url: like_ours(url, typ="dpop+jwt"),
+    "no type": lambda url: like_ours(url, typ=None),
+    "no JSON": lambda url: "a.b.c",
+    "padded": lambda url: like_ours(url) + "=",
+}
+
+
+@pytest.mark.parametrize("made", NOT_OURS.values(), ids=NOT_OURS)
+def test_what_cannot_be_a_token_of_the_brokers_is_refused_without_asking_it(place, made):
+    """INV-35"""
+    server = Scripted(FakeTime())
+    try:
+        place.broker = server
+        gateway = place.gateway()
+        yes = {"active": True, "aud": "https://crm.example/api", "scope": "contacts:read"}
+        server.answers(yes, yes)
+        assert ask(gateway, **bearer(made(server.url))) == (401, {"WWW-Authenticate": 'Bearer error="invalid_token"'})
+        assert server.seen == []
+        for typ in ("at+jwt", "JWT"):
+            assert ask(gateway, **bearer(like_ours(server.url, typ=typ)))[0] == 200
+        assert len(server.seen) == 2
+    finally:
+        server.close()
+
+
+def test_more_than_can_wait_are_told_to_come_again_and_we_are_there_meanwhile(place):
+    """INV-35: one is at the broker, one waits, and the third does not."""
+    server, arrived, go_on = Scripted(FakeTime()), threading.Event(), threading.Event()
+    yes = {"active": True, "aud": "https://crm.example/api", "scope": "contacts:read"}
+
+    def slowly(_seen):
+        arrived.set()
+        assert go_on.wait(30)
+        return yes
+
+    async def crowd(gateway):
+        asked = {**bearer(like_ours(server.url)), "x_original_method": "GET", "x_original_uri": "/"}
+        first = asyncio.create_task(call(gateway, "/authorize/crm", **asked))
+        assert await asyncio.to_thread(arrived.wait, 30)
+        second = asyncio.create_task(call(gateway, "/authorize/crm", **asked))
+        await asyncio.sleep(0)  # it has its place now
+        third = await call(gateway, "/authorize/crm", **asked)
+        assert (await call(gateway, "/healthz"))[0] == 200
+        # One who goes away makes no room for another: the work is still to be done.
+        second.cancel()
+        await asyncio.wait([second])
+        fourth = await call(gateway, "/authorize/crm", **asked)
+        go_on.set()
+        passed = await first
+        return third, fourth, passed
+
+    try:
+        place.broker = server
+        more = "timeout_s = 30\n"
+        gateway = place.gateway(bounds={"threads": 1, "queued": 1}, top=more)
+        server.answers(slowly, yes, yes, yes)
+        third, fourth, passed = asyncio.run(crowd(gateway))
+        for status, headers in (third, fourth):
+            assert (status, headers["Retry-After"]) == (503, "1") and "Authorization" not in headers
+        assert passed[0] == 200
+        gateway._threads.submit(int).result(30)  # what was left behind is done
+        asked = {**bearer(like_ours(server.url)), "x_original_method": "GET", "x_original_uri": "/"}
+
+        async def both():
+            return await asyncio.gather(*[call(gateway, "/authorize/crm", **asked) for _ in range(2)])
+
+        # Both places are free again.
+        assert [status for status, _ in asyncio.run(both())] == [200, 200]
+    finally:
+        go_on.set()
+        server.close()
+
+
 @pytest.mark.parametrize("answer", [{}, {"active": "true"}, {"active": 1}, [], (500, {}), b"<html>", Scripted.CUT])
 def test_an_answer_that_is_no_explicit_yes_is_none(place, answer):
     """INV-24"""
@@ -169,13 +252,13 @@ def test_an_answer_that_is_no_explicit_yes_is_none(place, answer):
         gateway = place.gateway()
         place.broker = real
         server.answers(*[answer] * 12)
-        status, headers = ask(gateway, **bearer("a.b.c"))
+        status, headers = ask(gateway, **bearer(like_ours(server.url)))
         assert status in (401, 503) and "Authorization" not in headers
         server.script[:] = [{"active": True, "aud": "https://crm.example/api", "scope": "contacts:read"}]
-        assert ask(gateway, **bearer("a.b.c"))[0] == 200
+        assert ask(gateway, **bearer(like_ours(server.url)))[0] == 200
         for changed in ({"aud": ["https://crm.example/api"]}, {"scope": None}, {"cnf": {}}, {"cnf": "x"}):
             server.script[:] = [{"active": True, "aud": "https://crm.example/api", "scope": "contacts:read"} | changed]
-            assert ask(gateway, **bearer("a.b.c"))[0] in (401, 403)
+            assert ask(gateway, **bearer(like_ours(server.url)))[0] in (401, 403)
     finally:
         server.close()
 
@@ -205,7 +288,7 @@ def test_claims_that_are_no_header_are_left_out(place):
         gateway = place.gateway()
         claims = {"active": True, "aud": "https://crm.example/api", "scope": "contacts:read"}
         server.answers(claims | {"client_id": "a\r\nX-Admin: yes", "task_id": 7, "grant_id": "x" * 600})
-        status, headers = ask(gateway, **bearer("a.b.c"))
+        status, headers = ask(gateway, **bearer(like_ours(server.url)))
         assert status == 200 and not any(name.startswith("X-Broker") for name in headers)
     finally:
         server.close()
@@ -288,10 +371,10 @@ def test_a_brokered_credential_is_asked_for_renewed_and_handed_back(place):
         yes = {"active": True, "aud": "https://crm.example/api", "scope": "contacts:read", "grant_id": "grt_9"}
         server.answers(yes, login(server.time, "first"), yes, yes, login(server.time, "second", 2))
         wanted = {name: "Basic " + base64.b64encode(f"jit:{name}".encode()).decode() for name in ("first", "second")}
-        assert ask(gateway, **bearer("a.b.c"))[1]["Authorization"] == wanted["first"]
-        assert ask(gateway, **bearer("a.b.c"))[1]["Authorization"] == wanted["first"]
+        assert ask(gateway, **bearer(like_ours(server.url)))[1]["Authorization"] == wanted["first"]
+        assert ask(gateway, **bearer(like_ours(server.url)))[1]["Authorization"] == wanted["first"]
         server.time.move(201)
-        assert ask(gateway, **bearer("a.b.c"))[1]["Authorization"] == wanted["second"]
+        assert ask(gateway, **bearer(like_ours(server.url)))[1]["Authorization"] == wanted["second"]
         assert json.loads(server.seen[1].body)["resource"] == "urn:crm:login"
         handed_back = []
         server.answers(*[lambda seen: handed_back.append(seen.path) or (404, {})] * 2)

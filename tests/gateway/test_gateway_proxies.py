@@ -23,6 +23,8 @@ from tests.processes import free_port, until
 HOW_TO = ROOT / "docs" / "how-to" / "gateway.md"
 FORGED = {
     "X-Broker-Agent": "somebody",
+    "X-Broker-Task": "task_of_somebody",
+    "X-Broker-Grant": "grt_of_somebody",
     "X-Original-Method": "GET",
     "X-Original-URI": "/api/contacts",
     "X-Other": "kept",
@@ -35,15 +37,15 @@ def proxied(place, upstream):
     """Starts a gateway and a proxy: `proxied("nginx")` answers the address that agents call."""
     running = []
 
-    def start(proxy):
+    def start(proxy, header=None):
         port = free_port()
         origin = f"http://127.0.0.1:{port}"
-        place.configure(proxy=proxy, origin=origin)
+        place.configure(proxy=proxy, origin=origin, more=f'header = "{header}"\n' if header else "")
         command = [Path(sys.executable).with_name("broker"), "gateway", "--config", "gateway.toml"]
         with (place.directory / "gateway.log").open("wb") as log:
             running.append(subprocess.Popen(command, cwd=place.directory, env=CLEAN, stdout=log, stderr=log))
         until(lambda: (place.directory / "gateway.sock").is_socket(), what="the gateway")
-        other = {"nginx": nginx, "envoy": envoy}[proxy](place.directory, port, upstream.server_port)
+        other = {"nginx": nginx, "envoy": envoy}[proxy](place.directory, port, upstream.server_port, header)
         running.append(other)
         until(lambda: _answers(port) or other.poll() is not None, what=proxy)
         assert other.poll() is None, (place.directory / "proxy.log").read_text()[-3000:]
@@ -61,12 +63,15 @@ def _answers(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def nginx(directory, port, upstream):
-    """What the how-to shows, on loopback."""
+def nginx(directory, port, upstream, header=None):
+    """What the how-to shows, on loopback; with the lines that it says for `X-Api-Key` where that is the header."""
     [shown] = blocks(HOW_TO, "nginx")
     text = shown.text.replace("listen 443 ssl;", f"listen 127.0.0.1:{port};")
     text = text.replace("/run/broker/gateway.sock", str(directory / "gateway.sock"))
     text = text.replace("https://crm.internal", f"http://127.0.0.1:{upstream}")
+    if header is not None:
+        for line in re.findall(r"`((?:auth_request_set|proxy_set_header) [^`]*;)`", HOW_TO.read_text()):
+            text = text.replace("proxy_pass        ", f"{line}\n        proxy_pass        ", 1)
     scratch = "".join(
         f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -81,11 +86,15 @@ def nginx(directory, port, upstream):
     return subprocess.Popen([binary, "-p", directory, "-e", directory / "proxy.log", "-c", directory / "nginx.conf"])
 
 
-def envoy(directory, port, upstream):
+def envoy(directory, port, upstream, header=None):
     """What the how-to shows, with a listener before it and clusters behind it."""
     [filters] = [
         yaml.safe_load(block.text)["http_filters"] for block in blocks(HOW_TO, "yaml") if "ext_authz" in block.text
     ]
+
+    if header is not None:
+        answered = filters[1]["typed_config"]["http_service"]["authorization_response"]
+        answered["allowed_upstream_headers"]["patterns"].append({"exact": header.lower()})
 
     def address(port):
         return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
@@ -142,6 +151,7 @@ def test_a_proxy_lets_through_what_the_gateway_passes_with_the_upstreams_key(pro
         assert (method, path) == ("GET", "/api/contacts?page=2")
         assert token not in str(headers) and headers["X-Other"] == "kept"
         assert headers.get_all("X-Broker-Agent") == ["summarizer"]
+        assert headers.get_all("X-Broker-Task") == [work.task.id]
         assert headers.get_all("X-Broker-Grant") == [grant.id]
 
         # What it says of itself changes nothing: a POST is a POST.
@@ -167,6 +177,17 @@ def test_a_proxy_lets_through_what_the_gateway_passes_with_the_upstreams_key(pro
     log = (place.directory / "gateway.log").read_text()
     for secret in (token, bound, KEY):
         assert secret not in log
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "envoy"])
+def test_where_the_upstream_looks_elsewhere_it_does_not_see_the_callers_token(proxied, work, upstream, proxy):
+    origin = proxied(proxy, "X-Api-Key")
+    _, token = work.grant()
+    sent = {"Authorization": f"Bearer {token}", "X-Api-Key": "of-somebody"}
+    httpx.get(f"{origin}/api/contacts", headers=sent, trust_env=False)
+    [(_, _, headers)] = upstream.seen
+    assert headers.get_all("X-Api-Key") == [f"Bearer {KEY}"]
+    assert headers.get_all("Authorization", [""]) == [""] and token not in str(headers)
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "envoy"])
