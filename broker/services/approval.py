@@ -31,6 +31,7 @@ from broker.domain.approval import (
     met,
     needs_of,
     parameters_hash,
+    spoken_for,
 )
 from broker.domain.audit import Event
 from broker.domain.catalogue import Catalogue, Limits
@@ -437,6 +438,14 @@ class _Held:
             raise Forbidden(
                 f"{voter.name} and who asks for this have one owner: somebody of another has to approve it, unless the "
                 'policy says @owner_may_approve("true")'
+            )
+
+        catalogue = self.standing.catalogue
+        other = spoken_for(self.approval.needs, self.votes, voter, self.requesters, catalogue)
+        if other is not None:
+            raise Forbidden(
+                f"{other.name} has approved it, and may be the same person as {voter.name}: somebody else has to "
+                "approve it too"
             )
 
     def require_open(self) -> None:
