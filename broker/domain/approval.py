@@ -175,8 +175,9 @@ class Requesters:
 
     def include(self, voter: Principal) -> bool:
         """Whether this is one of them themselves; no policy makes that count."""
-        called = {voter.name, voter.subject}
-        return bool(called & self.names) or (voter.issuer, voter.subject) in self.identities
+        # With its owner: what one of them answers for speaks with their voice, as does their subject of another issuer.
+        called = {voter.name, voter.subject, voter.owner}
+        return bool(called & self.names) or any(voter.subject == subject for _, subject in self.identities)
 
     def are_owned_like(self, voter: Principal) -> bool:
         """Whether this is who answers for one of them, or is answered for by the same."""
@@ -193,22 +194,49 @@ def counts(need: Need, voter: Principal, requesters: Requesters) -> bool:
 def met(
     needs: Iterable[Need], votes: Iterable[Vote], requesters: Requesters, catalogue: Catalogue
 ) -> Mapping[str, int]:
-    """How many of each group said yes, who still are who they were under this configuration.
+    """How many people of each group said yes, who still are who they were under this configuration.
 
     Who left the group, or came to own the agent, is not counted any more; the strictest need of a group counts.
     """
-    voters = [voter for vote in votes if vote.verdict is Verdict.APPROVE and (voter := _voter(vote, catalogue))]
+    voters = _who_said_yes(votes, catalogue)
     found: dict[str, int] = {}
     for need in needs:
-        number = sum(counts(need, voter, requesters) for voter in voters)
+        number = len(_counted(need, voters, requesters, catalogue))
         found[need.group] = min(number, found.get(need.group, number))
     return found
 
 
+def spoken_for(
+    needs: Iterable[Need], votes: Iterable[Vote], voter: Principal, requesters: Requesters, catalogue: Catalogue
+) -> Principal | None:
+    """Who said yes already and may be the same person, where a yes of this one would therefore add nothing."""
+    voters, found = _who_said_yes(votes, catalogue), None
+    for need in needs:
+        if not counts(need, voter, requesters):
+            continue
+        before = _counted(need, voters, requesters, catalogue)
+        same = next((other for other in before if catalogue.are_one_person(voter, other)), None)
+        if same is None:
+            return None
+        found = same
+    return found
+
+
+def _who_said_yes(votes: Iterable[Vote], catalogue: Catalogue) -> list[Principal]:
+    return [voter for vote in votes if vote.verdict is Verdict.APPROVE and (voter := _voter(vote, catalogue))]
+
+
+def _counted(
+    need: Need, voters: Iterable[Principal], requesters: Requesters, catalogue: Catalogue
+) -> Sequence[Principal]:
+    """Those of them whose yes counts, each person once, by however many principals they speak (INV-15)."""
+    return list(catalogue.different_people(voter for voter in voters if counts(need, voter, requesters)))
+
+
 def approved_by(needs: Iterable[Need], votes: Iterable[Vote], requesters: Requesters, catalogue: Catalogue) -> Approved:
     """Those whose yes counts under this configuration, and the groups they said it for."""
-    voters = [voter for vote in votes if vote.verdict is Verdict.APPROVE and (voter := _voter(vote, catalogue))]
-    counted = [(need.group, voter.name) for need in needs for voter in voters if counts(need, voter, requesters)]
+    voters = _who_said_yes(votes, catalogue)
+    counted = [(need.group, voter.name) for need in needs for voter in _counted(need, voters, requesters, catalogue)]
     return Approved(by=frozenset(name for _, name in counted), groups=frozenset(group for group, _ in counted))
 
 

@@ -43,7 +43,7 @@ ALERTING = frozenset(
 
 # What an agent was refused that it may not have, or that is not there for it. Not what it may ask again (a limit, a
 # task that ended meanwhile, a store that did not answer), nor a lockdown, which may be no fault of its own.
-DENIAL_TYPES = ("grant.denied", "grant.refused", "grant.renewal_refused", "approval.refused")
+DENIAL_TYPES = ("grant.denied", "grant.refused", "grant.renewal_refused", "approval.refused", "break_glass.refused")
 DENIAL_OUTCOMES = ("denied", "forbidden", "role_missing", "not_found", "invalid_target", "invalid_scope")
 
 

@@ -6,12 +6,12 @@ one database work from the same version, because the version's document is a row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 from zoneinfo import available_timezones
 
 from broker.domain.errors import InvalidTarget, Unauthenticated
@@ -97,6 +97,22 @@ class PrincipalRule:
             attributes=self.attributes,
             implicit_tasks=self.implicit_tasks,
         )
+
+
+class Called(Protocol):
+    """Whoever has a name, and perhaps a subject and somebody who answers for them: a principal or its rule."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def subject(self) -> str | None: ...
+
+    @property
+    def owner(self) -> str | None: ...
+
+
+C = TypeVar("C", bound=Called)
 
 
 def claim_at(claims: Mapping[str, Any], path: str) -> tuple[type, Any] | None:
@@ -220,6 +236,46 @@ class Catalogue:
     def rule(self, name: str) -> PrincipalRule | None:
         """The principal of this name, as it is configured."""
         return self._rules.get(name)
+
+    @cached_property
+    def _people(self) -> Mapping[str, str]:
+        """The name of each person, by everything an owner may be called."""
+        people = [rule for rule in self.principals if rule.kind == "person"]
+        by_subject = {rule.subject: rule.name for rule in people if rule.subject is not None}
+        return by_subject | {rule.name: rule.name for rule in people}
+
+    def _who_answers(self, owner: str | None) -> str | None:
+        """The person who answers for it in the end; None where that is a team, which is nobody's name."""
+        seen: set[str] = set()
+        while owner is not None and owner not in seen:
+            if owner in self._people:
+                return self._people[owner]
+            seen.add(owner)
+            rule = self.rule(owner)
+            owner = None if rule is None else rule.owner
+        return None
+
+    def are_one_person(self, one: Called, other: Called) -> bool:
+        """Whether one person may speak as both: by a name, by a subject of any issuer, or as who answers for them.
+
+        Two who have a team for their owner are two people. In doubt it is one (INV-15).
+        """
+        called, also_called = ({each.name, each.subject} - {None} for each in (one, other))
+        if called & also_called or one.owner in also_called or other.owner in called:
+            return True
+        mine, theirs = (
+            {self._people.get(each.name), self._people.get(each.subject or ""), self._who_answers(each.owner)} - {None}
+            for each in (one, other)
+        )
+        return bool(mine & theirs)
+
+    def different_people(self, principals: Iterable[C]) -> Iterator[C]:
+        """Those of them who are surely different people: of two that may be one, who comes first."""
+        found: list[C] = []
+        for each in principals:
+            if not any(self.are_one_person(each, other) for other in found):
+                found.append(each)
+                yield each
 
     @cached_property
     def _issuers(self) -> Mapping[str, TrustedIssuer]:

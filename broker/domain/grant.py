@@ -14,6 +14,8 @@ from broker.domain.secret import Secret, SecretData
 
 # No break-glass lives longer, whatever anybody configures.
 BREAK_GLASS_LIFE = timedelta(minutes=15)
+# And no agent has more of them open, since each is told to everybody.
+OPEN_BREAK_GLASSES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,6 +31,7 @@ from broker.domain.approval import (
     met,
     needs_of,
     parameters_hash,
+    spoken_for,
 )
 from broker.domain.audit import Event
 from broker.domain.catalogue import Catalogue, Limits
@@ -44,7 +45,7 @@ from broker.domain.errors import (
     RoleMissing,
     TaskNotActive,
 )
-from broker.domain.grant import Grant, GrantRequest
+from broker.domain.grant import OPEN_BREAK_GLASSES, Grant, GrantRequest
 from broker.domain.identity import Caller, Role, is_id, new_id
 from broker.domain.lease import Urgency
 from broker.domain.lifecycle import ApprovalState, GrantState
@@ -73,6 +74,7 @@ class Opening:
         self._of_agent: dict[str, list[Approval]] = {}
         self._of_group: dict[str, int] = {}
         self._opened: dict[str, Case] = {}
+        self._broken: set[str] = set()  # those of the grants that wait which are a break-glass
         self._alone = False
 
     def open(self, request: GrantRequest, grant: Grant, task: Task, found: Terms) -> tuple[Case, bool]:
@@ -87,6 +89,7 @@ class Opening:
         mine = self._of_agent.get(grant.agent)
         if mine is None:
             mine = self._of_agent[grant.agent] = approvals.awaited_by(self._db, grant.agent, now=self._now)
+            self._broken |= grants.break_glasses_among(self._db, [alike.grant_id for alike in mine])
         parameters_sha256 = parameters_hash(request.parameters)
         for alike in mine:
             # Each request of an implicit task has a task of its own, so there the task tells nothing apart.
@@ -100,17 +103,27 @@ class Opening:
                 f"{alike.id} is {alike.state} for {grant.agent} already, for the same scopes on {grant.resource}: wait "
                 f"for it, collect {alike.grant_id} when it is approved, or revoke that grant first"
             )
-        undecided = sum(alike.state is ApprovalState.OPEN for alike in mine)
-        self._require_room(grant, undecided, [need.group for need in needs_of(found.decision)])
+        undecided = [alike for alike in mine if alike.state is ApprovalState.OPEN]
+        broken = sum(alike.grant_id in self._broken for alike in undecided)
+        if grant.break_glass is not None:
+            _require_room_for_emergency(grant, broken)
+        else:
+            self._require_room(grant, len(undecided) - broken, [need.group for need in needs_of(found.decision)])
         case = self._opened_case(grant, task, found, parameters_sha256)
         mine.append(case.approval)
         self._opened[case.approval.id] = case
+        if grant.break_glass is not None:
+            self._broken.add(grant.id)
+            return case, True
         for group in case.approval.groups:
             self._of_group[group] += 1
         return case, True
 
     def _require_room(self, grant: Grant, mine: int, groups: Iterable[str]) -> None:
-        """INV-34: whoever could flood the people who decide is refused before they are asked."""
+        """INV-34: whoever could flood the people who decide is refused before they are asked.
+
+        A break-glass is in neither count: what waits patiently is never in the way of an emergency.
+        """
         if mine >= self._limits.max_open_approvals_per_agent:
             raise LimitExceeded(
                 f"{mine} requests of {grant.agent} wait for people, its limit: wait for them, or withdraw some",
@@ -363,6 +376,18 @@ class Approvals:
         return cases(db, [approval], catalogue)[0]
 
 
+def _require_room_for_emergency(grant: Grant, mine: int) -> None:
+    """INV-34: a bound of its own. Which agents have one is declared, so it bounds what a group is asked too."""
+    if mine >= OPEN_BREAK_GLASSES:
+        raise LimitExceeded(
+            f"{mine} break-glass requests of {grant.agent} wait for people, as many as may: wait for them, or withdraw "
+            "some",
+            limit="open_break_glasses",
+            value=OPEN_BREAK_GLASSES,
+            retry_after_s=_COME_AGAIN_S,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Said:
     verdict: Verdict
@@ -413,6 +438,14 @@ class _Held:
             raise Forbidden(
                 f"{voter.name} and who asks for this have one owner: somebody of another has to approve it, unless the "
                 'policy says @owner_may_approve("true")'
+            )
+
+        catalogue = self.standing.catalogue
+        other = spoken_for(self.approval.needs, self.votes, voter, self.requesters, catalogue)
+        if other is not None:
+            raise Forbidden(
+                f"{other.name} has approved it, and may be the same person as {voter.name}: somebody else has to "
+                "approve it too"
             )
 
     def require_open(self) -> None:

@@ -95,7 +95,8 @@ class Reviews:
             case = None if review is None else _case(db, review, now)
             if review is None or case is None or not _may_see(caller, case):
                 raise _not_found(review_id)
-            require_apart(caller.principal, case.votes, requesters_of(db, case.grant, standing.catalogue))
+            requesters = requesters_of(db, case.grant, standing.catalogue)
+            require_apart(caller.principal, case.votes, requesters, standing.catalogue)
             if review.state is ReviewState.COMPLETED:
                 if (review.completed_by, review.note) == (caller.name, note):
                     return case

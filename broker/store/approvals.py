@@ -78,8 +78,9 @@ def awaited_by(db: Connection, agent: str, *, now: datetime) -> list[Approval]:
 
 
 def count_open(db: Connection, group: str, *, now: datetime) -> int:
-    """How many wait for this group."""
-    statement = select(func.count()).select_from(_approvals)
+    """How many wait for this group, without those of an emergency."""
+    statement = select(func.count()).select_from(_approvals.join(_grants, _grants.c.id == _approvals.c.grant_id))
+    statement = statement.where(_grants.c.break_glass.is_(None))
     return int(db.execute(statement.where(_OPEN, _approvals.c.expires_at > now, of_groups([group]))).scalar_one())
 
 

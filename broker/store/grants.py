@@ -155,6 +155,17 @@ def grants_with_ids(db: Connection, ids: Collection[str]) -> list[Grant]:
     return [grant_of(row) for row in db.execute(_SELECT.where(_grants.c.id.in_(list(ids))))]
 
 
+def break_glasses_among(db: Connection, ids: Collection[str]) -> set[str]:
+    """Those of these grants that were asked for as a break-glass."""
+    if not ids:
+        return set()
+    return set(
+        db.execute(
+            select(_grants.c.id).where(_grants.c.id.in_(list(ids)), _grants.c.break_glass.is_not(None))
+        ).scalars()
+    )
+
+
 def _with_task(columns: Iterable[ColumnElement[Any]]) -> Select[Any]:
     ends_at = (_tasks.c.deadline_at, _tasks.c.heartbeat_due_at, _tasks.c.upheld_until)
     return select(*columns, _tasks.c.state.label("task_state"), *ends_at).join(_tasks, _tasks.c.id == _grants.c.task_id)

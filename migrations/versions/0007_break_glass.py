@@ -18,6 +18,10 @@ JSON = sa.JSON().with_variant(JSONB(), "postgresql")
 BROKEN = sa.text("break_glass IS NOT NULL")
 OPEN = sa.text("state <> 'completed'")
 WAITING = sa.text("taken_at IS NULL")
+DENIAL = sa.text(
+    "type IN ('grant.denied', 'grant.refused', 'grant.renewal_refused', 'approval.refused', 'break_glass.refused') AND "
+    "outcome IN ('denied', 'forbidden', 'role_missing', 'not_found', 'invalid_target', 'invalid_scope')"
+)
 
 
 def upgrade() -> None:
@@ -27,6 +31,9 @@ def upgrade() -> None:
         "CONSTRAINT grants_break_glass_is_short CHECK (break_glass IS NULL OR ttl_s <= 900)"
     )
     op.create_index("grants_break_glass_idx", "grants", ["id"], postgresql_where=BROKEN, sqlite_where=BROKEN)
+    # A break-glass that is refused is a denial like any other.
+    op.drop_index("events_denials_idx", "events")
+    op.create_index("events_denials_idx", "events", ["agent", "id"], postgresql_where=DENIAL, sqlite_where=DENIAL)
     op.add_column("tasks", sa.Column("user_attributes", JSON, nullable=True))
     op.create_table(
         "reviews",

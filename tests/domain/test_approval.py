@@ -3,6 +3,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from broker.domain.approval import (
     Requesters,
     Verdict,
     Vote,
+    approved_by,
     are_met,
     counts,
     in_quotes,
@@ -103,8 +105,8 @@ def test_who_says_no_leaves_nothing_out(said):
 
 
 def rule(name, *groups, owner=None, roles=("approver",), **more):
-    given = {"subject": name} | more
-    return PrincipalRule(name=name, kind="person", issuer="people", roles=roles, groups=groups, owner=owner, **given)
+    given = {"subject": name, "issuer": "people"} | more
+    return PrincipalRule(name=name, kind="person", roles=roles, groups=groups, owner=owner, **given)
 
 
 def principal(name, *groups, owner=None, subject=None, roles=(Role.APPROVER,)):
@@ -167,6 +169,69 @@ def test_a_voter_by_prefix_is_one_of_its_subjects():
     inside, outside = replace(vote("people"), subject="staff/sam"), replace(vote("people"), subject="guests/sam")
     assert met([NEED], [inside], ASKING, Catalogue(principals=people)) == {"security": 1}
     assert met([NEED], [outside], ASKING, Catalogue(principals=people)) == {"security": 0}
+
+
+# `ada` has a bot and a service of her own, with a bot that the service owns; `fleet` is a program, `team` nobody.
+KNOWN = Catalogue(
+    principals=(
+        rule("ada", "security", owner="team"),
+        rule("bob", "security", owner="team"),
+        rule("ada-bot", "security", owner="ada"),
+        replace(rule("ada-service", owner="ada"), kind="service"),
+        rule("below", "security", owner="ada-service"),
+        rule("ada-abroad", "security", issuer="elsewhere", subject="ada"),
+        replace(rule("ada", "security", owner="team"), name="ada-too", claims={"email": "ada@example.org"}),
+        rule("carl", "security", subject="uid-carl"),
+        replace(rule("fleet", "security"), kind="service"),
+        rule("one", "security", owner="fleet"),
+        rule("two", "security", owner="fleet"),
+        rule("lea", subject="uid-lea"),
+        rule("by-name", "security", owner="lea"),
+        rule("by-subject", "security", owner="uid-lea"),
+        rule("ring", "security", owner="rung"),
+        replace(rule("rung", "security", owner="ring"), kind="service"),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_one"),
+    [
+        ("ada", "ada", True),
+        ("ada", "bob", False),
+        ("ada", "ada-bot", True),
+        ("ada", "below", True),
+        ("ada-bot", "below", True),
+        ("ada", "ada-abroad", True),
+        ("ada", "ada-too", True),
+        ("ada-abroad", "ada-bot", True),
+        ("bob", "ada-bot", False),
+        ("bob", "carl", False),
+        ("by-name", "by-subject", True),
+        ("fleet", "one", True),
+        ("one", "two", False),
+        ("ring", "bob", False),
+    ],
+)
+def test_two_principals_of_one_person_are_one(one, other, are_one):
+    """INV-15: by name, by subject of any issuer, and by who answers for them; a team or a program makes nobody one."""
+    first, second = KNOWN.rule(one), KNOWN.rule(other)
+    assert KNOWN.are_one_person(first, second) is KNOWN.are_one_person(second, first) is are_one
+    votes = [replace(vote(each.name, issuer=each.issuer), subject=each.subject) for each in (first, second)]
+    asked = Need(group="security", quorum=2)
+    if one != other and {"security"} <= set(first.groups) & set(second.groups):
+        for said in (votes, votes[::-1]):
+            assert met([asked], said, ASKING, KNOWN) == {"security": 1 if are_one else 2}
+            assert len(approved_by([asked], said, ASKING, KNOWN).by) == (1 if are_one else 2)
+
+
+def test_what_a_requester_owns_does_not_count_whatever_the_policy_says():
+    """INV-15: nor does their subject of another issuer."""
+    lenient = replace(NEED, owner_may=True)
+    assert not counts(lenient, principal("bot", "security", owner="pipeline"), ASKING)
+    assert not counts(lenient, principal("bot", "security", owner="user@example.org"), ASKING)
+    abroad = replace(principal("abroad", "security", subject="the-agent"), issuer="elsewhere")
+    assert not counts(lenient, abroad, ASKING)
 
 
 @given(st.text(alphabet=st.characters(), max_size=400), st.integers(1, 300))

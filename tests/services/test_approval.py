@@ -218,6 +218,62 @@ def test_two_where_two_are_asked_and_nobody_counts_twice(house):
     assert states(house, case) == ("approved", "approved")
 
 
+SAMS_BOT = person("sams-bot", "security", owner="sam")
+
+
+@pytest.mark.parametrize(("first", "second"), [("sam", "sams-bot"), ("sams-bot", "sam")])
+def test_a_person_and_what_they_own_are_not_two(house, first, second):
+    """INV-15."""
+    apply(house, asking(house, people=(*PEOPLE, SAMS_BOT)))
+    case = ask(house, house.open_task(), resource=LEDGER)
+    approve(house, case, by=first)
+    with pytest.raises(Forbidden, match=f"{first} has approved it, and may be the same person as {second}"):
+        approve(house, case, by=second)
+    assert states(house, case) == ("open", "pending")
+    assert len(again(house, case).votes) == 1
+    # One team owns both, and they are two.
+    approve(house, case, by="sue")
+    assert states(house, case) == ("approved", "approved")
+
+
+def test_their_no_is_heard_by_whatever_name(house):
+    apply(house, asking(house, people=(*PEOPLE, SAMS_BOT)))
+    case = ask(house, house.open_task(), resource=LEDGER)
+    approve(house, case)
+    deny(house, case, by="sams-bot")
+    assert states(house, case) == ("denied", "denied")
+
+
+def test_a_person_may_speak_for_a_group_with_what_they_own_there(house):
+    """Each group is asked for so many people, and one of both groups may speak for both."""
+    policies = ASKING.replace('@id("read-is-free")\n', '@id("read-is-free")\n@approval("databases")\n')
+    bot = person("sams-bot", "databases", owner="sam")
+    apply(house, asking(house, policies=policies, people=(*PEOPLE, bot)))
+    case = ask(house, house.open_task())
+    assert case.approval.groups == {"security", "databases"}
+    approve(house, case)
+    approve(house, case, by="sams-bot")
+    assert states(house, case) == ("approved", "approved")
+
+
+def test_two_who_became_one_before_it_is_collected_are_one(house):
+    case = ask(house, house.open_task(), resource=LEDGER)
+    approve(house, case)
+    approve(house, case, by="sue")
+    people = tuple(replace(rule, owner="sam") if rule.name == "sue" else rule for rule in PEOPLE)
+    apply(house, asking(house, people=people))
+    with pytest.raises(Forbidden, match="other people"):
+        collect(house, case)
+
+
+def test_what_the_orchestrator_owns_does_not_approve_what_it_asks_for(house):
+    """INV-15: an identity they control."""
+    apply(house, asking(house, people=(*PEOPLE, person("pipelines-bot", "security", owner="pipeline"))))
+    case = ask(house, house.open_task())
+    with pytest.raises(Forbidden, match="asked for this itself"):
+        approve(house, case, by="pipelines-bot")
+
+
 @pytest.mark.parametrize("by", ["olga", "dana", "pipeline", "summarizer", "ada", "scribe"])
 def test_who_may_not_approve_is_refused_and_nothing_changes(house, by):
     case = ask(house, house.open_task())
@@ -641,6 +697,7 @@ def test_the_agent_hands_back_what_it_waits_for(house):
     [
         (ASKING, (), "no principal with role approver has the group 'security'"),
         (ASKING, PEOPLE[:1], "wants 2 of 'security', which has 1"),
+        (ASKING, (PEOPLE[0], SAMS_BOT), "wants 2 of 'security', which has 1"),
         (ASKING, (person("sam", "securty"), *PEOPLE[4:]), "did you mean 'securty'"),
         (ASKING, tuple(replace(rule, roles=("auditor",)) for rule in PEOPLE), "no principal with role approver"),
         (

@@ -13,13 +13,16 @@ from broker.domain.errors import (
     Conflict,
     Forbidden,
     Invalid,
+    InvalidScope,
+    InvalidTarget,
+    LimitExceeded,
     LockedDown,
     NotFound,
     PolicyDenied,
     ProviderUnavailable,
     RoleMissing,
 )
-from broker.domain.grant import BREAK_GLASS_LIFE, GrantRequest
+from broker.domain.grant import BREAK_GLASS_LIFE, OPEN_BREAK_GLASSES, GrantRequest
 from broker.domain.lifecycle import TaskState
 from broker.domain.policy import PolicySet
 from broker.providers.alerts import body_of
@@ -29,8 +32,18 @@ from broker.services.alerting import Alerting
 from broker.services.notifying import Notifying, notice_of
 from broker.store import models
 from tests.approvals import PEOPLE, apply, approve, ask, asking, collect, deny, person, states, withdraw
-from tests.break_glass import GLASS, REASON, WRITE, break_glass, broken, glass_house, review_of
-from tests.house import CRM, ISSUER
+from tests.break_glass import (
+    EMERGENCY,
+    GLASS,
+    REASON,
+    WRITE,
+    break_glass,
+    broken,
+    glass_house,
+    review_of,
+    with_limits,
+)
+from tests.house import CRM, ISSUER, build_house
 
 HOSTILE = "down\u202egpj.exe <script>alert(7)</script> *bold* [link](http://evil.test) " + "x" * 800
 
@@ -66,6 +79,13 @@ class Heard:
 
     def send(self, message):
         self.heard.append(message)
+
+
+SAMS_BOT = person("sams-bot", "security", owner="sam", roles=("approver", "auditor"))
+ASKS_ONE = """
+@id("read-asks-one") @approval("security")
+permit (principal == Agent::"summarizer", action == Action::"contacts:read", resource == Resource::"https://crm.example/api");
+"""
 
 
 # --- What is asked for ---
@@ -216,6 +236,16 @@ def test_one_person_is_never_two(house):
     assert states(house, case) == ("open", "pending")
 
 
+def test_nor_by_what_they_own(house):
+    """INV-15."""
+    apply(house, asking(house, policies=GLASS, people=(*PEOPLE, SAMS_BOT)))
+    case = break_glass(house)
+    approve(house, case, by="sam")
+    with pytest.raises(Forbidden, match="may be the same person"):
+        approve(house, case, by="sams-bot")
+    assert states(house, case) == ("open", "pending")
+
+
 def test_who_asks_and_who_owns_who_asks_does_not_count(house):
     case = break_glass(house)
     with pytest.raises(Forbidden, match="one owner"):
@@ -254,6 +284,81 @@ def test_whose_yes_lapsed_does_not_open_it(house):
     apply(house, asking(house, policies=GLASS, people=without_sue))
     with pytest.raises(Forbidden, match="other people"):
         collect(house, case)
+
+
+# --- What waits beside it ---
+
+
+def plainly(house, *, by="summarizer"):
+    return ask(house, house.open_task("summarizer", "scribe"), by=by, scopes=frozenset({"contacts:read"}))
+
+
+def test_plain_requests_never_stop_an_emergency(house):
+    apply(house, asking(house, policies=EMERGENCY + ASKS_ONE))
+    with_limits(house, max_open_approvals_per_agent=2, max_open_approvals_per_group=2)
+    for _ in range(2):
+        plainly(house)
+    with pytest.raises(LimitExceeded) as refused:
+        plainly(house)
+    assert refused.value.limit == "max_open_per_agent"
+    case = break_glass(house)
+    assert states(house, case) == ("open", "pending")
+
+
+def test_emergencies_stop_no_plain_request(house):
+    apply(house, asking(house, policies=EMERGENCY + ASKS_ONE))
+    with_limits(house, max_open_approvals_per_agent=2, max_open_approvals_per_group=2)
+    for _ in range(OPEN_BREAK_GLASSES):
+        break_glass(house)
+    for _ in range(2):
+        plainly(house)
+    with pytest.raises(LimitExceeded) as refused:
+        plainly(house)
+    assert refused.value.limit == "max_open_per_agent"
+
+
+def test_a_full_group_is_asked_in_an_emergency_still(house):
+    apply(house, asking(house, policies=EMERGENCY + ASKS_ONE))
+    with_limits(house, max_open_approvals_per_group=1)
+    break_glass(house)
+    plainly(house)
+    with pytest.raises(LimitExceeded) as refused:
+        plainly(house)
+    assert refused.value.limit == "max_open_per_group"
+    break_glass(house)
+
+
+def test_an_agent_has_three_of_them_open_and_not_four(house):
+    """INV-34: each is told to everybody."""
+    cases = [break_glass(house) for _ in range(3)]
+    with pytest.raises(LimitExceeded) as refused:
+        break_glass(house)
+    assert (refused.value.limit, refused.value.value) == ("open_break_glasses", OPEN_BREAK_GLASSES)
+    assert len([kind for kind in loud(house) if kind == "break_glass.requested"]) == 3
+    withdraw(house, cases[0])
+    break_glass(house)
+
+
+@pytest.mark.parametrize("more", [{}, {"resource": "https://nowhere.example"}, {"scopes": frozenset({"no:such"})}])
+def test_who_probes_for_a_glass_pauses_and_is_locked_down_like_any_other(store_url, tmp_path, more):
+    pause = timedelta(seconds=5)
+    house = build_house(store_url, tmp_path, denials_throttle=2, denials_lockdown=3, throttle_pause=pause)
+    try:
+        apply(house, asking(house, policies=GLASS, people=PEOPLE))
+        task = house.open_task("scribe")
+        for _ in range(2):
+            with pytest.raises((PolicyDenied, InvalidTarget, InvalidScope)):
+                break_glass(house, task, by="scribe", **more)
+        with pytest.raises(LimitExceeded) as refused:
+            break_glass(house, task, by="scribe", **more)
+        assert refused.value.limit == "denials_throttle"
+        house.clock.forward(seconds=5)
+        with pytest.raises((PolicyDenied, InvalidTarget, InvalidScope)):
+            break_glass(house, task, by="scribe", **more)
+        [lockdown] = house.broker.revocation.lockdowns(house.caller("ada"))
+        assert (lockdown.axis, lockdown.value, lockdown.set_by) == ("agent", "scribe", "broker")
+    finally:
+        house.broker.close()
 
 
 # --- Declared beforehand ---
@@ -308,6 +413,27 @@ def test_an_agent_that_is_many_workloads_has_no_break_glass(sqlite_house):
     )
     with pytest.raises(ConfigurationError, match="one workload"):
         apply(sqlite_house, replace(catalogue, principals=many))
+
+
+@pytest.mark.parametrize("shared", [{"owner": "sam"}, {"subject": "dev:sam", "issuer": "people"}])
+def test_two_principals_of_one_person_are_not_two_who_could_give_it(sqlite_house, shared):
+    catalogue = asking(sqlite_house, policies=GLASS, people=(PEOPLE[0], replace(SAMS_BOT, **shared)))
+    with pytest.raises(ConfigurationError, match="there are 1"):
+        PolicySet.compile(catalogue)
+    PolicySet.compile(asking(sqlite_house, policies=GLASS, people=(*PEOPLE[:2], SAMS_BOT)))
+
+
+def test_nor_is_one_of_what_asks(sqlite_house):
+    people = (PEOPLE[0], person("its-own", "security", owner="summarizer"))
+    with pytest.raises(ConfigurationError, match="there are 1"):
+        PolicySet.compile(asking(sqlite_house, policies=GLASS, people=people))
+
+
+def test_who_gave_it_and_what_they_own_leave_nobody_to_review_it(sqlite_house):
+    catalogue = asking(sqlite_house, policies=GLASS, people=(*PEOPLE[:2], SAMS_BOT))
+    alone = tuple(rule for rule in catalogue.principals if rule.name not in ("ada", "audrey"))
+    with pytest.raises(ConfigurationError, match="nobody is left who may review"):
+        PolicySet.compile(replace(catalogue, principals=alone))
 
 
 def test_somebody_has_to_be_left_who_may_review_it(sqlite_house):
@@ -610,6 +736,17 @@ def test_a_voter_under_another_name_does_not_review_it(house):
     apply(house, replace(catalogue, principals=(*renamed, person("sol", "security"))))
     with pytest.raises(Forbidden, match="decided about this"):
         house.broker.reviews.complete(house.caller("sam"), review_of(house, case), "all good")
+
+
+def test_what_a_voter_owns_does_not_review_it(house):
+    """INV-15, whether or not the voter is configured still."""
+    case, _ = broken(house)
+    house.clock.forward(seconds=300)
+    for people in ((*PEOPLE, SAMS_BOT), (*PEOPLE[1:], SAMS_BOT)):
+        apply(house, asking(house, policies=GLASS, people=people))
+        with pytest.raises(Forbidden, match="sam decided about this, and may be the same person as sams-bot"):
+            house.broker.reviews.complete(house.caller("sams-bot"), review_of(house, case), "all good")
+    house.broker.reviews.complete(house.caller("sid"), review_of(house, case), "three leads were moved")
 
 
 def test_it_is_not_reviewed_while_it_may_be_used(house):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 import cedarpy
@@ -86,25 +87,28 @@ def read_policies(catalogue: Catalogue, problems: list[str]) -> list[Policy]:
 
 def unsatisfiable(policies: Iterable[Policy], catalogue: Catalogue) -> Iterator[str]:
     """Approvals that nobody could ever give: a group no approver is in, or fewer of them than the quorum."""
-    members: dict[str, int] = {}
+    approvers: dict[str, list[PrincipalRule]] = {}
     for rule in catalogue.principals:
         if Role.APPROVER in rule.roles:
             for group in rule.groups:
-                members[group] = members.get(group, 0) + 1
+                approvers.setdefault(group, []).append(rule)
     for policy in policies:
-        if policy.break_glass and policy.approval is not None:
+        if policy.approval is None:
+            continue
+        if policy.break_glass:
             yield from _unbreakable(policy, catalogue)
             continue
-        if policy.approval is None or members.get(policy.approval, 0) >= policy.quorum:
-            continue
-        where, found = f"{policy.file}, policy {policy.id!r}", members.get(policy.approval, 0)
-        if not found:
-            nearest = get_close_matches(policy.approval, members, 1)
+        where = f"{policy.file}, policy {policy.id!r}"
+        asked = approvers.get(policy.approval, [])
+        if not asked:
+            nearest = get_close_matches(policy.approval, approvers, 1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else "give approvers this group, or name another"
             yield f"{where}: no principal with role approver has the group {policy.approval!r}: {hint}"
-        else:
+            continue
+        found = len(list(islice(catalogue.different_people(asked), policy.quorum)))
+        if found < policy.quorum:
             yield (
-                f"{where}: wants {policy.quorum} of {policy.approval!r}, which has {found}: "
+                f"{where}: wants {policy.quorum} of {policy.approval!r}, which has {found} different people: "
                 "add approvers to it, or lower the quorum"
             )
 
@@ -117,20 +121,28 @@ def _unbreakable(policy: Policy, catalogue: Catalogue) -> Iterator[str]:
     if agent is not None and agent.subject is None:
         yield f"{where}: {agent.name} is everybody below a subject_prefix: @break_glass is for one workload"
     owner = None if agent is None else agent.owner
-    others = [rule for rule in catalogue.principals if rule is not agent and not _answers_to(rule, owner)]
-    group = [rule for rule in others if Role.APPROVER in rule.roles and policy.approval in rule.groups]
+    others = [rule for rule in catalogue.principals if not _speaks_for(rule, agent) and not _answers_to(rule, owner)]
+    approvers = [rule for rule in others if Role.APPROVER in rule.roles and policy.approval in rule.groups]
+    group = list(islice(catalogue.different_people(approvers), policy.quorum))
     if len(group) < policy.quorum:
         yield (
-            f"{where}: wants {policy.quorum} of {policy.approval!r} who neither ask nor own who asks, and there are "
-            f"{len(group)}: add approvers to it, or lower the quorum"
+            f"{where}: wants {policy.quorum} people of {policy.approval!r} who neither ask nor own who asks, and there "
+            f"are {len(group)}: add approvers to it, or lower the quorum"
         )
         return
-    may_review = [rule for rule in others if rule in group or {Role.ADMIN, Role.AUDITOR} & set(rule.roles)]
-    if len(may_review) <= policy.quorum:
+    overseers = [rule for rule in others if {Role.ADMIN, Role.AUDITOR} & set(rule.roles)]
+    apart = catalogue.different_people([*group, *approvers, *overseers])
+    if len(list(islice(apart, policy.quorum + 1))) <= policy.quorum:
         yield (
             f"{where}: when {policy.quorum} of {policy.approval!r} have approved it, nobody is left who may review it: "
             "add an approver, an auditor or an admin who neither asks nor approves"
         )
+
+
+def _speaks_for(rule: PrincipalRule, agent: PrincipalRule | None) -> bool:
+    if agent is None:
+        return False
+    return rule is agent or rule.owner == agent.name or (rule.subject is not None and rule.subject == agent.subject)
 
 
 def _answers_to(rule: PrincipalRule, owner: str | None) -> bool:
