@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jwt
 
@@ -27,7 +27,7 @@ def told(house, after: int = 0) -> list[dict]:
     seen = house.broker.feed.look().seen
     found = []
     while after < seen.seq:
-        for seq, text in house.broker.feed.replay(after, seen.seq):
+        for seq, text in house.broker.feed.replay(replace(seen.position, seq=after), seen.seq):
             assert seq == after + 1
             after = seq
             found.append(json.loads(text))
@@ -111,7 +111,7 @@ class Follower:
         key = jwt.PyJWKSet.from_dict(self.jwks)[header["kid"]]
         options = {"verify_exp": False, "verify_iat": False, "require": ["iss", "iat", "exp"]}
         said = jwt.decode(token, key, algorithms=["ES256"], issuer=self.issuer, options=options)
-        assert said["exp"] - said["iat"] == 15
+        assert said["exp"] - said["iat"] == 12
         assert said["feed"] == self.feed
         assert written(self.heads[said["seq"]]) == said["head"]
         self.statement, self.statements = said, self.statements + 1

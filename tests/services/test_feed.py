@@ -274,7 +274,7 @@ def test_the_chain_is_what_anybody_computes_who_has_the_texts(house):
     seen = house.broker.feed.look().seen
     head = hashlib.sha256(seen.feed_id.encode()).digest()
     assert written(head) == first_head(seen.feed_id)
-    for _, text in house.broker.feed.replay(0, seen.seq):
+    for _, text in house.broker.feed.replay(replace(seen.position, seq=0), seen.seq):
         assert "\n" not in text and text.isascii()
         head = head_after(head, text)
     assert (seen.seq, seen.head) == (5, written(head))
@@ -367,14 +367,61 @@ def test_a_statement_says_what_the_feed_is_under_the_brokers_key(house):
     }
 
 
+def test_who_hears_no_more_refuses_within_the_bound_what_was_committed_late(house):
+    """A revocation's time is read in its transaction: a statement from before its commit knows nothing of it."""
+    issued = house.issue(house.open_task())
+    ended_at = house.clock()
+    house.clock.forward(seconds=3)
+    said = jwt.decode(stated(house), options={"verify_signature": False})
+    house.clock.at = ended_at
+    [line] = house.broker.revocation.revoke_grant(house.caller("ada"), issued.grant.id).receipt.lines
+    assert said["exp"] <= epoch(line.exposed_until) == epoch(ended_at + timedelta(seconds=15))
+
+
 def test_nobody_vouches_for_a_feed_while_a_lost_heartbeat_is_not_told(house):
     house.open_task(heartbeat=timedelta(seconds=30))
-    house.clock.forward(seconds=34)
+    house.clock.forward(seconds=32)
     assert stated(house) is not None
-    house.clock.forward(seconds=2)
+    house.clock.forward(seconds=1)  # 12 s from now on it would be more than 15 s
     assert stated(house) is None
     house.broker.sweeper.sweep()
     assert stated(house) is not None
+
+
+def test_nobody_vouches_for_a_feed_that_had_its_numbers_before_a_lost_heartbeat_was_told(house, monkeypatch):
+    """The sweeper comes by between the numbers and the look: the task is over then, and its event not in the look."""
+    house.open_task(heartbeat=timedelta(seconds=30))
+    house.broker.feed.look()
+    house.clock.forward(seconds=33)
+    look, looks = rows.look, []
+
+    def looks_late(db):
+        looks.append(db)
+        if len(looks) == 2:
+            house.broker.sweeper.sweep()
+        return look(db)
+
+    monkeypatch.setattr(rows, "look", looks_late)
+    looked = house.broker.feed.look()
+    assert (looked.seen.seq, looked.vouched) == (0, False)
+    looked = house.broker.feed.look()
+    assert (looked.seen.seq, looked.vouched) == (1, True)
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+def test_nobody_vouches_for_a_feed_while_somebody_stalls_who_is_to_tell_of_a_shortened_grant(house):
+    """Nobody waits for its row, and so nobody else tells of it. SQLite has one writer."""
+    issued = shortened(house)
+    stalled = house.broker.database.engine.connect()
+    with stalled.begin():
+        stalled.execute(sa.select(ShortenedGrant).with_for_update()).one()
+        house.clock.forward(seconds=61)
+        assert stated(house) is not None
+        house.clock.forward(seconds=1)
+        assert stated(house) is None
+    stalled.close()
+    assert stated(house) is not None
+    assert [event["grant_id"] for event in told(house)] == [issued.grant.id]
 
 
 def test_nobody_vouches_where_no_key_can_sign(house, monkeypatch):
@@ -406,7 +453,7 @@ def test_a_reader_goes_on_where_it_was(house, twelve):
     for seq in (0, 3, 12):
         wanted = Position(feed_id=twelve.feed_id, seq=seq)
         assert start(house, wanted) == type(start(house, wanted))(position=wanted)
-    assert [seq for seq, _ in house.broker.feed.replay(3, 12)] == list(range(4, 13))
+    assert [seq for seq, _ in house.broker.feed.replay(replace(twelve, seq=3), 12)] == list(range(4, 13))
 
 
 def test_a_reader_that_is_new_or_comes_from_elsewhere_starts_a_few_seconds_back(house, twelve):
@@ -415,7 +462,7 @@ def test_a_reader_that_is_new_or_comes_from_elsewhere_starts_a_few_seconds_back(
         found = start(house, wanted)
         assert found.position == replace(twelve, seq=7)
         assert found.reset.position == found.position
-        texts = [text for _, text in house.broker.feed.replay(0, 7)]
+        texts = [text for _, text in house.broker.feed.replay(replace(twelve, seq=0), 7)]
         head = decoded(first_head(twelve.feed_id))
         for text in texts:
             head = head_after(head, text)
@@ -436,6 +483,18 @@ def test_who_was_away_longer_than_events_are_kept_starts_anew(house, twelve):
     assert count(house, FeedEvent) == 2  # the newest of the old ones is where others start
     assert start(house, replace(twelve, seq=11)).reset is None
     assert start(house, replace(twelve, seq=10)).reset is not None
+
+
+def test_a_replay_of_another_feed_or_with_a_gap_is_none(house, twelve):
+    last = replace(twelve, seq=3)
+    assert house.broker.feed.replay(replace(last, feed_id="another"), 12) == ()
+    with house.broker.database.begin() as db:
+        db.execute(sa.delete(FeedEvent).where(FeedEvent.seq == 6))
+    assert house.broker.feed.replay(last, 12) == ()
+    with house.broker.database.begin() as db:
+        db.execute(sa.delete(FeedEvent).where(FeedEvent.seq <= 6))
+    assert house.broker.feed.replay(last, 12) == ()
+    assert [seq for seq, _ in house.broker.feed.replay(replace(twelve, seq=6), 12)] == list(range(7, 13))
 
 
 def test_forgetting_goes_in_bounded_steps_from_the_oldest_on(house, twelve):

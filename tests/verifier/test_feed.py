@@ -7,7 +7,7 @@ import pytest
 
 from broker.conformance.fake_broker import AUDIENCE
 from broker.sdk.verifier import jose
-from broker.sdk.verifier.feed import Broken, Feed, statement_of
+from broker.sdk.verifier.feed import Broken, Feed, Refusal, Refusals, statement_of
 from broker.sdk.verifier.jose import NotReadable
 from broker.sdk.verifier.moments import BrokerTime
 from broker.sdk.verifier.tokens import Token
@@ -190,10 +190,40 @@ def test_a_key_that_leaked_is_never_forgotten_and_a_forged_event_silences_none(s
     clocks.forward(86_400)
     source.state()
     assert source.feed.refuses(token(issued_at=EPOCH + 86_400))
+    source.append("tokens", key="k3", issued_before=253402300799)
     source.feed.event('{"seq":2,"kind":"tokens","key":"k2","issued_before":253402300799}')
-    source.reset()
     assert source.feed.refuses(token(marks=(("key", "k2"),)))
+    with pytest.raises(Broken, match="chain"):
+        source.state()
+    source.feed.distrust(start_over=False)
     assert not source.feed.refuses_key("k2", EPOCH)
+
+
+def test_a_key_that_leaked_is_never_forgotten_after_a_reset_that_came_before_a_statement(source, clocks):
+    """Whoever has the key and sits in between would send one, and then statements of his own."""
+    source.feed.event(source.append("tokens", key="k1", issued_before=253402300799))
+    source.reset()
+    assert source.feed.refuses_key("k1", EPOCH)
+    clocks.forward(86_400)
+    source.state()
+    assert source.feed.refuses(token(issued_at=EPOCH + 86_400))
+    assert source.feed.refuses_key("k1", EPOCH + 86_400)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Refusal(kind="grant", name="grt_1"),
+        Refusal(kind="task", name="task_1"),
+        Refusal(kind="key", name="k1", issued_before=EPOCH),
+    ],
+)
+def test_a_refusal_that_is_said_again_is_forgotten_no_sooner(refusal):
+    refusals = Refusals(10)
+    assert refusals.add(refusal, float("inf"))
+    assert refusals.add(refusal, 5.0)
+    refusals.forget(6.0)
+    assert refusals.over(token())
 
 
 def test_a_statement_from_before_an_event_does_not_say_which_lists_are_complete(source):

@@ -102,13 +102,13 @@ class Refusals:
         if len(self) >= self._most:
             return False
         if refusal.kind == "grant":
-            self._grants[refusal.name] = forget_at
+            self._grants[refusal.name] = max(self._grants.get(refusal.name, 0.0), forget_at)
         elif refusal.kind == "task":
-            self._tasks[refusal.name] = forget_at
+            self._tasks[refusal.name] = max(self._tasks.get(refusal.name, 0.0), forget_at)
         else:
             mark = (refusal.kind, refusal.name)
-            before = self._marks.get(mark, (0, 0.0))[0]
-            self._marks[mark] = (max(before, refusal.issued_before), forget_at)
+            before, until = self._marks.get(mark, (0, 0.0))
+            self._marks[mark] = (max(before, refusal.issued_before), max(until, forget_at))
         return True
 
     def forget(self, now: float) -> None:
@@ -165,7 +165,8 @@ class Feed:
     def refuses_key(self, kid: str, issued_at: int) -> bool:
         """Whether nothing counts any more that this key signed at this time.
 
-        By what was proven alone: otherwise a forged event would silence the very statements that do not bear it out.
+        Not by what a statement can still bear out: otherwise a forged event would silence the very statements that do
+        not. A reset takes that chance away, and from then on it counts: who has a key that leaked could send one.
         """
         return self._proven_refusals.over_key(kid, issued_at)
 
@@ -274,10 +275,7 @@ class Feed:
         if not self._unproven:
             return
         while self._unproven and self._unproven[0].seq <= seq:
-            event = self._unproven.popleft()
-            # Whoever has a key that leaked goes on signing with it.
-            is_key = event.refusal is not None and event.refusal.kind == "key"
-            self._keep(event, _NEVER if is_key else now + self._kept_s)
+            self._keep(self._unproven.popleft(), now)
         self._unproven_refusals = Refusals(_UNPROVEN_KEPT)
         for event in self._unproven:
             if event.refusal is not None:
@@ -286,10 +284,13 @@ class Feed:
     def _keep_unproven(self) -> None:
         now = self._time.now().monotonic
         while self._unproven:
-            self._keep(self._unproven.popleft(), now + self._kept_s)
+            self._keep(self._unproven.popleft(), now)
         self._unproven_refusals = Refusals(_UNPROVEN_KEPT)
 
-    def _keep(self, event: Event, forget_at: float) -> None:
+    def _keep(self, event: Event, now: float) -> None:
+        # Whoever has a key that leaked goes on signing with it.
+        is_key = event.refusal is not None and event.refusal.kind == "key"
+        forget_at = _NEVER if is_key else now + self._kept_s
         # What cannot be remembered is left to the status lists, so that a flood of revocations revokes too much for a
         # moment and never too little.
         if event.refusal is not None and not self._proven_refusals.add(event.refusal, forget_at):
