@@ -35,12 +35,21 @@ class Answered:
 
 
 class Poster:
-    """Posts to one place at a time. A resolver that hangs keeps one thread beyond the deadline, and not one a POST."""
+    """Posts to one place at a time. A resolver that hangs keeps one thread beyond the deadline, and not one a POST.
 
-    def __init__(self, *, deadline: timedelta, may_reach: Callable[[IpAddress], bool] | None = None) -> None:
+    Whoever makes many gives them one `tls`: a context holds every authority it believes, which is a megabyte.
+    """
+
+    def __init__(
+        self,
+        *,
+        deadline: timedelta,
+        may_reach: Callable[[IpAddress], bool] | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._deadline_s = deadline.total_seconds()
         self._backend = None if may_reach is None else _Judged(may_reach)
-        self._tls = ssl.create_default_context()
+        self._tls = tls or ssl.create_default_context()
         self._late: threading.Thread | None = None
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str], *, read: int = 0) -> Answered:

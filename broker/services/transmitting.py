@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -112,6 +113,7 @@ class Transmitting:
         self._deadline = deadline
         self._guard = threading.Lock()
         self._posters: dict[str, Poster] = {}
+        self._tls = ssl.create_default_context()
         self._pool: ThreadPoolExecutor | None = None
 
     # --- from the feed onto the streams ------------------------------------------------------------------------------
@@ -346,11 +348,18 @@ class Transmitting:
         return f"{host}: it answered {answer.status}" + ("" if code == "none" else f", {code}")
 
     def _poster(self, stream_id: str) -> Poster:
-        # One a stream, so that a resolver that hangs for one holds up that one alone.
+        """One a stream, so that a resolver that hangs for one holds up that one alone."""
         with self._guard:
-            if stream_id not in self._posters:
-                self._posters[stream_id] = Poster(deadline=self._deadline, may_reach=self._may_reach)
-            return self._posters[stream_id]
+            known = self._posters.get(stream_id)
+        if known is not None:
+            return known
+        # There is one more than before only here, so here is where those of streams that are gone go.
+        with self._database.read() as db:
+            existing = streams.ids(db)
+        with self._guard:
+            self._posters = {kept: poster for kept, poster in self._posters.items() if kept in existing}
+            made = Poster(deadline=self._deadline, may_reach=self._may_reach, tls=self._tls)
+            return self._posters.setdefault(stream_id, made)
 
     def run(self) -> None:
         """For the scheduler."""

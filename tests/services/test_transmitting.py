@@ -324,6 +324,22 @@ def test_nothing_is_pushed_to_where_a_name_leads_inside(house, receiver):
     assert "inside" in overseen(house, stream).stream.trouble
 
 
+def test_a_stream_that_is_gone_leaves_nothing_behind_and_all_share_one_context(house, receiver):
+    transmitting = house.broker.transmitting
+    for _ in range(3):
+        stream = stream_for(house, receiver)
+        house.broker.streams.verify(house.caller("crm-api"), stream.id, None)
+        deliver(house)
+        house.broker.streams.delete(house.caller("crm-api"), stream.id)
+    stays = stream_for(house, receiver, by="audrey")
+    last = stream_for(house, receiver)
+    end_one(house)
+    deliver(house)
+    assert len(receiver.received) == 5
+    assert transmitting._posters.keys() == {stays.id, last.id}
+    assert {poster._tls for poster in transmitting._posters.values()} == {transmitting._tls}
+
+
 def test_of_two_brokers_one_pushes(house, store_url, tmp_path, receiver):
     second = ssf_house(store_url, tmp_path, clock=house.clock)
     try:
