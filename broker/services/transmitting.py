@@ -12,8 +12,9 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -127,11 +128,19 @@ class Transmitting:
             behind = streams.behind(db, seen.feed_id, seen.seq)
             idle = streams.idle_polls(db, active_before=idle_before)
         for stream_id in idle:
-            with self._database.begin() as db:
-                stream = streams.find_stream(db, streams.with_id(stream_id), lock=True)
-                if stream is not None and stream.state is StreamState.ENABLED and stream.active_at <= idle_before:
-                    self._streams.stop(db, stream, reason="nobody polled it for too long", now=self._clock())
-        return sum(self._tell_all(stream_id) for stream_id in behind)
+            with _guarded("an idle stream was not paused", stream_id):
+                self._stop_idle(stream_id, idle_before)
+        made = 0
+        for stream_id in behind:
+            with _guarded("nothing was told on a stream", stream_id):
+                made += self._tell_all(stream_id)
+        return made
+
+    def _stop_idle(self, stream_id: str, idle_before: datetime) -> None:
+        with self._database.begin() as db:
+            stream = streams.find_stream(db, streams.with_id(stream_id), lock=True)
+            if stream is not None and stream.state is StreamState.ENABLED and stream.active_at <= idle_before:
+                self._streams.stop(db, stream, reason="nobody polled it for too long", now=self._clock())
 
     def _tell_all(self, stream_id: str) -> int:
         total = 0
@@ -263,14 +272,9 @@ class Transmitting:
             return self._pool
 
     def _push(self, stream_id: str, fence: int) -> None:
-        try:
+        # Its claim ends by itself, and the next one tries again.
+        with _guarded("nothing was pushed", stream_id):
             self._push_some(stream_id, fence)
-        except BrokerError as problem:
-            # Its claim ends by itself, and the next one tries again.
-            fields = {"stream": stream_id, "detail": problem.detail}
-            _log.warning("nothing was pushed", extra={"fields": fields})
-        except Exception:
-            _log.exception("nothing was pushed", extra={"fields": {"stream": stream_id}})
 
     def _push_some(self, stream_id: str, fence: int) -> None:
         """In their order, until none waits, one is not taken, or another stream should have its turn."""
@@ -363,8 +367,11 @@ class Transmitting:
 
     def run(self) -> None:
         """For the scheduler."""
-        self.tell()
-        self.push()
+        try:
+            self.tell()
+        finally:
+            # What waits already goes out whatever there is with the feed.
+            self.push()
 
     def backlog(self) -> Mapping[str, int]:
         with self._database.read() as db:
@@ -376,6 +383,17 @@ class Transmitting:
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _guarded(what: str, stream_id: str) -> Iterator[None]:
+    """What goes wrong on one stream is logged, and stops no other."""
+    try:
+        yield
+    except BrokerError as problem:
+        _log.warning(what, extra={"fields": {"stream": stream_id, "detail": problem.detail}})
+    except Exception:
+        _log.exception(what, extra={"fields": {"stream": stream_id}})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -413,6 +413,50 @@ def test_a_set_is_signed_by_a_key_that_is_published_when_it_is_sent(house, recei
     assert house.broker.standing.now().keys.attesting("RS256").kid != first
 
 
+def broken_for(monkeypatch, owner, name, stream):
+    real = getattr(owner, name)
+
+    def breaks(*args, **more):
+        if stream.id in args:
+            raise RuntimeError("this stream is broken")
+        return real(*args, **more)
+
+    monkeypatch.setattr(owner, name, breaks)
+
+
+def test_a_stream_that_fails_stops_no_other(house, receiver, monkeypatch):
+    broken, sound = stream_for(house, receiver), stream_for(house, receiver, by="audrey")
+    assert broken.id < sound.id
+    broken_for(monkeypatch, house.broker.transmitting, "_tell_all", broken)
+    end_one(house)
+    deliver(house)
+    assert [claims["aud"] for claims in receiver.claims] == ["audrey"]
+
+
+def test_an_idle_stream_that_cannot_be_paused_stops_no_other(house, receiver, monkeypatch):
+    idle = house.broker.streams.create(house.caller("crm-api"), polled())
+    stream_for(house, receiver, by="audrey")
+    house.clock.forward(days=8)
+    broken_for(monkeypatch, house.broker.transmitting, "_stop_idle", idle)
+    end_one(house)
+    deliver(house)
+    assert [claims["aud"] for claims in receiver.claims] == ["audrey"]
+
+
+def test_what_waits_is_pushed_though_nothing_can_be_told(house, receiver, monkeypatch):
+    stream_for(house, receiver)
+    end_one(house)
+    house.broker.transmitting.tell()
+
+    def fails():
+        raise RuntimeError("the feed is broken")
+
+    monkeypatch.setattr(house.broker.transmitting, "tell", fails)
+    with pytest.raises(RuntimeError, match="feed is broken"):
+        house.broker.transmitting.run()
+    assert receiver.arrived.acquire(timeout=10)
+
+
 # --- holding ---------------------------------------------------------------------------------------------------------
 
 
