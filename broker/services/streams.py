@@ -149,19 +149,23 @@ class Streams:
         return stream
 
     def update(self, caller: Caller, stream_id: str, wish: Wish, *, keeps_authorization: bool) -> Stream:
-        """The stream as it is wished for; what was not taken yet goes where it is delivered then."""
+        """The stream as it is wished for; what was not taken yet goes where it is delivered then.
+
+        With the authorization, where it is delivered is kept too: as it is by now, and not as the wish has it.
+        """
         self._admit(caller)
         self._require_reachable(wish)
         sealed = self._sealed(stream_id, wish.authorization)
         with self._database.begin() as db:
             before = self._held(db, caller, stream_id)
             now = self._clock()
-            kept = before.sealed_authorization if keeps_authorization else None
+            keeps = keeps_authorization
             after = replace(
                 before,
-                method=wish.method,
-                endpoint_url=wish.endpoint_url,
-                sealed_authorization=sealed or kept,
+                # What opens a receiver is sent to that one alone, and another may have been named meanwhile (INV-30).
+                method=before.method if keeps else wish.method,
+                endpoint_url=before.endpoint_url if keeps else wish.endpoint_url,
+                sealed_authorization=before.sealed_authorization if keeps else sealed,
                 events_requested=wish.events_requested,
                 description=wish.description,
                 active_at=now,

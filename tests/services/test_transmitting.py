@@ -457,6 +457,24 @@ def test_what_waits_is_pushed_though_nothing_can_be_told(house, receiver, monkey
     assert receiver.arrived.acquire(timeout=10)
 
 
+def test_what_opens_a_receiver_is_not_sent_to_the_one_before_it(house, receiver):
+    """A PATCH that read the stream before a PUT named another receiver with another secret."""
+    caller, later = house.caller("crm-api"), Receiver()
+    try:
+        stale = pushed_to(receiver.url, description="patched")
+        stream = stream_for(house, receiver, authorization=Secret("Bearer of-the-first"))
+        anew = pushed_to(later.url, authorization=Secret("Bearer of-the-second"))
+        house.broker.streams.update(caller, stream.id, anew, keeps_authorization=False)
+        patched = house.broker.streams.update(caller, stream.id, stale, keeps_authorization=True)
+        assert (patched.endpoint_url, patched.description) == (later.url, "patched")
+        end_one(house)
+        deliver(house)
+        assert receiver.received == []
+        assert [headers["Authorization"] for _, headers, _ in later.received] == ["Bearer of-the-second"]
+    finally:
+        later.close()
+
+
 # --- holding ---------------------------------------------------------------------------------------------------------
 
 
