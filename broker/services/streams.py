@@ -198,15 +198,19 @@ class Streams:
             streams.change(db, stream.id, active_at=now)
             if stream.state is to:
                 return stream
-            if stream.set_by == _ADMIN and stream.state is not StreamState.ENABLED:
-                raise Forbidden("an admin stopped this stream: ask one to let it go on")
+            _require_not_stopped(stream)
             return self._moved(db, stream, to, reason=reason, set_by=_RECEIVER, by=caller.name, now=now)
 
     def delete(self, caller: Caller, stream_id: str) -> None:
-        """With all that waits on it."""
+        """With all that waits on it. Not where an admin stopped it: a new one would go on."""
         self._admit(caller)
-        with self._database.begin() as db:
-            self._deleted(db, self._held(db, caller, stream_id), by=caller.name, trace_id=caller.trace_id)
+        with (
+            recorded(self._database, self._clock, caller, "stream.denied", "delete"),
+            self._database.begin() as db,
+        ):
+            stream = self._held(db, caller, stream_id)
+            _require_not_stopped(stream)
+            self._deleted(db, stream, by=caller.name, trace_id=caller.trace_id)
 
     def remove_subject(self, caller: Caller, stream_id: str, subject: Subject) -> None:
         """Tell nothing more that is about exactly this; of what we could never tell, nothing is kept or said."""
@@ -426,6 +430,11 @@ def _found(db: Connection, stream_id: str, *, receiver: str | None = None, lock:
     if stream is None:
         raise NotFound(f"there is no stream {stream_id[:64]!r} of yours")
     return stream
+
+
+def _require_not_stopped(stream: Stream) -> None:
+    if stream.set_by == _ADMIN and stream.state is not StreamState.ENABLED:
+        raise Forbidden("an admin stopped this stream: ask one to let it go on")
 
 
 def _event(

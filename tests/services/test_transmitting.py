@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from broker.domain.clock import epoch
-from broker.domain.errors import Conflict, NotFound
+from broker.domain.errors import Conflict, Forbidden, NotFound
 from broker.domain.identity import User
 from broker.domain.lifecycle import StreamState, TaskState
 from broker.domain.secret import Secret
@@ -582,6 +582,24 @@ def test_after_another_feed_begins_everybody_is_sent_to_ask(house):
     assert told[0] == ("session-revoked", {"format": "complex", "tenant": {"format": "opaque", "id": ISSUER}})
     grant_id = end_one(house)
     assert told_on(house, stream)[-1] == ("session-revoked", session(grant_id))
+
+
+def test_who_was_stopped_by_an_admin_does_not_begin_anew(house):
+    caller, admin = house.caller("crm-api"), house.caller("ada")
+    stream = house.broker.streams.create(caller, polled())
+    house.broker.streams.pause(admin, stream.id, reason="an incident")
+    with pytest.raises(Forbidden):
+        house.broker.streams.delete(caller, stream.id)
+    assert overseen(house, stream).stream.state is StreamState.PAUSED
+    [denied] = [
+        event
+        for event in house.broker.audit_trail.page(house.caller("audrey"), {}, before=None, limit=100)
+        if event.type == "stream.denied"
+    ]
+    assert denied.actor == "crm-api"
+    house.broker.streams.resume(admin, stream.id)
+    set_state(house, stream, StreamState.PAUSED)
+    house.broker.streams.delete(caller, stream.id)
 
 
 # --- poll ------------------------------------------------------------------------------------------------------------
