@@ -265,6 +265,14 @@ class Streams:
                         window_s=int(self.bounds.min_verification_interval.total_seconds()),
                         retry_after_s=int(wait.total_seconds()),
                     )
+            if streams.count_waiting(db, stream.id) >= self.bounds.most_waiting:
+                # A paused stream would else be filled with these for ever.
+                raise LimitExceeded(
+                    f"{self.bounds.most_waiting} events wait on this stream: take some first",
+                    limit="most_waiting",
+                    value=self.bounds.most_waiting,
+                    retry_after_s=60,
+                )
             streams.change(db, stream.id, verified_at=now, active_at=now)
             self._say(db, stream, VERIFICATION, {} if state is None else {"state": state}, now, always=False)
             record(db, [_event(caller.name, stream, now, "stream.verified", trace_id=caller.trace_id)])

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from broker.domain.clock import epoch
-from broker.domain.errors import Conflict, Forbidden, NotFound
+from broker.domain.errors import Conflict, Forbidden, LimitExceeded, NotFound
 from broker.domain.identity import User
 from broker.domain.lifecycle import StreamState, TaskState
 from broker.domain.secret import Secret
@@ -600,6 +600,19 @@ def test_who_was_stopped_by_an_admin_does_not_begin_anew(house):
     house.broker.streams.resume(admin, stream.id)
     set_state(house, stream, StreamState.PAUSED)
     house.broker.streams.delete(caller, stream.id)
+
+
+def test_a_stream_is_not_filled_with_verifications(house):
+    caller = house.caller("crm-api")
+    stream = house.broker.streams.create(caller, polled())
+    set_state(house, stream, StreamState.PAUSED)
+    for _ in range(10):
+        house.broker.streams.verify(caller, stream.id, None)
+        house.clock.forward(minutes=5)
+    with pytest.raises(LimitExceeded) as refused:
+        house.broker.streams.verify(caller, stream.id, None)
+    assert (refused.value.limit, refused.value.value) == ("most_waiting", 10)
+    assert overseen(house, stream).waiting == 10
 
 
 # --- poll ------------------------------------------------------------------------------------------------------------
