@@ -12,7 +12,7 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -232,10 +232,8 @@ class Transmitting:
             return
         with self._database.begin() as db:
             now = self._clock()
-            taken = streams.taken(db, stream.id, asked.taken)
-            refused = streams.taken(db, stream.id, list(asked.refused))
-            if taken or refused:
-                streams.change(db, stream.id, progress_at=now)
+            taken = _taken(db, stream, asked.taken, now)
+            refused = _taken(db, stream, list(asked.refused), now)
             record(db, [_refused(stream, jti, asked.refused[jti], now) for jti in refused])
         self._counted("delivered", len(taken))
         self._counted("refused", len(refused))
@@ -332,8 +330,7 @@ class Transmitting:
             return f"{host}: {problem.reason}"
         if answer.status == 202:
             with self._database.begin() as db:
-                if streams.taken(db, stream.id, [jti]):
-                    streams.change(db, stream.id, progress_at=self._clock())
+                _taken(db, stream, [jti], self._clock())
             self._counted("delivered", 1)
             return None
         code = _code_in(answer.body) if answer.status == 400 else "none"
@@ -341,8 +338,7 @@ class Transmitting:
             # What it cannot take it will not take the next time, and what comes after must not wait for it for ever.
             with self._database.begin() as db:
                 now = self._clock()
-                if streams.taken(db, stream.id, [jti]):
-                    streams.change(db, stream.id, progress_at=now)
+                if _taken(db, stream, [jti], now):
                     record(db, [_refused(stream, jti, code, now)])
             self._counted("refused", 1)
             return None
@@ -417,6 +413,17 @@ def _hearing(receiver: str, catalogue: Catalogue) -> _Hearing | None:
         return None
     resources = frozenset(one.identifier for one in catalogue.resources if receiver in one.verifiers)
     return _Hearing(everything=not roles.isdisjoint({Role.AUDITOR, Role.ADMIN}), resources=resources)
+
+
+def _taken(db: Connection, stream: Stream, jtis: Collection[str], now: datetime) -> list[str]:
+    """Forget these; answers which of them waited on this stream."""
+    # The stream before what waits on it, as whoever stops or deletes it: so no two wait for each other.
+    if not jtis or streams.find_stream(db, streams.with_id(stream.id), lock=True) is None:
+        return []
+    taken = streams.taken(db, stream.id, jtis)
+    if taken:
+        streams.change(db, stream.id, progress_at=now)
+    return taken
 
 
 def _code_in(body: bytes) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import Engine, event
 
 from broker.domain.clock import epoch
 from broker.domain.errors import Conflict, Forbidden, LimitExceeded, NotFound
@@ -642,6 +643,41 @@ def test_nobody_acknowledges_what_is_anothers(house):
     assert list(poll(house, mine).sets) == [jti]
     with pytest.raises(NotFound):
         poll(house, mine, by="audrey", taken=(jti,))
+
+
+def statements_of(house, act):
+    said = []
+
+    def heard(_connection, _cursor, statement, *_):
+        said.append(" ".join(statement.split()))
+
+    event.listen(Engine, "before_cursor_execute", heard)
+    try:
+        act()
+    finally:
+        event.remove(Engine, "before_cursor_execute", heard)
+    return said
+
+
+@pytest.mark.parametrize("how", ["polled", "refused", "pushed", "not taken by push"])
+def test_who_takes_holds_the_stream_before_what_waits_on_it(house, receiver, how):
+    """As whoever stops or deletes the stream: in another order the two wait for each other."""
+    caller = house.caller("crm-api")
+    wish = pushed_to(receiver.url) if "push" in how else polled()
+    receiver.answers = [refusing("invalid_request") if how == "not taken by push" else 202]
+    stream = house.broker.streams.create(caller, wish)
+    end_one(house)
+    house.broker.transmitting.tell()
+    if "push" in how:
+        said = statements_of(house, lambda: house.broker.transmitting.push(patience_s=20))
+    else:
+        [jti] = poll(house, stream).sets
+        asked = {"taken": (jti,)} if how == "polled" else {"refused": {jti: "invalid_request"}}
+        said = statements_of(house, lambda: poll(house, stream, **asked))
+    [at] = [index for index, one in enumerate(said) if one.startswith("DELETE FROM event_deliveries")]
+    assert "FROM event_streams" in said[at - 1]
+    assert ("FOR UPDATE" in said[at - 1]) == (house.broker.database.engine.dialect.name == "postgresql")
+    assert overseen(house, stream).waiting == 0
 
 
 def test_of_two_who_tell_at_once_each_event_is_told_once(house, store_url, tmp_path):
