@@ -292,7 +292,8 @@ class Receiving:
             except SetRefused as problem:
                 _log.warning("a SET was refused", extra={"fields": {"reason": problem.reason, "code": problem.code}})
                 refused[jti] = {"err": problem.code, "description": problem.detail}
-            except Unavailable as problem:
+            except BrokerError as problem:
+                # Ours to mend, whatever it is: it comes again, and those after it are heard.
                 _log.warning("a SET was not heard", extra={"fields": {"detail": problem.detail}})
             else:
                 taken.append(jti)

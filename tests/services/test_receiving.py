@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 
-from broker.domain.errors import BrokerError, TaskNotActive, Unavailable
+from broker.domain.errors import BrokerError, Conflict, RoleMissing, TaskNotActive, Unavailable
 from broker.domain.identity import User
 from broker.domain.lifecycle import TaskState
 from broker.services.receiving import SetRefused
@@ -522,5 +522,35 @@ def test_what_cannot_be_heard_yet_is_neither_taken_nor_refused(store_url, tmp_pa
         house.broker.receiving.poll()
         assert transmitter.sets == {}
         assert not house.is_active(mine)
+    finally:
+        house.broker.close()
+
+
+@pytest.mark.parametrize("problem", [Conflict("somebody else's"), RoleMissing("no")])
+def test_what_goes_wrong_with_one_set_keeps_none_after_it_from_being_heard(
+    store_url, tmp_path, transmitter, monkeypatch, problem
+):
+    other = Other(tmp_path, poll_url=transmitter.url)
+    house = ssf_house(store_url, tmp_path, transmitters=[other.settings])
+    try:
+        mine = grant_for_zoe(house)
+        said = {jti: other.claims(house.clock(), f"{CAEP}/session-revoked", sub_id=zoe(house), jti=jti)
+                for jti in ("jti-1", "jti-2")}  # fmt: skip
+        transmitter.sets = {jti: other.signed(claims) for jti, claims in said.items()}
+        real, broken = house.broker.receiving.receive, transmitter.sets["jti-1"]
+
+        def receive(token):
+            if token == broken:
+                raise problem
+            real(token)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(house.broker.receiving, "receive", receive)
+            house.broker.receiving.poll()
+        assert not house.is_active(mine)
+        # It may come again: neither taken nor refused.
+        assert (list(transmitter.sets), transmitter.errors) == (["jti-1"], {})
+        house.broker.receiving.poll()
+        assert transmitter.sets == {}
     finally:
         house.broker.close()
