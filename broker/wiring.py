@@ -213,6 +213,7 @@ def build(
     )
     versions = Versions(database=database, standing=standing)
     redeciding = Redeciding(database=database, standing=standing, versions=versions, clock=clock)
+    tasks = TaskService(database=database, standing=standing, debts=debts, limits=limits, issuer=issuer, clock=clock)
     signals = Signals(database=database, standing=standing, redeciding=redeciding, wakeups=wakeups, clock=clock)
     return Broker(
         settings=settings,
@@ -251,7 +252,7 @@ def build(
         ),
         reviews=Reviews(database=database, standing=standing, clock=clock),
         waiting=Waiting(),
-        tasks=TaskService(database=database, standing=standing, debts=debts, limits=limits, issuer=issuer, clock=clock),
+        tasks=tasks,
         revocation=revocation,
         leases=Leases(database=database, clock=clock),
         debts=debts,
@@ -282,6 +283,7 @@ def build(
             key_sets=key_sets,
             revocation=revocation,
             signals=signals,
+            tasks=tasks,
             transmitters=settings.transmitters,
             token_of=_poll_token,
             clock=clock,

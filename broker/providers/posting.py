@@ -25,6 +25,13 @@ from broker.domain.errors import ProviderUnavailable
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What IANA gave out for the Internet, and what of it is for something else. Beyond it are site-local addresses, the
+# forms that hold an IPv4 one (compatible, translated, the NAT64 of a site), and what nobody was given yet.
+_UNICAST = ipaddress.ip_network("2000::/3")
+_NOT_PUBLIC = tuple(
+    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2001:db8::/32", "3fff::/20"))
+)
+_ISATAP = (0x0000_5EFE, 0x0200_5EFE)  # RFC 5214 section 6.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +42,21 @@ class Answered:
 
 
 class Poster:
-    """Posts to one place at a time. A resolver that hangs keeps one thread beyond the deadline, and not one a POST."""
+    """Posts to one place at a time. A resolver that hangs keeps one thread beyond the deadline, and not one a POST.
 
-    def __init__(self, *, deadline: timedelta, may_reach: Callable[[IpAddress], bool] | None = None) -> None:
+    Whoever makes many gives them one `tls`: a context holds every authority it believes, which is a megabyte.
+    """
+
+    def __init__(
+        self,
+        *,
+        deadline: timedelta,
+        may_reach: Callable[[IpAddress], bool] | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._deadline_s = deadline.total_seconds()
         self._backend = None if may_reach is None else _Judged(may_reach)
-        self._tls = ssl.create_default_context()
+        self._tls = tls or ssl.create_default_context()
         self._late: threading.Thread | None = None
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str], *, read: int = 0) -> Answered:
@@ -145,7 +161,12 @@ def is_public(address: IpAddress) -> bool:
     embedded = _embedded(address)
     if embedded is not None:
         return is_public(embedded)
-    return address.is_global and not address.is_multicast
+    if isinstance(address, ipaddress.IPv6Address) and (
+        address not in _UNICAST or (int(address) >> 32) & 0xFFFF_FFFF in _ISATAP
+    ):
+        return False
+    # Not by `is_global` alone: what that knows depends on the release of Python.
+    return address.is_global and not address.is_multicast and not any(address in network for network in _NOT_PUBLIC)
 
 
 def _embedded(address: IpAddress) -> IpAddress | None:

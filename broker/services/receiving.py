@@ -22,6 +22,7 @@ from broker.domain.clock import LEEWAY, Clock, epoch, from_epoch
 from broker.domain.errors import BrokerError, Invalid, ProviderUnavailable, Unauthenticated, Unavailable
 from broker.domain.grant import IdempotencyClaim
 from broker.domain.identity import Caller, Principal, Role, new_id
+from broker.domain.lifecycle import TaskState
 from broker.domain.refusal import Refusal
 from broker.domain.secret import Secret
 from broker.domain.shared_signals import (
@@ -42,7 +43,8 @@ from broker.services.proofs import MARGIN, consume, joined
 from broker.services.revocation import Revocation
 from broker.services.signals import Signals
 from broker.services.standing import StandingReader
-from broker.store import grants
+from broker.services.tasks import TaskService
+from broker.store import grants, locks, tasks
 from broker.store.database import Database
 from broker.store.standing import is_consumed
 from broker.store.transitions import record
@@ -82,6 +84,7 @@ class Receiving:
         key_sets: KeySets,
         revocation: Revocation,
         signals: Signals,
+        tasks: TaskService,
         transmitters: Sequence[Transmitter],
         token_of: Callable[[Transmitter], Secret | None],
         clock: Clock,
@@ -92,6 +95,7 @@ class Receiving:
         self._key_sets = key_sets
         self._revocation = revocation
         self._signals = signals
+        self._tasks = tasks
         self._transmitters = {one.issuer: one for one in transmitters}
         self._token_of = token_of
         self._clock = clock
@@ -210,18 +214,35 @@ class Receiving:
             )
             return f"risk of {axis} {value} is {level}"
         lockdown = name in transmitter.lockdown_on
-        if not lockdown and not self._has_grants(axis, value):
+        if not lockdown and not self._has_live(axis, value):
             # Every sign-out of an identity provider is one of these, and each revocation makes every broker look again.
             return f"{axis} {value} has nothing live"
-        self._revocation.revoke_along(
-            _acting(transmitter, Role.ADMIN), axis, value, reason=said, lockdown=lockdown, idempotency=claim
-        )
+        acting = _acting(transmitter, Role.ADMIN)
+        outcome = self._revocation.revoke_along(acting, axis, value, reason=said, lockdown=lockdown, idempotency=claim)
+        if axis == "user" and outcome.ordered_at is not None:
+            # Else their agents ask again at once, with no token of the user. Afterwards, so that whatever was opened
+            # before the order is committed; up to then, so that a SET that is acted on again ends nothing newer. The
+            # time of another broker's clock may be ahead.
+            until = outcome.ordered_at + LEEWAY
+            self._tasks.cancel_opened_for(acting, value, opened_by=until, reason=said)
         return f"revoked {axis} {value}" + (", locked down" if lockdown else "")
 
-    def _has_grants(self, axis: str, value: str) -> bool:
+    def _has_live(self, axis: str, value: str) -> bool:
+        """Whether anything lives along it: grants, or a task under which a user's agents would ask for more."""
+        if self._finds_live(axis, value):
+            return True
+        with self._database.begin() as db:
+            # Who is issuing right now has committed after this, and is seen by the second look (INV-11).
+            locks.hold_gate_alone(db)
+        return self._finds_live(axis, value)
+
+    def _finds_live(self, axis: str, value: str) -> bool:
         covered = grants.covered_by(Refusal(id="", axis=axis, value=value, reason=""))
         with self._database.read() as db:
-            return bool(grants.unended_ids(db, covered, limit=1))
+            if grants.unended_ids(db, covered, limit=1):
+                return True
+            opened = tasks.matching(state=TaskState.ACTIVE, user=value)
+            return axis == "user" and bool(tasks.page_of_tasks(db, where=opened, before=None, limit=1))
 
     # --- by poll -----------------------------------------------------------------------------------------------------
 
@@ -271,7 +292,8 @@ class Receiving:
             except SetRefused as problem:
                 _log.warning("a SET was refused", extra={"fields": {"reason": problem.reason, "code": problem.code}})
                 refused[jti] = {"err": problem.code, "description": problem.detail}
-            except Unavailable as problem:
+            except BrokerError as problem:
+                # Ours to mend, whatever it is: it comes again, and those after it are heard.
                 _log.warning("a SET was not heard", extra={"fields": {"detail": problem.detail}})
             else:
                 taken.append(jti)

@@ -61,6 +61,7 @@ class BulkOutcome:
     value: str
     dry_run: bool
     revocation_id: str | None
+    ordered_at: datetime | None
     lockdown: Lockdown | None
     total: int
     by_agent: Mapping[str, int]
@@ -215,6 +216,7 @@ class Revocation:
             value=value,
             dry_run=True,
             revocation_id=None,
+            ordered_at=None,
             lockdown=None,
             total=sum(by_agent.values()),
             by_agent=by_agent,
@@ -292,6 +294,7 @@ class Revocation:
             value=refusal.value,
             dry_run=False,
             revocation_id=refusal.id,
+            ordered_at=order.ordered_at,
             lockdown=order.lockdown,
             total=total,
             by_agent=by_agent,

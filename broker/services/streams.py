@@ -149,19 +149,23 @@ class Streams:
         return stream
 
     def update(self, caller: Caller, stream_id: str, wish: Wish, *, keeps_authorization: bool) -> Stream:
-        """The stream as it is wished for; what was not taken yet goes where it is delivered then."""
+        """The stream as it is wished for; what was not taken yet goes where it is delivered then.
+
+        With the authorization, where it is delivered is kept too: as it is by now, and not as the wish has it.
+        """
         self._admit(caller)
         self._require_reachable(wish)
         sealed = self._sealed(stream_id, wish.authorization)
         with self._database.begin() as db:
             before = self._held(db, caller, stream_id)
             now = self._clock()
-            kept = before.sealed_authorization if keeps_authorization else None
+            keeps = keeps_authorization
             after = replace(
                 before,
-                method=wish.method,
-                endpoint_url=wish.endpoint_url,
-                sealed_authorization=sealed or kept,
+                # What opens a receiver is sent to that one alone, and another may have been named meanwhile (INV-30).
+                method=before.method if keeps else wish.method,
+                endpoint_url=before.endpoint_url if keeps else wish.endpoint_url,
+                sealed_authorization=before.sealed_authorization if keeps else sealed,
                 events_requested=wish.events_requested,
                 description=wish.description,
                 active_at=now,
@@ -194,15 +198,19 @@ class Streams:
             streams.change(db, stream.id, active_at=now)
             if stream.state is to:
                 return stream
-            if stream.set_by == _ADMIN and stream.state is not StreamState.ENABLED:
-                raise Forbidden("an admin stopped this stream: ask one to let it go on")
+            _require_not_stopped(stream)
             return self._moved(db, stream, to, reason=reason, set_by=_RECEIVER, by=caller.name, now=now)
 
     def delete(self, caller: Caller, stream_id: str) -> None:
-        """With all that waits on it."""
+        """With all that waits on it. Not where an admin stopped it: a new one would go on."""
         self._admit(caller)
-        with self._database.begin() as db:
-            self._deleted(db, self._held(db, caller, stream_id), by=caller.name, trace_id=caller.trace_id)
+        with (
+            recorded(self._database, self._clock, caller, "stream.denied", "delete"),
+            self._database.begin() as db,
+        ):
+            stream = self._held(db, caller, stream_id)
+            _require_not_stopped(stream)
+            self._deleted(db, stream, by=caller.name, trace_id=caller.trace_id)
 
     def remove_subject(self, caller: Caller, stream_id: str, subject: Subject) -> None:
         """Tell nothing more that is about exactly this; of what we could never tell, nothing is kept or said."""
@@ -257,6 +265,14 @@ class Streams:
                         window_s=int(self.bounds.min_verification_interval.total_seconds()),
                         retry_after_s=int(wait.total_seconds()),
                     )
+            if streams.count_waiting(db, stream.id) >= self.bounds.most_waiting:
+                # A paused stream would else be filled with these for ever.
+                raise LimitExceeded(
+                    f"{self.bounds.most_waiting} events wait on this stream: take some first",
+                    limit="most_waiting",
+                    value=self.bounds.most_waiting,
+                    retry_after_s=60,
+                )
             streams.change(db, stream.id, verified_at=now, active_at=now)
             self._say(db, stream, VERIFICATION, {} if state is None else {"state": state}, now, always=False)
             record(db, [_event(caller.name, stream, now, "stream.verified", trace_id=caller.trace_id)])
@@ -422,6 +438,11 @@ def _found(db: Connection, stream_id: str, *, receiver: str | None = None, lock:
     if stream is None:
         raise NotFound(f"there is no stream {stream_id[:64]!r} of yours")
     return stream
+
+
+def _require_not_stopped(stream: Stream) -> None:
+    if stream.set_by == _ADMIN and stream.state is not StreamState.ENABLED:
+        raise Forbidden("an admin stopped this stream: ask one to let it go on")
 
 
 def _event(

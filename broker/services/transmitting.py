@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -112,6 +114,7 @@ class Transmitting:
         self._deadline = deadline
         self._guard = threading.Lock()
         self._posters: dict[str, Poster] = {}
+        self._tls = ssl.create_default_context()
         self._pool: ThreadPoolExecutor | None = None
 
     # --- from the feed onto the streams ------------------------------------------------------------------------------
@@ -125,11 +128,19 @@ class Transmitting:
             behind = streams.behind(db, seen.feed_id, seen.seq)
             idle = streams.idle_polls(db, active_before=idle_before)
         for stream_id in idle:
-            with self._database.begin() as db:
-                stream = streams.find_stream(db, streams.with_id(stream_id), lock=True)
-                if stream is not None and stream.state is StreamState.ENABLED and stream.active_at <= idle_before:
-                    self._streams.stop(db, stream, reason="nobody polled it for too long", now=self._clock())
-        return sum(self._tell_all(stream_id) for stream_id in behind)
+            with _guarded("an idle stream was not paused", stream_id):
+                self._stop_idle(stream_id, idle_before)
+        made = 0
+        for stream_id in behind:
+            with _guarded("nothing was told on a stream", stream_id):
+                made += self._tell_all(stream_id)
+        return made
+
+    def _stop_idle(self, stream_id: str, idle_before: datetime) -> None:
+        with self._database.begin() as db:
+            stream = streams.find_stream(db, streams.with_id(stream_id), lock=True)
+            if stream is not None and stream.state is StreamState.ENABLED and stream.active_at <= idle_before:
+                self._streams.stop(db, stream, reason="nobody polled it for too long", now=self._clock())
 
     def _tell_all(self, stream_id: str) -> int:
         total = 0
@@ -221,10 +232,8 @@ class Transmitting:
             return
         with self._database.begin() as db:
             now = self._clock()
-            taken = streams.taken(db, stream.id, asked.taken)
-            refused = streams.taken(db, stream.id, list(asked.refused))
-            if taken or refused:
-                streams.change(db, stream.id, progress_at=now)
+            taken = _taken(db, stream, asked.taken, now)
+            refused = _taken(db, stream, list(asked.refused), now)
             record(db, [_refused(stream, jti, asked.refused[jti], now) for jti in refused])
         self._counted("delivered", len(taken))
         self._counted("refused", len(refused))
@@ -261,14 +270,9 @@ class Transmitting:
             return self._pool
 
     def _push(self, stream_id: str, fence: int) -> None:
-        try:
+        # Its claim ends by itself, and the next one tries again.
+        with _guarded("nothing was pushed", stream_id):
             self._push_some(stream_id, fence)
-        except BrokerError as problem:
-            # Its claim ends by itself, and the next one tries again.
-            fields = {"stream": stream_id, "detail": problem.detail}
-            _log.warning("nothing was pushed", extra={"fields": fields})
-        except Exception:
-            _log.exception("nothing was pushed", extra={"fields": {"stream": stream_id}})
 
     def _push_some(self, stream_id: str, fence: int) -> None:
         """In their order, until none waits, one is not taken, or another stream should have its turn."""
@@ -326,8 +330,7 @@ class Transmitting:
             return f"{host}: {problem.reason}"
         if answer.status == 202:
             with self._database.begin() as db:
-                if streams.taken(db, stream.id, [jti]):
-                    streams.change(db, stream.id, progress_at=self._clock())
+                _taken(db, stream, [jti], self._clock())
             self._counted("delivered", 1)
             return None
         code = _code_in(answer.body) if answer.status == 400 else "none"
@@ -335,8 +338,7 @@ class Transmitting:
             # What it cannot take it will not take the next time, and what comes after must not wait for it for ever.
             with self._database.begin() as db:
                 now = self._clock()
-                if streams.taken(db, stream.id, [jti]):
-                    streams.change(db, stream.id, progress_at=now)
+                if _taken(db, stream, [jti], now):
                     record(db, [_refused(stream, jti, code, now)])
             self._counted("refused", 1)
             return None
@@ -346,16 +348,26 @@ class Transmitting:
         return f"{host}: it answered {answer.status}" + ("" if code == "none" else f", {code}")
 
     def _poster(self, stream_id: str) -> Poster:
-        # One a stream, so that a resolver that hangs for one holds up that one alone.
+        """One a stream, so that a resolver that hangs for one holds up that one alone."""
         with self._guard:
-            if stream_id not in self._posters:
-                self._posters[stream_id] = Poster(deadline=self._deadline, may_reach=self._may_reach)
-            return self._posters[stream_id]
+            known = self._posters.get(stream_id)
+        if known is not None:
+            return known
+        # There is one more than before only here, so here is where those of streams that are gone go.
+        with self._database.read() as db:
+            existing = streams.ids(db)
+        with self._guard:
+            self._posters = {kept: poster for kept, poster in self._posters.items() if kept in existing}
+            made = Poster(deadline=self._deadline, may_reach=self._may_reach, tls=self._tls)
+            return self._posters.setdefault(stream_id, made)
 
     def run(self) -> None:
         """For the scheduler."""
-        self.tell()
-        self.push()
+        try:
+            self.tell()
+        finally:
+            # What waits already goes out whatever there is with the feed.
+            self.push()
 
     def backlog(self) -> Mapping[str, int]:
         with self._database.read() as db:
@@ -367,6 +379,17 @@ class Transmitting:
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _guarded(what: str, stream_id: str) -> Iterator[None]:
+    """What goes wrong on one stream is logged, and stops no other."""
+    try:
+        yield
+    except BrokerError as problem:
+        _log.warning(what, extra={"fields": {"stream": stream_id, "detail": problem.detail}})
+    except Exception:
+        _log.exception(what, extra={"fields": {"stream": stream_id}})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,6 +413,17 @@ def _hearing(receiver: str, catalogue: Catalogue) -> _Hearing | None:
         return None
     resources = frozenset(one.identifier for one in catalogue.resources if receiver in one.verifiers)
     return _Hearing(everything=not roles.isdisjoint({Role.AUDITOR, Role.ADMIN}), resources=resources)
+
+
+def _taken(db: Connection, stream: Stream, jtis: Collection[str], now: datetime) -> list[str]:
+    """Forget these; answers which of them waited on this stream."""
+    # The stream before what waits on it, as whoever stops or deletes it: so no two wait for each other.
+    if not jtis or streams.find_stream(db, streams.with_id(stream.id), lock=True) is None:
+        return []
+    taken = streams.taken(db, stream.id, jtis)
+    if taken:
+        streams.change(db, stream.id, progress_at=now)
+    return taken
 
 
 def _code_in(body: bytes) -> str:

@@ -67,6 +67,10 @@ def find_stream(db: Connection, *where: ColumnElement[bool], lock: bool = False)
     return None if row is None else stream_of(row)
 
 
+def ids(db: Connection) -> set[str]:
+    return set(db.execute(select(_streams.c.id)).scalars())
+
+
 def page_of_streams(db: Connection, *, before: str | None, limit: int) -> list[Stream]:
     """Newest first, below the id `before`."""
     statement = _SELECT.order_by(_streams.c.id.desc()).limit(limit)

@@ -16,7 +16,14 @@ INSIDE = (
     "0.0.0.0", "10.0.0.1", "100.64.0.1", "127.0.0.1", "169.254.169.254", "172.16.0.1", "192.168.0.1", "192.0.2.1",
     "198.18.0.1", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255", "::", "::1", "fc00::1", "fe80::1",
     "ff02::1", "2001:db8::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "64:ff9b::7f00:1",
-    "2002:a00:1::", "2001:0:0:0:0:0:f5ff:fffe",
+    "2002:a00:1::", "2001:0:0:0:0:0:f5ff:fffe", "64:ff9b:1::808:808", "64:ff9b:1::a00:1", "::8.8.8.8", "::10.0.0.1",
+    "::ffff:0:8.8.8.8", "::ffff:0:10.0.0.1", "fec0::1", "feff::1", "3fff::1", "3fff:fff:ffff::1", "5f00::1", "4000::1",
+    "192.0.0.1", "192.0.0.9", "192.0.0.170", "192.88.99.1", "2606:4700::5efe:a00:1", "2606:4700::200:5efe:a00:1",
+    "2606:4700::5efe:808:808", "2001:2::1", "2001:1::1", "2001:20::1", "100::1", "1fff::1",
+)  # fmt: skip
+PUBLIC = (
+    "8.8.8.8", "192.0.1.1", "192.88.98.1", "2606:4700:4700::1111", "2001:4860:4860::8888", "2a00:1450::1", "3ffe::1",
+    "64:ff9b::808:808", "::ffff:8.8.8.8",
 )  # fmt: skip
 
 
@@ -26,7 +33,7 @@ def test_what_is_inside_is_not_public_however_it_is_spelled(address):
     assert not public_or(())(ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700:4700::1111", "64:ff9b::808:808", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize("address", PUBLIC)
 def test_the_internet_is_public(address):
     assert is_public(ip_address(address))
 
@@ -38,6 +45,7 @@ def test_the_operator_may_allow_a_network():
     assert may_reach(ip_address("8.8.8.8"))
     assert not may_reach(ip_address("10.21.0.1"))
     assert not may_reach(ip_address("127.0.0.1"))
+    assert public_or([ip_network("fec0::/10")])(ip_address("fec0::1"))
 
 
 @pytest.mark.parametrize("host", ["localhost", "x.localhost", "127.0.0.1", "::1", "10.0.0.1"])

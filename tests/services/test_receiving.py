@@ -5,9 +5,11 @@ from datetime import timedelta
 
 import pytest
 
-from broker.domain.errors import Unavailable
+from broker.domain.errors import BrokerError, Conflict, RoleMissing, TaskNotActive, Unavailable
 from broker.domain.identity import User
+from broker.domain.lifecycle import TaskState
 from broker.services.receiving import SetRefused
+from broker.store import locks
 from tests.ssf import CAEP, IDP, RISC, SSF, Other, Receiver, ssf_house
 from tests.workloads import issuer_key, write_key_set
 
@@ -78,6 +80,77 @@ def test_what_was_issued_on_behalf_of_a_user_ends_when_their_issuer_says_so(hous
     assert (ordered.actor, ordered.user) == ("transmitter:corp-idp", "people:zoe")
     locked = house.broker.revocation.lockdowns(house.caller("ada"))
     assert [one.value for one in locked] == (["people:zoe"] if "compromise" in type_ else [])
+
+
+def task_for(house, name, **more):
+    user = User(name=f"people:{name}", expires_at=house.clock() + timedelta(hours=1))
+    return house.open_task(user=user, **more)
+
+
+@pytest.mark.parametrize("type_", REVOKING)
+def test_a_task_on_behalf_of_a_user_ends_with_them_and_its_agents_get_nothing_more(house, other, type_):
+    mine, theirs, nobodys = task_for(house, "zoe"), task_for(house, "bob"), house.open_task()
+    idle = task_for(house, "zoe")
+    part = house.open_task(parent_task_id=mine.id, deadline_s=60)
+    issued = house.issue(mine)
+    say(house, other, type_, sub_id=zoe(house))
+    assert not house.is_active(issued)
+    for task in (mine, idle, part):
+        with pytest.raises(BrokerError):
+            house.issue(task)
+        assert house.broker.tasks.find(house.caller("ada"), task.id).state is TaskState.CANCELLED
+    assert "corp-idp says" in house.broker.tasks.find(house.caller("ada"), mine.id).reason
+    assert {event.actor for event in recorded(house, "task.cancelled")} == {"transmitter:corp-idp"}
+    assert house.is_active(house.issue(theirs))
+    assert house.is_active(house.issue(nobodys))
+
+
+def test_a_task_under_which_nothing_was_issued_yet_ends_too(house, other):
+    task = task_for(house, "zoe")
+    say(house, other, f"{CAEP}/session-revoked", sub_id=zoe(house))
+    with pytest.raises(TaskNotActive):
+        house.issue(task)
+
+
+def test_a_grant_that_is_being_committed_is_not_missed(house, other, monkeypatch):
+    """INV-11: the first look comes too early for it, and the second waits for whoever issues."""
+    steps, mine = [], []
+    look, wait = house.broker.receiving._finds_live, locks.hold_gate_alone
+
+    def looked(axis, value):
+        found = look(axis, value)
+        steps.append("look")
+        if len(steps) == 1:
+            mine.append(grant_for_zoe(house))
+        return found
+
+    def waited(db):
+        steps.append("wait")
+        wait(db)
+
+    token = other.signed(other.claims(house.clock(), f"{CAEP}/session-revoked", sub_id=zoe(house)))
+    with monkeypatch.context() as patched:
+        patched.setattr(house.broker.receiving, "_finds_live", looked)
+        patched.setattr(locks, "hold_gate_alone", waited)
+        house.broker.receiving.receive(token)
+    assert steps[:3] == ["look", "wait", "look"]
+    assert not house.is_active(mine[0])
+
+
+def test_a_set_that_is_acted_on_again_ends_no_task_that_was_opened_since(house, other, monkeypatch):
+    task_for(house, "zoe")
+    token = other.signed(other.claims(house.clock(), f"{CAEP}/session-revoked", sub_id=zoe(house)))
+
+    def dies(*_, **__):
+        raise RuntimeError("the process died here")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr("broker.services.receiving.consume", dies)
+        house.broker.receiving.receive(token)
+    house.clock.forward(seconds=31)
+    since = task_for(house, "zoe")
+    house.broker.receiving.receive(token)
+    assert house.is_active(house.issue(since))
 
 
 def test_an_agent_is_called_by_its_issuer_and_subject(house, other):
@@ -449,5 +522,35 @@ def test_what_cannot_be_heard_yet_is_neither_taken_nor_refused(store_url, tmp_pa
         house.broker.receiving.poll()
         assert transmitter.sets == {}
         assert not house.is_active(mine)
+    finally:
+        house.broker.close()
+
+
+@pytest.mark.parametrize("problem", [Conflict("somebody else's"), RoleMissing("no")])
+def test_what_goes_wrong_with_one_set_keeps_none_after_it_from_being_heard(
+    store_url, tmp_path, transmitter, monkeypatch, problem
+):
+    other = Other(tmp_path, poll_url=transmitter.url)
+    house = ssf_house(store_url, tmp_path, transmitters=[other.settings])
+    try:
+        mine = grant_for_zoe(house)
+        said = {jti: other.claims(house.clock(), f"{CAEP}/session-revoked", sub_id=zoe(house), jti=jti)
+                for jti in ("jti-1", "jti-2")}  # fmt: skip
+        transmitter.sets = {jti: other.signed(claims) for jti, claims in said.items()}
+        real, broken = house.broker.receiving.receive, transmitter.sets["jti-1"]
+
+        def receive(token):
+            if token == broken:
+                raise problem
+            real(token)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(house.broker.receiving, "receive", receive)
+            house.broker.receiving.poll()
+        assert not house.is_active(mine)
+        # It may come again: neither taken nor refused.
+        assert (list(transmitter.sets), transmitter.errors) == (["jti-1"], {})
+        house.broker.receiving.poll()
+        assert transmitter.sets == {}
     finally:
         house.broker.close()

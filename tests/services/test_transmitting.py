@@ -5,9 +5,10 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import Engine, event
 
 from broker.domain.clock import epoch
-from broker.domain.errors import Conflict, NotFound
+from broker.domain.errors import Conflict, Forbidden, LimitExceeded, NotFound
 from broker.domain.identity import User
 from broker.domain.lifecycle import StreamState, TaskState
 from broker.domain.secret import Secret
@@ -324,6 +325,22 @@ def test_nothing_is_pushed_to_where_a_name_leads_inside(house, receiver):
     assert "inside" in overseen(house, stream).stream.trouble
 
 
+def test_a_stream_that_is_gone_leaves_nothing_behind_and_all_share_one_context(house, receiver):
+    transmitting = house.broker.transmitting
+    for _ in range(3):
+        stream = stream_for(house, receiver)
+        house.broker.streams.verify(house.caller("crm-api"), stream.id, None)
+        deliver(house)
+        house.broker.streams.delete(house.caller("crm-api"), stream.id)
+    stays = stream_for(house, receiver, by="audrey")
+    last = stream_for(house, receiver)
+    end_one(house)
+    deliver(house)
+    assert len(receiver.received) == 5
+    assert transmitting._posters.keys() == {stays.id, last.id}
+    assert {poster._tls for poster in transmitting._posters.values()} == {transmitting._tls}
+
+
 def test_of_two_brokers_one_pushes(house, store_url, tmp_path, receiver):
     second = ssf_house(store_url, tmp_path, clock=house.clock)
     try:
@@ -395,6 +412,68 @@ def test_a_set_is_signed_by_a_key_that_is_published_when_it_is_sent(house, recei
     claims = read(house, receiver.tokens[-1])
     assert claims["jti"] == receiver.claims[0]["jti"]
     assert house.broker.standing.now().keys.attesting("RS256").kid != first
+
+
+def broken_for(monkeypatch, owner, name, stream):
+    real = getattr(owner, name)
+
+    def breaks(*args, **more):
+        if stream.id in args:
+            raise RuntimeError("this stream is broken")
+        return real(*args, **more)
+
+    monkeypatch.setattr(owner, name, breaks)
+
+
+def test_a_stream_that_fails_stops_no_other(house, receiver, monkeypatch):
+    broken, sound = stream_for(house, receiver), stream_for(house, receiver, by="audrey")
+    assert broken.id < sound.id
+    broken_for(monkeypatch, house.broker.transmitting, "_tell_all", broken)
+    end_one(house)
+    deliver(house)
+    assert [claims["aud"] for claims in receiver.claims] == ["audrey"]
+
+
+def test_an_idle_stream_that_cannot_be_paused_stops_no_other(house, receiver, monkeypatch):
+    idle = house.broker.streams.create(house.caller("crm-api"), polled())
+    stream_for(house, receiver, by="audrey")
+    house.clock.forward(days=8)
+    broken_for(monkeypatch, house.broker.transmitting, "_stop_idle", idle)
+    end_one(house)
+    deliver(house)
+    assert [claims["aud"] for claims in receiver.claims] == ["audrey"]
+
+
+def test_what_waits_is_pushed_though_nothing_can_be_told(house, receiver, monkeypatch):
+    stream_for(house, receiver)
+    end_one(house)
+    house.broker.transmitting.tell()
+
+    def fails():
+        raise RuntimeError("the feed is broken")
+
+    monkeypatch.setattr(house.broker.transmitting, "tell", fails)
+    with pytest.raises(RuntimeError, match="feed is broken"):
+        house.broker.transmitting.run()
+    assert receiver.arrived.acquire(timeout=10)
+
+
+def test_what_opens_a_receiver_is_not_sent_to_the_one_before_it(house, receiver):
+    """A PATCH that read the stream before a PUT named another receiver with another secret."""
+    caller, later = house.caller("crm-api"), Receiver()
+    try:
+        stale = pushed_to(receiver.url, description="patched")
+        stream = stream_for(house, receiver, authorization=Secret("Bearer of-the-first"))
+        anew = pushed_to(later.url, authorization=Secret("Bearer of-the-second"))
+        house.broker.streams.update(caller, stream.id, anew, keeps_authorization=False)
+        patched = house.broker.streams.update(caller, stream.id, stale, keeps_authorization=True)
+        assert (patched.endpoint_url, patched.description) == (later.url, "patched")
+        end_one(house)
+        deliver(house)
+        assert receiver.received == []
+        assert [headers["Authorization"] for _, headers, _ in later.received] == ["Bearer of-the-second"]
+    finally:
+        later.close()
 
 
 # --- holding ---------------------------------------------------------------------------------------------------------
@@ -506,6 +585,37 @@ def test_after_another_feed_begins_everybody_is_sent_to_ask(house):
     assert told_on(house, stream)[-1] == ("session-revoked", session(grant_id))
 
 
+def test_who_was_stopped_by_an_admin_does_not_begin_anew(house):
+    caller, admin = house.caller("crm-api"), house.caller("ada")
+    stream = house.broker.streams.create(caller, polled())
+    house.broker.streams.pause(admin, stream.id, reason="an incident")
+    with pytest.raises(Forbidden):
+        house.broker.streams.delete(caller, stream.id)
+    assert overseen(house, stream).stream.state is StreamState.PAUSED
+    [denied] = [
+        event
+        for event in house.broker.audit_trail.page(house.caller("audrey"), {}, before=None, limit=100)
+        if event.type == "stream.denied"
+    ]
+    assert denied.actor == "crm-api"
+    house.broker.streams.resume(admin, stream.id)
+    set_state(house, stream, StreamState.PAUSED)
+    house.broker.streams.delete(caller, stream.id)
+
+
+def test_a_stream_is_not_filled_with_verifications(house):
+    caller = house.caller("crm-api")
+    stream = house.broker.streams.create(caller, polled())
+    set_state(house, stream, StreamState.PAUSED)
+    for _ in range(10):
+        house.broker.streams.verify(caller, stream.id, None)
+        house.clock.forward(minutes=5)
+    with pytest.raises(LimitExceeded) as refused:
+        house.broker.streams.verify(caller, stream.id, None)
+    assert (refused.value.limit, refused.value.value) == ("most_waiting", 10)
+    assert overseen(house, stream).waiting == 10
+
+
 # --- poll ------------------------------------------------------------------------------------------------------------
 
 
@@ -533,6 +643,41 @@ def test_nobody_acknowledges_what_is_anothers(house):
     assert list(poll(house, mine).sets) == [jti]
     with pytest.raises(NotFound):
         poll(house, mine, by="audrey", taken=(jti,))
+
+
+def statements_of(house, act):
+    said = []
+
+    def heard(_connection, _cursor, statement, *_):
+        said.append(" ".join(statement.split()))
+
+    event.listen(Engine, "before_cursor_execute", heard)
+    try:
+        act()
+    finally:
+        event.remove(Engine, "before_cursor_execute", heard)
+    return said
+
+
+@pytest.mark.parametrize("how", ["polled", "refused", "pushed", "not taken by push"])
+def test_who_takes_holds_the_stream_before_what_waits_on_it(house, receiver, how):
+    """As whoever stops or deletes the stream: in another order the two wait for each other."""
+    caller = house.caller("crm-api")
+    wish = pushed_to(receiver.url) if "push" in how else polled()
+    receiver.answers = [refusing("invalid_request") if how == "not taken by push" else 202]
+    stream = house.broker.streams.create(caller, wish)
+    end_one(house)
+    house.broker.transmitting.tell()
+    if "push" in how:
+        said = statements_of(house, lambda: house.broker.transmitting.push(patience_s=20))
+    else:
+        [jti] = poll(house, stream).sets
+        asked = {"taken": (jti,)} if how == "polled" else {"refused": {jti: "invalid_request"}}
+        said = statements_of(house, lambda: poll(house, stream, **asked))
+    [at] = [index for index, one in enumerate(said) if one.startswith("DELETE FROM event_deliveries")]
+    assert "FROM event_streams" in said[at - 1]
+    assert ("FOR UPDATE" in said[at - 1]) == (house.broker.database.engine.dialect.name == "postgresql")
+    assert overseen(house, stream).waiting == 0
 
 
 def test_of_two_who_tell_at_once_each_event_is_told_once(house, store_url, tmp_path):
