@@ -1,4 +1,4 @@
-"""Sweeping, with the verb itself over rows that were copied into the store: only the sweep is measured."""
+"""Rows beside what is measured; and sweeping, by the verb itself over rows that were copied into the store."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ def empty_sweep(bench: Bench, live: int) -> float:
         return (time.perf_counter() - started) / 10
     finally:
         remove_copies(broker)
+        broker.close()
+
+
+def forget_allowances(bench: Bench) -> None:
+    """Let every limit begin anew."""
+    broker = build(bench.settings)
+    try:
+        with broker.database.begin() as db:
+            db.execute(text("DELETE FROM allowances"))
+    finally:
         broker.close()
 
 
