@@ -186,20 +186,32 @@ _LIVE_OF = """
     SELECT asked.value, (
         SELECT count(*) FROM (
             SELECT 1 FROM grants
-            WHERE grants.{column} = asked.value AND grants.state IN ('approved', 'active') AND grants.expires_at > :now
-            LIMIT :at_most
+            WHERE grants.{column} = asked.value AND grants.state IN ('approved', 'active') AND grants.expires_at > {now}
+            LIMIT {at_most}
         ) AS live
     ) AS held
     FROM {asked}
 """
-_ASKED = {
-    "postgresql": "unnest(CAST(:values AS text[])) AS asked (value)",
-    "sqlite": "(SELECT value FROM json_each(:values)) AS asked",
+_COUNTED_BY = ("agent", "task_id", "resource", "issuer")
+_LIVE_ON_SQLITE = {
+    column: text(
+        _LIVE_OF.format(
+            column=column,
+            now=":now",
+            at_most=":at_most",
+            asked="(SELECT value FROM json_each(:values)) AS asked",
+        )
+    )
+    for column in _COUNTED_BY
 }
-_LIVE_ON = {
-    (dialect, column): text(_LIVE_OF.format(column=column, asked=asked))
-    for dialect, asked in _ASKED.items()
-    for column in ("agent", "task_id", "resource", "issuer")
+_LIVE_ON_POSTGRESQL = {
+    column: _LIVE_OF.format(
+        column=column,
+        now="%(now)s",
+        at_most="%(at_most)s",
+        asked="unnest(CAST(%(values)s AS text[])) AS asked (value)",
+    )
+    for column in _COUNTED_BY
 }
 
 
@@ -210,13 +222,17 @@ def count_live(
 
     Whoever would add to the same holds their locks first (`broker.store.locks`), so the count holds (INV-34).
     """
-    sqlite = db.dialect.name == "sqlite"
-    bound: dict[str, Any] = {
-        "values": json.dumps(sorted(values)) if sqlite else sorted(values),
-        "now": epoch(now) if sqlite else now,
-        "at_most": at_most,
-    }
-    return {row.value: row.held for row in db.execute(_LIVE_ON[db.dialect.name, by], bound)}
+    asked = sorted(values)
+    if db.dialect.name == "sqlite":
+        bound = {"values": json.dumps(asked), "now": epoch(now), "at_most": at_most}
+        return {row.value: row.held for row in db.execute(_LIVE_ON_SQLITE[by], bound)}
+    driver: Any = db.connection.driver_connection
+    # Planned each time: a plan that is kept from when the table was empty reads every live grant for each agent, until
+    # its statistics change, and is most of what issuing waits for.
+    rows = driver.execute(
+        _LIVE_ON_POSTGRESQL[by], {"values": asked, "now": now, "at_most": at_most}, prepare=False
+    ).fetchall()
+    return dict(rows)
 
 
 def tasks_of_grants(db: Connection, grant_ids: Collection[str]) -> set[str]:
