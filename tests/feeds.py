@@ -111,7 +111,7 @@ class Follower:
         key = jwt.PyJWKSet.from_dict(self.jwks)[header["kid"]]
         options = {"verify_exp": False, "verify_iat": False, "require": ["iss", "iat", "exp"]}
         said = jwt.decode(token, key, algorithms=["ES256"], issuer=self.issuer, options=options)
-        assert said["exp"] - said["iat"] == 15
+        assert said["exp"] - said["iat"] == 12
         assert said["feed"] == self.feed
         assert written(self.heads[said["seq"]]) == said["head"]
         self.statement, self.statements = said, self.statements + 1

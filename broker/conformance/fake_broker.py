@@ -32,7 +32,7 @@ AUDIENCE = "https://crm.example/api"
 SCOPE = "contacts:read"
 CHANNELS = frozenset({"jwks", "stream", "poll", "lists", "introspection"})
 _LIST_SIZE = 4096
-_STATEMENT_S = 15
+_STATEMENT_S = 12
 _PAGE = 1000
 
 

@@ -17,6 +17,9 @@ from broker.domain.lease import Lease, RevocationClass
 
 # The published bound: how old a status list may be, its time in our own memory included.
 OFFLINE_BOUND = timedelta(seconds=15)
+# How long a commit may take after its time was read. Nobody else can know what ended within that, so whatever is said
+# offline is believed for this much less than the bound (INV-25).
+COMMITTED_WITHIN = timedelta(seconds=3)
 
 
 @dataclass(frozen=True, kw_only=True)

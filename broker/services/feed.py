@@ -19,6 +19,7 @@ from broker.domain.clock import Clock, epoch
 from broker.domain.errors import RoleMissing, Unauthenticated, Unavailable
 from broker.domain.feed import Position, Seen, first_head, next_head
 from broker.domain.identity import Caller, Role, new_id
+from broker.domain.receipt import COMMITTED_WITHIN, OFFLINE_BOUND
 from broker.services.endings import ACTOR
 from broker.services.refusals import recorded
 from broker.services.standing import StandingReader, current_caller
@@ -26,13 +27,16 @@ from broker.store import feed
 from broker.store.database import Database
 from broker.store.transitions import record
 
-# A verifier's bound: older than this, a statement vouches for nothing (INV-25).
-BOUND = timedelta(seconds=15)
+# Older than this, a statement vouches for nothing (INV-25): what has a time before `iat` may be committed after it, and
+# its receipt promises the published bound from that time on.
+BOUND = OFFLINE_BOUND - COMMITTED_WITHIN
 # A broker keeps a status list for 2 s, in whole seconds. Whoever starts anew hears what came since then as events, so
 # that a list they fetch now and the feed together miss nothing.
 _LOOKS_BACK = timedelta(seconds=5)
 # A lost heartbeat ends a task when the sweeper comes by, every second. If it does not, we cannot vouch for the feed.
-_SWEPT_WITHIN = timedelta(seconds=5)
+_SWEPT_WITHIN = COMMITTED_WITHIN
+# A shortened grant is told by the first look after its end, unless another process stalls while it holds the row.
+_TOLD_WITHIN = timedelta(seconds=2)
 AT_ONCE = 1000
 READERS = (Role.VERIFIER, Role.AUDITOR, Role.ADMIN)
 STATEMENT_TYPE = "feed-statement+jwt"
@@ -89,8 +93,11 @@ class Feed:
             return False
         return any(known.has(role) for role in READERS)
 
-    def advance(self) -> None:
-        """Have a number for everything that was committed before this was called."""
+    def advance(self) -> bool:
+        """Have a number for everything that was committed before this was called.
+
+        Answers whether all that had ended by then was among it, so far as no token says it by itself.
+        """
         now = self._clock()
         with self._database.read() as db:
             due = feed.any_shortened_due(db, now=now)
@@ -98,31 +105,36 @@ class Feed:
             with self._database.begin() as db:
                 due = feed.tell_shortened(db, now=now, at_most=AT_ONCE) == AT_ONCE
         with self._database.read() as db:
+            # Before anything is numbered: what is told from here on may have missed its number, and shows here.
+            untold = feed.any_shortened_due(db, now=now - _TOLD_WITHIN)
+            untold = untold or feed.heartbeats_lost(db, before=now - _SWEPT_WITHIN, now=now)
+        with self._database.read() as db:
             seen = feed.look(db)
         while seen.waiting or not seen.feed_id:
             with self._database.begin() as db:
                 if feed.number(db, now=now, at_most=AT_ONCE) < AT_ONCE:
                     break
+        return not untold
 
     def look(self) -> Looked:
         """Number what waits, and look. A feed that went back in time is replaced by another (INV-23)."""
         # One at a time: of two looks the later one may be compared first, and the earlier one would seem a step back.
         with self._looking:
             at = self._clock()
-            self.advance()
-            seen, lost = self._seen(at)
+            vouched = self.advance()
+            seen = self._seen()
             newest = self._newest
             if newest is not None and newest.feed_id == seen.feed_id and _went_back(newest, seen):
                 self.renew("its newest event is older than one that was seen", instead_of=seen.feed_id)
-                self.advance()
-                seen, lost = self._seen(at)
+                vouched = self.advance()
+                seen = self._seen()
             self._newest = seen
             self._standing.now()
-            return Looked(seen=seen, at=at, vouched=not lost)
+            return Looked(seen=seen, at=at, vouched=vouched)
 
-    def _seen(self, at: datetime) -> tuple[Seen, bool]:
+    def _seen(self) -> Seen:
         with self._database.read() as db:
-            return feed.look(db), feed.heartbeats_lost(db, before=at - _SWEPT_WITHIN, now=at)
+            return feed.look(db)
 
     def since(self, last: Seen, looked: Seen) -> Sequence[str]:
         """The texts between two looks at one feed; if they do not continue its chain, it is replaced by another."""
@@ -161,7 +173,8 @@ class Feed:
         """That this was all by then, signed; None where that cannot be said."""
         if not looked.vouched:
             _log.error(
-                "the feed is not vouched for: a task lost its heartbeat and nobody ended it; does a sweeper run?"
+                "the feed is not vouched for: a task lost its heartbeat and nobody ended it (does a sweeper run?), or "
+                "a shortened grant is over and who is to tell of it stalls (does every broker get on?)"
             )
             return None
         claims = {

@@ -20,7 +20,7 @@ from broker.domain.grant import Authority, Grant
 from broker.domain.identity import Caller, Role, is_id
 from broker.domain.lease import Lease
 from broker.domain.lifecycle import is_live
-from broker.domain.receipt import OFFLINE_BOUND
+from broker.domain.receipt import COMMITTED_WITHIN, OFFLINE_BOUND
 from broker.domain.status_list import claims as status_list_claims
 from broker.domain.status_list import encode
 from broker.providers.jwt import verify
@@ -39,8 +39,7 @@ from broker.store.standing import STATUS_LIST_SIZE, status_list, status_lists
 
 # Our own memory, the verifier's, and what a commit may take after its time was read add up to the published bound.
 _KEPT_FOR = timedelta(seconds=2)
-_COMMITTED_WITHIN = timedelta(seconds=3)
-_USABLE_FOR = OFFLINE_BOUND - _COMMITTED_WITHIN
+_USABLE_FOR = OFFLINE_BOUND - COMMITTED_WITHIN
 _TTL = _USABLE_FOR - _KEPT_FOR
 _LISTS_REMEMBERED = 64
 _TOKENS_REMEMBERED = 8_192  # with their claims, a few KiB each

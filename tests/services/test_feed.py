@@ -367,14 +367,59 @@ def test_a_statement_says_what_the_feed_is_under_the_brokers_key(house):
     }
 
 
+def test_who_hears_no_more_refuses_within_the_bound_what_was_committed_late(house):
+    """A revocation's time is read in its transaction: a statement from before its commit knows nothing of it."""
+    issued = house.issue(house.open_task())
+    ended_at = house.clock()
+    house.clock.forward(seconds=3)
+    said = jwt.decode(stated(house), options={"verify_signature": False})
+    house.clock.at = ended_at
+    [line] = house.broker.revocation.revoke_grant(house.caller("ada"), issued.grant.id).receipt.lines
+    assert said["exp"] <= epoch(line.exposed_until) == epoch(ended_at + timedelta(seconds=15))
+
+
 def test_nobody_vouches_for_a_feed_while_a_lost_heartbeat_is_not_told(house):
     house.open_task(heartbeat=timedelta(seconds=30))
-    house.clock.forward(seconds=34)
+    house.clock.forward(seconds=32)
     assert stated(house) is not None
-    house.clock.forward(seconds=2)
+    house.clock.forward(seconds=1)  # 12 s from now on it would be more than 15 s
     assert stated(house) is None
     house.broker.sweeper.sweep()
     assert stated(house) is not None
+
+
+def test_nobody_vouches_for_a_feed_that_had_its_numbers_before_a_lost_heartbeat_was_told(house, monkeypatch):
+    """The sweeper comes by between the numbers and the look: the task is over then, and its event not in the look."""
+    house.open_task(heartbeat=timedelta(seconds=30))
+    house.broker.feed.look()
+    house.clock.forward(seconds=33)
+    seen = house.broker.feed._seen
+
+    def seen_late():
+        house.broker.sweeper.sweep()
+        return seen()
+
+    monkeypatch.setattr(house.broker.feed, "_seen", seen_late)
+    looked = house.broker.feed.look()
+    assert (looked.seen.seq, looked.vouched) == (0, False)
+    looked = house.broker.feed.look()
+    assert (looked.seen.seq, looked.vouched) == (1, True)
+
+
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
+def test_nobody_vouches_for_a_feed_while_somebody_stalls_who_is_to_tell_of_a_shortened_grant(house):
+    """Nobody waits for its row, and so nobody else tells of it. SQLite has one writer."""
+    issued = shortened(house)
+    stalled = house.broker.database.engine.connect()
+    with stalled.begin():
+        stalled.execute(sa.select(ShortenedGrant).with_for_update()).one()
+        house.clock.forward(seconds=61)
+        assert stated(house) is not None
+        house.clock.forward(seconds=1)
+        assert stated(house) is None
+    stalled.close()
+    assert stated(house) is not None
+    assert [event["grant_id"] for event in told(house)] == [issued.grant.id]
 
 
 def test_nobody_vouches_where_no_key_can_sign(house, monkeypatch):
