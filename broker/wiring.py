@@ -263,8 +263,8 @@ def build(
         verification=Verification(database=database, standing=standing, issuer=issuer, clock=clock),
         feed=feed,
         broadcast=broadcast,
-        feed_places=_places(settings.feed.streams_of_serve),
-        feed_waiting=_places(_POLLS_OF_SERVE),
+        feed_places=Places.shared(settings.feed.streams_of_serve),
+        feed_waiting=Places.shared(_POLLS_OF_SERVE),
         streams=streams,
         transmitting=Transmitting(
             database=database,
@@ -309,11 +309,6 @@ def build(
         ),
         wakeups=wakeups,
     )
-
-
-def _places(at_once: int) -> Places:
-    # Two thirds for one caller, so that one gone wrong leaves room for the others.
-    return Places(at_once, of_one_caller=max(1, at_once * 2 // 3))
 
 
 def _poll_token(transmitter: Transmitter) -> Secret | None:

@@ -423,7 +423,13 @@ SECTIONS: Mapping[str, tuple[Key, ...]] = {
             check=values.metrics_listen,
         ),
         _string("metrics_listen", "`host:port` of its metrics.", default=None, check=values.metrics_listen),
-        _integer("streams", "Streams and polls it holds at once.", 1, 100_000, default=FeedSettings.streams),
+        _integer(
+            "streams",
+            "Streams and polls it holds at once, two thirds of them for one caller at most.",
+            1,
+            100_000,
+            default=FeedSettings.streams,
+        ),
         _integer(
             "streams_of_serve",
             "Streams that each worker of `broker serve` answers itself; each takes a thread.",

@@ -237,6 +237,11 @@ class Places:
         self._guard = threading.Lock()
         self._taken: dict[str, int] = {}
 
+    @classmethod
+    def shared(cls, at_once: int) -> Places:
+        """Two thirds for one caller at most, so that one gone wrong leaves room for the others."""
+        return cls(at_once, of_one_caller=max(1, at_once * 2 // 3))
+
     def take(self, name: str) -> None:
         if not self.try_take(name):
             raise Unavailable("as many read the feed here as may: poll, or try again")

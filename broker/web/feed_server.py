@@ -132,7 +132,7 @@ class _Answers:
     def __init__(self, house: Broker) -> None:
         self._house = house
         self._bodies = Bodies()
-        self.places = Places(house.settings.feed.streams)
+        self.places = Places.shared(house.settings.feed.streams)
 
     def of(self, environ: dict[str, Any], *, too_many: bool) -> Answer | _Opened | _Waiting:
         call = Call(environ, self._house, self._bodies)

@@ -258,6 +258,18 @@ def test_one_more_than_may_be_is_told_to_come_again(house):
         served.stop()
 
 
+def test_one_caller_leaves_room_for_others(house):
+    few = replace(house.broker.settings, feed=replace(house.broker.settings.feed, streams=3))
+    object.__setattr__(house.broker, "settings", few)
+    served = Served(house)
+    try:
+        served.stream().begun(), served.stream().begun()
+        assert served.ask(STREAM).status_code == 503
+        served.stream(by="ada").begun()
+    finally:
+        served.stop()
+
+
 # --- When a stream ends -----------------------------------------------------------------------------------------------
 
 
