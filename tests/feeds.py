@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jwt
 
@@ -27,7 +27,7 @@ def told(house, after: int = 0) -> list[dict]:
     seen = house.broker.feed.look().seen
     found = []
     while after < seen.seq:
-        for seq, text in house.broker.feed.replay(after, seen.seq):
+        for seq, text in house.broker.feed.replay(replace(seen.position, seq=after), seen.seq):
             assert seq == after + 1
             after = seq
             found.append(json.loads(text))

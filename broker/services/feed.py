@@ -148,10 +148,16 @@ class Feed:
             raise Unavailable("the feed begins anew: try again")
         return [row.text for row in rows]
 
-    def replay(self, after: int, upto: int) -> Sequence[Event]:
-        """The next events that a reader missed, so many at a time."""
+    def replay(self, last: Position, upto: int, *, at_most: int = AT_ONCE) -> Sequence[Event]:
+        """The next events that a reader missed; none where the next one is not kept, or it is another feed by now."""
         with self._database.read() as db:
-            return [Event(row.seq, row.text) for row in feed.page(db, after=after, upto=upto, limit=AT_ONCE)]
+            rows = feed.page(db, after=last.seq, upto=upto, limit=at_most)
+            # Looked at afterwards: a feed that is still this one was this one when the events were read.
+            still = feed.look(db).feed_id == last.feed_id
+        # What is forgotten goes from the oldest on, so that a gap anywhere else is nothing we told.
+        if not still or [row.seq for row in rows] != list(range(last.seq + 1, last.seq + 1 + len(rows))):
+            return ()
+        return [Event(row.seq, row.text) for row in rows]
 
     def start(self, wanted: Position | None, looked: Looked) -> Start:
         """Where a reader that came so far goes on; a reset where that is another feed, or not kept any more."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,9 @@ MEDIA_TYPE = "text/event-stream"
 HEADERS = (("Content-Type", MEDIA_TYPE), ("Cache-Control", "no-store, no-transform"), ("X-Accel-Buffering", "no"))
 STILL_THERE = b":\n\n"
 MOST_ITEMS = 1000
+# What goes to one reader at once: it may leave no more than that unread, and the loop that tells all of them makes it.
+_AT_ONCE = 200
+_BYTES_AT_ONCE = 64 * 1024
 _RETRY = b"retry: 1000\n\n"
 _LOOK_AGAIN_S = 2.0
 
@@ -45,9 +49,11 @@ def reset_of(seen: Seen) -> dict[str, Any]:
 
 @lru_cache(maxsize=32)
 def news(edition: Edition, seq: int, stated: bool) -> bytes | None:
-    """What is new in an edition for those who have come so far; None if it does not remember all of it."""
+    """What is new in an edition for those who have come so far; None if it is too much, or not all remembered."""
+    if edition.seq - seq > _AT_ONCE:
+        return None
     texts = edition.after(seq)
-    if texts is None:
+    if texts is None or sum(map(len, texts)) > _BYTES_AT_ONCE:
         return None
     lines = [event(edition.feed_id, number, text) for number, text in enumerate(texts, seq + 1)]
     if edition.statement is not None and not stated:
@@ -97,14 +103,49 @@ class Stream:
         return found
 
     def missed(self, events: Iterable[Event]) -> bytes:
-        """The next events, from the store; nothing if they are not kept any more, and then it has to start anew."""
-        lines = []
-        for seq, text in events:
-            if seq != self.seq + 1:
-                return b""
-            self.seq = seq
-            lines.append(event(self.feed_id, seq, text))
-        return "".join(lines).encode()
+        """So many of the next events as fit; nothing if they are not kept any more, and then it has to start anew."""
+        self.seq, made = _part(self.feed_id, self.seq, events)
+        return made
+
+    def remembered(self, edition: Edition) -> bytes | None:
+        """The same, out of an edition; None where that does not remember them."""
+        found = _remembered(edition, self.seq)
+        if found is None:
+            return None
+        self.seq, made = found
+        return made
+
+
+def _part(feed_id: str, last: int, events: Iterable[Event]) -> tuple[int, bytes]:
+    """So many of the events after the last one as fit, and which is the last one then."""
+    lines: list[str] = []
+    left = _BYTES_AT_ONCE
+    for seq, text in events:
+        left -= len(text)
+        if seq != last + 1 or (lines and left < 0):
+            break
+        last = seq
+        lines.append(event(feed_id, seq, text))
+    return last, "".join(lines).encode()
+
+
+@lru_cache(maxsize=64)
+def _remembered(edition: Edition, seq: int) -> tuple[int, bytes] | None:
+    texts = edition.after(seq)
+    return None if texts is None else _part(edition.feed_id, seq, _numbered(texts[:_AT_ONCE], seq))
+
+
+def _numbered(texts: Sequence[str], last: int) -> list[Event]:
+    return [Event(seq, text) for seq, text in enumerate(texts, last + 1)]
+
+
+def missed(house: Broker, stream: Stream, edition: Edition) -> bytes:
+    """A part of what the reader of a stream missed, out of the edition where that remembers it. May ask the store."""
+    made = stream.remembered(edition)
+    if made is not None:
+        return made
+    last = Position(feed_id=stream.feed_id, seq=stream.seq)
+    return stream.missed(house.feed.replay(last, edition.seq, at_most=_AT_ONCE))
 
 
 def opened(house: Broker, caller: Caller) -> tuple[Stream, Edition, bytes]:
@@ -144,7 +185,7 @@ class Streaming:
             while goes_on(house, stream, edition, house.clock()) and not house.broadcast.is_stopped:
                 part = stream.next(edition)
                 if part is None:
-                    part = stream.missed(house.feed.replay(stream.seq, edition.seq))
+                    part = missed(house, stream, edition)
                     if not part:
                         return  # it comes again and says how far it has come; what is not kept any more is a reset then
                     yield part
@@ -204,23 +245,28 @@ class Poll:
         """May ask the store."""
         if self.edition.feed_id != self._start.position.feed_id:
             self.edition, self._start = self._house.broadcast.begin(self._start.position)
-        edition, start, seq = self.edition, self._start, self._start.position.seq
-        events: list[tuple[int, str]] = []
-        if start.reset is None:
-            texts = edition.after(seq)
-            events = (
-                list(self._house.feed.replay(seq, edition.seq))
-                if texts is None
-                else list(enumerate(texts[:MOST_ITEMS], seq + 1))
-            )
-        if events:
-            seq = events[-1][0]
+        events = self._events()
+        if not events and self.is_answered and self._start.reset is None:
+            # What it missed is not kept any more, or of another feed by now.
+            self.edition = self._house.broadcast.look()
+            self._start = self._house.feed.start(None, self.edition.looked)
+        edition, start = self.edition, self._start
+        position = replace(start.position, seq=events[-1].seq) if events else start.position
         return {
             "items": [{"seq": number, "data": text} for number, text in events],
-            "next_after": str(Position(feed_id=edition.feed_id, seq=seq)),
+            "next_after": str(position),
             "statement": edition.statement,
             "reset": None if start.reset is None else reset_of(start.reset),
         }
+
+    def _events(self) -> Sequence[Event]:
+        last = self._start.position
+        if self._start.reset is not None or self.edition.seq <= last.seq:
+            return ()
+        texts = self.edition.after(last.seq)
+        if texts is None:
+            return self._house.feed.replay(last, self.edition.seq, at_most=MOST_ITEMS)
+        return _numbered(texts[:MOST_ITEMS], last.seq)
 
 
 def polled(house: Broker, caller: Caller, after: Position | None, wait_s: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ _UNACKNOWLEDGED_MS = 20_000
 _DRAINED_WITHIN_S = 10.0
 _EMPTY_WITHIN_S = 3.0
 _LOOK_AGAIN_S = 0.02
-_REPLAYS_AT_ONCE = 32  # a thousand events each
+_REPLAYS_AT_ONCE = 32  # that are made; who is slow to read one is in nobody's way
 
 _log = logging.getLogger(__name__)
 
@@ -430,15 +430,14 @@ class _Connection(asyncio.Protocol):
                 self._write(news)
                 self._hall.listeners.add(self)
                 return
-            async with self._hall.replays:
-                await self._replay(stream, edition.seq)
+            await self._replay(stream, edition)
 
-    async def _replay(self, stream: Stream, upto: int) -> None:
-        try:
-            events = await self._hall.ask(lambda: self._hall.house.feed.replay(stream.seq, upto))
-        except BrokerError:
-            events = ()
-        missed = stream.missed(events)
+    async def _replay(self, stream: Stream, edition: Edition) -> None:
+        """As much of what it missed as may wait for it, and then wait until it has read that."""
+        missed = b""
+        async with self._hall.replays:
+            with contextlib.suppress(BrokerError):
+                missed = await self._hall.ask(lambda: feed.missed(self._hall.house, stream, edition))
         if not missed:
             # It comes again and says how far it has come; what is not kept any more is a reset then.
             self.end()
@@ -457,7 +456,7 @@ class _Connection(asyncio.Protocol):
         elif self._opened is not None:
             news = self._opened.next(edition, self._made)
             if news is None:
-                # More came at once than is remembered: the rest is in the store.
+                # More came at once than may be left unread: it gets that in parts.
                 self._hall.listeners.discard(self)
                 self._hall.do(self._catch_up(self._opened, edition), self)
             elif news:

@@ -274,7 +274,7 @@ def test_the_chain_is_what_anybody_computes_who_has_the_texts(house):
     seen = house.broker.feed.look().seen
     head = hashlib.sha256(seen.feed_id.encode()).digest()
     assert written(head) == first_head(seen.feed_id)
-    for _, text in house.broker.feed.replay(0, seen.seq):
+    for _, text in house.broker.feed.replay(replace(seen.position, seq=0), seen.seq):
         assert "\n" not in text and text.isascii()
         head = head_after(head, text)
     assert (seen.seq, seen.head) == (5, written(head))
@@ -451,7 +451,7 @@ def test_a_reader_goes_on_where_it_was(house, twelve):
     for seq in (0, 3, 12):
         wanted = Position(feed_id=twelve.feed_id, seq=seq)
         assert start(house, wanted) == type(start(house, wanted))(position=wanted)
-    assert [seq for seq, _ in house.broker.feed.replay(3, 12)] == list(range(4, 13))
+    assert [seq for seq, _ in house.broker.feed.replay(replace(twelve, seq=3), 12)] == list(range(4, 13))
 
 
 def test_a_reader_that_is_new_or_comes_from_elsewhere_starts_a_few_seconds_back(house, twelve):
@@ -460,7 +460,7 @@ def test_a_reader_that_is_new_or_comes_from_elsewhere_starts_a_few_seconds_back(
         found = start(house, wanted)
         assert found.position == replace(twelve, seq=7)
         assert found.reset.position == found.position
-        texts = [text for _, text in house.broker.feed.replay(0, 7)]
+        texts = [text for _, text in house.broker.feed.replay(replace(twelve, seq=0), 7)]
         head = decoded(first_head(twelve.feed_id))
         for text in texts:
             head = head_after(head, text)
@@ -481,6 +481,18 @@ def test_who_was_away_longer_than_events_are_kept_starts_anew(house, twelve):
     assert count(house, FeedEvent) == 2  # the newest of the old ones is where others start
     assert start(house, replace(twelve, seq=11)).reset is None
     assert start(house, replace(twelve, seq=10)).reset is not None
+
+
+def test_a_replay_of_another_feed_or_with_a_gap_is_none(house, twelve):
+    last = replace(twelve, seq=3)
+    assert house.broker.feed.replay(replace(last, feed_id="another"), 12) == ()
+    with house.broker.database.begin() as db:
+        db.execute(sa.delete(FeedEvent).where(FeedEvent.seq == 6))
+    assert house.broker.feed.replay(last, 12) == ()
+    with house.broker.database.begin() as db:
+        db.execute(sa.delete(FeedEvent).where(FeedEvent.seq <= 6))
+    assert house.broker.feed.replay(last, 12) == ()
+    assert [seq for seq, _ in house.broker.feed.replay(replace(twelve, seq=6), 12)] == list(range(7, 13))
 
 
 def test_forgetting_goes_in_bounded_steps_from_the_oldest_on(house, twelve):

@@ -273,6 +273,46 @@ def test_a_poll_gives_a_thousand_at_most_and_says_how_to_go_on(web):
     assert counts == [1000, 1000, 300, 0]
 
 
+def test_a_poll_whose_events_are_not_kept_any_more_is_a_reset(web, monkeypatch):
+    """They were when it was asked where it goes on."""
+    monkeypatch.setattr(broadcast, "_REMEMBERED", 3)
+    after = poll(web)["next_after"]
+    announce(web, *(f"task_{number}" for number in range(10)))
+    assert len(poll(web, after=after)["items"]) == 10
+    service = web.house.broker.feed
+    replay = service.replay
+
+    def forgotten(last, upto, **more):
+        with web.house.broker.database.begin() as db:
+            rows.forget(db, numbered_before=web.house.clock() + timedelta(seconds=1), limit=6)
+        return replay(last, upto, **more)
+
+    monkeypatch.setattr(service, "replay", forgotten)
+    answer = poll(web, after=after)
+    assert (answer["items"], answer["reset"]["feed"]) == ([], after.split(":")[0])
+    assert answer["next_after"] == f"{answer['reset']['feed']}:{answer['reset']['seq']}"
+
+
+def test_a_poll_whose_feed_begins_anew_while_it_is_answered_is_a_reset_to_the_new_one(web, monkeypatch):
+    """Its numbers are those of the new one too, and its events would be taken for what they are not."""
+    monkeypatch.setattr(broadcast, "_REMEMBERED", 3)
+    after = poll(web)["next_after"]
+    announce(web, *(f"task_{number}" for number in range(10)))
+    assert len(poll(web, after=after)["items"]) == 10
+    service = web.house.broker.feed
+    replay = service.replay
+
+    def renewed(last, upto, **more):
+        service.renew("restored")
+        service.advance()
+        return replay(last, upto, **more)
+
+    monkeypatch.setattr(service, "replay", renewed)
+    answer = poll(web, after=after)
+    assert answer["items"] == []
+    assert answer["reset"]["feed"] == service.look().seen.feed_id != after.split(":")[0]
+
+
 def test_a_poll_of_another_feed_is_a_reset(web):
     answer = poll(web, after="another:12", wait=30)
     assert (answer["items"], answer["reset"]["seq"]) == ([], 0)

@@ -1,5 +1,6 @@
 """The feed's own server, over real connections: what is told, to whom, and who is cut off; on both stores."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -335,6 +336,34 @@ def test_who_does_not_read_is_cut_off_and_costs_little(served):
     heard_from(idle)  # what was on its way, and then the end
     served.announce("after")
     reader.until(lambda: reader.heard.events[-1].get("task_id") == "after")
+
+
+def test_who_does_not_read_leaves_little_however_much_ends_at_once(served):
+    """It gets the rest in parts, each when it has read the one before."""
+    idle = served.raw(buffer=4096)
+    assert idle.recv(100).startswith(b"HTTP/1.1 200")
+    reader = served.stream().begun()
+    served.announce(*(f"task_{number:0>200}" for number in range(4_000)))
+    reader.until(lambda: reader.heard.seq == 4_000)
+    unread = [each._transport.get_write_buffer_size() for each in served.server._hall._connections]
+    assert feed_server._UNREAD < max(unread) < 3 * feed_server._UNREAD
+    served.announce("after")
+    reader.until(lambda: reader.heard.seq == 4_001)
+
+
+def test_who_is_far_behind_is_in_nobody_s_way_while_it_reads_slowly(served):
+    served.server._hall.from_elsewhere(setattr, served.server._hall, "replays", asyncio.Semaphore(1))
+    reader = served.stream().begun()
+    served.announce(*(f"task_{number:0>900}" for number in range(2_000)))
+    reader.until(lambda: reader.heard.seq == 2_000)
+    started = time.monotonic()
+    slow = served.raw(f"Last-Event-ID: {reader.heard.feed}:0", buffer=4096)
+    assert slow.recv(100).startswith(b"HTTP/1.1 200")
+    until(lambda: any(each._drained is not None for each in tuple(served.server._hall._connections)))
+    heard = replace(reader.heard, seq=0, head=reader.heard.heads[0])
+    other = served.stream(last_id=f"{reader.heard.feed}:0", heard=heard)
+    other.until(lambda: other.heard.seq == 2_000)
+    assert time.monotonic() - started < feed_server._DRAINED_WITHIN_S
 
 
 def test_who_stops_reading_while_it_is_given_the_past_is_cut_off_too(served, monkeypatch):
