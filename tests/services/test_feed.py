@@ -393,15 +393,13 @@ def test_nobody_vouches_for_a_feed_that_had_its_numbers_before_a_lost_heartbeat_
     house.open_task(heartbeat=timedelta(seconds=30))
     house.broker.feed.look()
     house.clock.forward(seconds=33)
-    look, looks = rows.look, []
+    seen = house.broker.feed._seen
 
-    def looks_late(db):
-        looks.append(db)
-        if len(looks) == 2:
-            house.broker.sweeper.sweep()
-        return look(db)
+    def seen_late():
+        house.broker.sweeper.sweep()
+        return seen()
 
-    monkeypatch.setattr(rows, "look", looks_late)
+    monkeypatch.setattr(house.broker.feed, "_seen", seen_late)
     looked = house.broker.feed.look()
     assert (looked.seen.seq, looked.vouched) == (0, False)
     looked = house.broker.feed.look()
