@@ -36,8 +36,11 @@ $(PROGRAMS): $(STAMP) requirements-programs.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-programs.lock
 	@touch $(PROGRAMS)
 
+# Half as many again as there are cores: many tests wait, for a process or for a time.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((cores + cores / 2)))
+
 test: $(STAMP) $(OPENBAO) $(PROGRAMS) ## the whole suite
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n $(WORKERS)
 	@$(MAKE) --no-print-directory crash
 
 run: $(STAMP) ## a whole broker on this laptop: SQLite, a development issuer, loopback

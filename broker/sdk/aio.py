@@ -16,6 +16,7 @@ import httpx
 from broker.sdk import calls
 from broker.sdk.activities import OfGrant
 from broker.sdk.async_credential import AsyncCredentialSource
+from broker.sdk.async_reporting import AsyncReporter
 from broker.sdk.async_run import AsyncRunningTask, async_running
 from broker.sdk.client import answer_of, lost, token_source, trusted, turn_page
 from broker.sdk.clock import Timing
@@ -35,7 +36,6 @@ from broker.sdk.exchange import (
     origin_of,
     require_traceparent,
 )
-from broker.sdk.reporting import AsyncReporter
 from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import awaiting
 

@@ -6,14 +6,13 @@ it, it is dropped, counted, and said once in the log: a program that does its wo
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import json
 import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from broker.sdk import calls
@@ -22,10 +21,10 @@ from broker.sdk.clock import Timing
 from broker.sdk.errors import BrokerError, Invalid, Limited, NotAuthenticated, Unreachable
 from broker.sdk.exchange import Call
 
-_MOST_WAITING = 2_000
+MOST_WAITING = 2_000
 _MOST_TOGETHER = 100
 _MOST_BYTES = 60_000
-_GATHER_S = 1.0  # how long the first one waits for company
+GATHER_S = 1.0  # how long the first one waits for company
 _PAUSE_S = 5.0  # after the broker could not be reached, which was tried for a while already
 _PASSING = (Unreachable, Limited, NotAuthenticated)
 
@@ -35,7 +34,7 @@ _log = logging.getLogger("broker.sdk")
 class Reports:
     """What waits to be told, and what became of the rest. `last_problem` says why something was not taken."""
 
-    def __init__(self, timing: Timing, most_waiting: int = _MOST_WAITING) -> None:
+    def __init__(self, timing: Timing, most_waiting: int = MOST_WAITING) -> None:
         self._timing = timing
         self._most_waiting = most_waiting
         self._waiting: deque[Activity] = deque()
@@ -165,7 +164,7 @@ def known(problem: Exception) -> BrokerError:
 class Reporter(Reports):
     """`Reports` with a thread of its own, which begins with the first one and does not keep the program alive."""
 
-    def __init__(self, send: Callable[[Call[Told]], Told], timing: Timing, most_waiting: int = _MOST_WAITING) -> None:
+    def __init__(self, send: Callable[[Call[Told]], Told], timing: Timing, most_waiting: int = MOST_WAITING) -> None:
         super().__init__(timing, most_waiting)
         self._send = send
         self._thread: threading.Thread | None = None
@@ -210,7 +209,7 @@ class Reporter(Reports):
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 self._changed.wait_for(
-                    lambda: self._hurry or self._closing or len(self._waiting) >= _MOST_TOGETHER, _GATHER_S
+                    lambda: self._hurry or self._closing or len(self._waiting) >= _MOST_TOGETHER, GATHER_S
                 )
                 if self._closing:
                     return
@@ -231,81 +230,4 @@ class Reporter(Reports):
             why = known(problem)
             halves = halves_of(batch, why)
             return max([self._tell(half) for half in halves]) if halves else self.failed(batch, why)
-        return 0
-
-
-class AsyncReporter(Reports):
-    """`Reports` told by a task of the event loop, which is there while something waits."""
-
-    def __init__(
-        self, send: Callable[[Call[Told]], Awaitable[Told]], timing: Timing, most_waiting: int = _MOST_WAITING
-    ) -> None:
-        super().__init__(timing, most_waiting)
-        self._send = send
-        self._task: asyncio.Task[None] | None = None
-        self._hurry = asyncio.Event()
-
-    def put(self, grant: OfGrant | None, action: str, *, traceparent: str | None, at: Any = None, **more: Any) -> None:
-        super().put(grant, action, traceparent=traceparent, at=at, **more)
-        self._begin()
-
-    def _begin(self) -> None:
-        if not self._waiting or (self._task is not None and not self._task.done()):
-            return
-        try:
-            self._task = asyncio.get_running_loop().create_task(self._run())
-        except RuntimeError:
-            # Outside of a loop: it waits for the next one, or for `flush`.
-            return
-
-    async def flush(self, timeout_s: float = 5.0) -> bool:
-        """Tell what waits, now; whether all of it was told in time."""
-        self._hurry.set()
-        self._begin()
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=timeout_s)
-        self._hurry.clear()
-        return not self.waiting
-
-    async def close(self, timeout_s: float = 2.0) -> None:
-        """Tell what waits, for so long; the rest is dropped, and nothing more is taken."""
-        await self.flush(timeout_s)
-        self._most_waiting = 0
-        if self._task is not None and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        self.drop_all()
-
-    async def _run(self) -> None:
-        while self._waiting:
-            await self._gather()
-            batch = self.take()
-            try:
-                pause_s = await self._tell(batch)
-            except asyncio.CancelledError:
-                # Whether it was taken is not known; telling it again is the same activity.
-                self.failed(batch, Unreachable("unreachable", "The client was closed", "it was not told in time"))
-                raise
-            finally:
-                self.landed(batch)
-            if pause_s:
-                await self._timing.async_sleep(pause_s)
-
-    async def _gather(self) -> None:
-        """Let the first one wait for company, unless somebody waits for it."""
-        hurried = asyncio.ensure_future(self._hurry.wait())
-        slept = asyncio.ensure_future(self._timing.async_sleep(_GATHER_S))
-        try:
-            await asyncio.wait([hurried, slept], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in (hurried, slept):
-                each.cancel()
-
-    async def _tell(self, batch: list[Activity]) -> float:
-        try:
-            self.answered(await self._send(calls.tell(batch)))
-        except Exception as problem:
-            why = known(problem)
-            halves = halves_of(batch, why)
-            return max([await self._tell(half) for half in halves]) if halves else self.failed(batch, why)
         return 0

@@ -626,7 +626,7 @@ def test_both_clients_have_the_same_verbs_with_the_same_arguments():
         return {name: value for name, value in vars(kind).items() if hasattr(value, "__wrapped__")}
 
     assert verbs(Client).keys() == verbs(AsyncClient).keys()
-    assert len(verbs(Client)) == 39
+    assert len(verbs(Client)) == 42
     for name, verb in verbs(Client).items():
         assert inspect.signature(verb) == inspect.signature(verbs(AsyncClient)[name])
 

@@ -34,7 +34,7 @@ def reporting(client):
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing is waited for in the background."""
-    monkeypatch.setattr(room, "_GATHER_S", 0)
+    monkeypatch.setattr(room, "GATHER_S", 0)
     monkeypatch.setattr(room, "_PAUSE_S", 0)
 
 
