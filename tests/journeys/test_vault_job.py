@@ -43,6 +43,8 @@ def vault_deployment(deployment, openbao):
 
 
 def test_a_database_login_works_until_its_task_ends_and_the_receipt_says_when_it_died(vault_deployment, openbao):
+    # Others of the run may have left some.
+    before = set(openbao.leases("database/creds/jit-orders-ro"))
     with vault_deployment.broker() as broker:
         task_id = broker.open_task("summarizer")
         request = {"task_id": task_id, "resource": ORDERS, "scopes": ["select"], "intent": "count the orders"}
@@ -65,7 +67,7 @@ def test_a_database_login_works_until_its_task_ends_and_the_receipt_says_when_it
             session.execute("SELECT 1")
         with pytest.raises(psycopg.OperationalError):
             connect(openbao, credential["data"])
-        assert openbao.leases("database/creds/jit-orders-ro") == []
+        assert set(openbao.leases("database/creds/jit-orders-ro")) <= before
 
 
 def _granted(broker, request):

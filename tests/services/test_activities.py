@@ -159,13 +159,13 @@ def test_no_secret_is_kept(house, grant):
     token = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhIn0.c2lnbmF0dXJl"
     named = report(grant, id="a", attributes={"db.password": "hunter2"})
     hidden = report(
-        grant, id="b", action=f"GET /x?token={token}", resource=f"https://ada:pw@{CRM[8:]}/x?sig=abc",
+        grant, id="b", action=f"GET /x?token={token}", resource=f"https://ada:letmein@{CRM[8:]}/x?sig=hush-hush",
         attributes={"note": f"Bearer {token}"},
     )  # fmt: skip
     taken = tell(house, named, hidden)
     assert codes(taken) == ["invalid_request"]
     [row] = rows(house)
-    for secret in (token, "hunter2", "pw", "abc"):
+    for secret in (token, "hunter2", "letmein", "hush-hush"):
         assert secret not in str(tuple(row))
     assert row.resource == f"{CRM}/x"
 
