@@ -36,5 +36,8 @@ def _through(store, cells, lane):
 def test_the_product_holds_nothing_that_a_crash_could_be_switched_on_with():
     for path in Path(broker.__file__).parent.rglob("*.py"):
         text = path.read_text().lower()
+        if path.name == "child.py":
+            # What a program that `broker exec` runs gets when we are gone.
+            text = text.replace("signal.sigkill", "")
         for word in ("failpoint", "sigkill", "killpg", "tests.crash"):
             assert word not in text, f"{path} speaks of {word}"
