@@ -39,8 +39,10 @@ def no_task_lock() -> None:
     """TX 1 and TX 3 look at the task and do not hold it, and whoever ends it waits for nobody (INV-12)."""
     hold = locks.hold_for_issuing
 
-    def hold_for_issuing(db: Connection, *, agents: Collection[str], tasks: Collection[str]) -> None:
-        hold(db, agents=agents, tasks=())
+    def hold_for_issuing(
+        db: Connection, *, agents: Collection[str], tasks: Collection[str], counted: Collection[str] = ()
+    ) -> None:
+        hold(db, agents=agents, tasks=(), counted=counted)
 
     def only_look(_self: Tasks, db: Connection, ids: Collection[str]) -> Mapping[str, Task]:
         found = {task_id: find_task(db, task_id) for task_id in ids}
