@@ -472,6 +472,44 @@ def test_a_provider_that_hangs_delays_a_receipt_by_two_seconds_and_no_more(house
     go_on.set()
 
 
+def test_debts_that_could_not_be_paid_are_said_though_nobody_waits_for_them(house, monkeypatch, caplog):
+    issued = ask(house)
+    monkeypatch.setattr(house.broker.debts, "pay_now", lambda _ids: None)
+    revoke(house, issued)
+
+    def away(*_about, **_how):
+        raise Unavailable("the store did not answer")
+
+    monkeypatch.setattr(debts.leases, "claim_owed", away)
+    [paying] = house.broker.debts.begin_to_pay()
+    with pytest.raises(Unavailable):
+        paying.result(20)
+    monkeypatch.undo()
+    assert "debts were not paid" in [record.message for record in caplog.records]
+    assert house.broker.debts.pay() == 1
+
+
+@pytest.mark.parametrize("look", ["any_owed", "providers_owed_for"])
+def test_who_looked_before_it_was_closed_sets_nobody_to_work_any_more(house, monkeypatch, look):
+    """The workers are gone, or about to be."""
+    issued = ask(house)
+    with monkeypatch.context() as not_now:
+        not_now.setattr(house.broker.debts, "pay_now", lambda _ids: None)
+        revoke(house, issued)
+    found = getattr(debts.leases, look)
+
+    def looks_late(*about, **how):
+        house.broker.debts.close()
+        return found(*about, **how)
+
+    monkeypatch.setattr(debts.leases, look, looks_late)
+    if look == "any_owed":
+        assert house.broker.debts.begin_to_pay() == []
+    else:
+        house.broker.debts.pay_now([issued.grant.id])
+    assert lease_of(house, issued).state is LeaseState.REVOKING
+
+
 def test_a_broker_that_is_told_to_stop_does_not_pay_a_whole_backlog_first(house):
     expired = ask(house)
     house.clock.at = expired.grant.expires_at
