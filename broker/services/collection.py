@@ -417,7 +417,7 @@ def _collected_event(held: _Held, grant: Grant, **facts: str) -> Event:
 def _refused(grant: Grant | None, caller: Caller, now: datetime, refusal: BrokerError) -> Event:
     known = (
         {}
-        if grant is None or not grant.is_held_by(caller.principal)
+        if grant is None
         else {
             "task_id": grant.task_id,
             "grant_id": grant.id,
@@ -431,7 +431,7 @@ def _refused(grant: Grant | None, caller: Caller, now: datetime, refusal: Broker
         at=now,
         type="approval.refused",
         actor=caller.name,
-        # Whatever is said of the agent counts as its own denial, and nobody is locked down by another's.
+        # Not whose grant it is: it is a denial of who asked, and nobody is locked down by another's.
         agent=caller.name,
         outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
         reason=refusal.detail[:1000],

@@ -901,14 +901,14 @@ def _renewal_refused(grant: Grant | None, caller: Caller, now: datetime, refusal
         at=now,
         type="grant.renewal_refused",
         actor=caller.name,
+        # Not whose grant it is: it is a denial of who asked, and nobody is locked down by another's.
         agent=caller.name,
         outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
         reason=refusal.detail[:1000],
         trace_id=caller.trace_id,
         data={"subject": caller.principal.subject},
     )
-    if grant is None or not grant.is_held_by(caller.principal):
-        # Whatever is said of the agent counts as its own denial, and nobody is locked down by another's.
+    if grant is None:
         return event
     return replace(
         event,

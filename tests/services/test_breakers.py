@@ -7,6 +7,7 @@ import pytest
 from broker.domain.errors import BrokerError, LimitExceeded, LockedDown, NotFound, PolicyDenied
 from broker.domain.lifecycle import TaskState
 from broker.services.alerting import Alerting
+from tests import approvals as people
 from tests.house import LEDGER, build_house
 from tests.services.test_alerting import Told
 from tests.services.test_redeciding import apply, events, with_policies
@@ -267,14 +268,21 @@ def test_an_agent_that_is_locked_down_stops_nobody_to_be_found_so_again(house, m
     assert asked == []
 
 
-def test_a_broker_that_did_not_see_the_denials_makes_a_renewal_wait_too(house, store_url, tmp_path):
+@pytest.mark.parametrize("verb", ["renew", "collect"])
+def test_a_broker_that_did_not_see_the_denials_makes_it_wait_there_too(house, store_url, tmp_path, verb):
     """INV-34."""
-    task = house.open_task()
-    issued = house.issue(task)
-    deny(house, task, 3)
     other = build_house(store_url, tmp_path, clock=house.clock, denials_throttle=3, denials_lockdown=5)
+    people.apply(house, people.asking(house, policies=people.ASKING.partition('@id("ledger')[0]))
+    task = house.open_task()
+    issued, waiting = house.issue(task), people.ask(house, task)
+    people.approve(house, waiting)
+    deny(house, task, 3)
+    caller = other.caller("summarizer")
     with pytest.raises(LimitExceeded) as refusal:
-        other.broker.issuance.renew(other.caller("summarizer"), issued.grant.id, ttl=None)
+        if verb == "renew":
+            other.broker.issuance.renew(caller, issued.grant.id, ttl=None)
+        else:
+            other.broker.collection.collect(caller, waiting.grant.id)
     assert refusal.value.limit == "denials_throttle"
     other.broker.close()
 

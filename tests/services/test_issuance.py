@@ -346,6 +346,16 @@ class TestEveryTokenIsAccountedFor:
         assert not house.is_active(first)
         assert not house.is_active(renewed)
 
+    def test_nothing_is_signed_again_by_a_key_that_is_locked_down(self, house):
+        task = house.open_task()
+        house.issue(task, idempotency=KEY)
+        house.clock.forward(seconds=31)
+        house.broker.keys.rotate(actor="tests", now=house.clock())
+        kid = house.broker.standing.now().keys.current("ES256").kid
+        house.broker.revocation.set_lockdown(house.caller("ada"), "key", kid, reason="drill")
+        with pytest.raises(LockedDown):
+            house.issue(task, idempotency=KEY)
+
     def test_revoking_a_key_ends_grants_whose_token_was_signed_again_by_it(self, house):
         task = house.open_task()
         first = house.issue(task, idempotency=KEY)

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 
-from broker.domain.errors import BrokerError, InvalidTarget, LimitExceeded, NotFound
+from broker.domain.errors import BrokerError, Conflict, InvalidTarget, LimitExceeded, NotFound
 from broker.domain.grant import GrantRequest
 from broker.domain.lifecycle import TaskState
 from broker.store import allowances
@@ -150,6 +150,22 @@ def test_renewals_are_mints_and_what_came_to_nothing_is_not(built):
     house.clock.forward(seconds=600)
     refused(lambda: house.issue(task))
     house.issue(house.open_task())
+
+
+def test_what_was_made_is_a_mint_whatever_came_of_it_then(built):
+    """A secret may live outside though its agent, who ended the grant meanwhile, was told that it got none."""
+    house = built(mints_per_task=1)
+    task = house.open_task()
+    for made in (False, True):
+        with (
+            pytest.raises(Conflict),
+            house.broker.issuance._limiter.admitted(
+                house.caller("summarizer"), resource=CRM, task_id=task.id
+            ) as minting,
+        ):
+            minting.made = made
+            raise Conflict("it was ended meanwhile")
+    assert refused(lambda: house.issue(task)).limit == "mints_per_task"
 
 
 def test_nobody_uses_up_what_another_agents_task_has_left(built):
