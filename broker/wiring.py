@@ -47,6 +47,7 @@ from broker.services.proofs import Proofs
 from broker.services.receiving import Receiving
 from broker.services.reconciliation import Reconciliation, settings_in_use
 from broker.services.redeciding import Redeciding
+from broker.services.renewal import Renewal
 from broker.services.replaying import Replaying
 from broker.services.reviews import Reviews
 from broker.services.revocation import Revocation
@@ -83,6 +84,7 @@ class Broker:
     authenticator: Authenticator
     proofs: Proofs
     issuance: Issuance
+    renewal: Renewal
     approvals: Approvals
     collection: Collection
     reviews: Reviews
@@ -236,6 +238,15 @@ def build(
             issuer=issuer,
             clock=clock,
             routes=[Route(channel=told.name, groups=told.groups) for told in settings.notify],
+        ),
+        renewal=Renewal(
+            database=database,
+            standing=standing,
+            limiter=limiter,
+            breakers=breakers,
+            limits=limits,
+            issuer=issuer,
+            clock=clock,
         ),
         approvals=Approvals(database=database, standing=standing, limits=limits, clock=clock),
         collection=Collection(

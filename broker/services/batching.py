@@ -1,6 +1,7 @@
 """Many callers, one transaction: what arrives while one is on its way goes together into the next.
 
-A commit costs the same for one row as for sixty, so throughput grows with load and a lone caller waits for nobody. The
+A commit costs the same for one row as for sixty, so throughput grows with load and a lone caller waits for nobody. Who
+was answered together comes back together, a moment apart: the first of them may wait that moment for the others. The
 same serves reading: one look answers for all who asked before it began, and never for who asked after.
 """
 
@@ -16,6 +17,8 @@ from broker.domain.errors import BrokerError, Unavailable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_NEARLY_ALL = 0.9  # of those who came together the last time; the slowest are not worth waiting for
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +43,8 @@ class Batching(Generic[Item, Result]):
 
     It is called by whichever caller finds no batch under way, for itself and for all who came meanwhile: no thread
     of our own, nothing to start or stop. With `waiting`, callers beyond that many are told to come again, so that a
-    store that hangs does not take every thread of the process with it (INV-27).
+    store that hangs does not take every thread of the process with it (INV-27). With `gathering_s`, a batch begins when
+    about as many have come as were there at the last one, or after so many seconds.
     """
 
     def __init__(
@@ -49,13 +53,18 @@ class Batching(Generic[Item, Result]):
         *,
         at_most: int = 64,
         waiting: int | None = None,
+        gathering_s: float = 0,
     ) -> None:
         self._work = work
         self._at_most = at_most
         self._waiting = waiting
+        self._gathering_s = gathering_s
         self._queue: deque[_Ticket[Item, Result]] = deque()
         self._guard = threading.Lock()
         self._busy = False
+        self._lately = 1  # how many there were at the last batch: in it, and come meanwhile
+        self._wanted = 0  # in the queue, for the batch that is being gathered
+        self._gathered = threading.Event()
 
     def submit(self, item: Item) -> Result:
         """Wait until the item's batch is done; raises what it answered for it."""
@@ -68,6 +77,8 @@ class Batching(Generic[Item, Result]):
                 raise Unavailable(f"{len(self._queue)} others are waiting already: try again")
             else:
                 self._queue.append(ticket)
+                if len(self._queue) == self._wanted:
+                    self._gathered.set()
         if not leads:
             # Woken with an answer, or without one: then a leader before us is done, and we are the next.
             ticket.wake.acquire()
@@ -82,10 +93,15 @@ class Batching(Generic[Item, Result]):
         """Answer one's own, which nobody else can take any more, and those who wait."""
         batch = [own]
         try:
+            if self._gathering_s:
+                self._gather()
             with self._guard:
                 batch += [self._queue.popleft() for _ in range(min(self._at_most - 1, len(self._queue)))]
             self._answer(batch)
         finally:
+            with self._guard:
+                # Before anybody of the batch can be back: nobody is counted twice.
+                self._lately = min(len(batch) + len(self._queue), self._at_most)
             # Whatever ends this thread, nobody is left waiting for it.
             for ticket in batch:
                 if not ticket.answered:
@@ -97,6 +113,14 @@ class Batching(Generic[Item, Result]):
                     self._queue.popleft().wake.release()
                 else:
                     self._busy = False
+
+    def _gather(self) -> None:
+        with self._guard:
+            self._wanted = int(self._lately * _NEARLY_ALL) - 1  # and the one who waits here
+            if len(self._queue) >= self._wanted:
+                return
+            self._gathered.clear()
+        self._gathered.wait(self._gathering_s)
 
     def _answer(self, batch: Sequence[_Ticket[Item, Result]]) -> None:
         try:

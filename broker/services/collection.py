@@ -32,11 +32,9 @@ from broker.domain.errors import (
     Conflict,
     Forbidden,
     Invalid,
-    LimitExceeded,
     NotFound,
     PolicyDenied,
     TaskNotActive,
-    Unavailable,
 )
 from broker.domain.grant import Grant, GrantRequest, Issued, joined
 from broker.domain.identity import Caller, Principal, is_id, new_id
@@ -173,8 +171,7 @@ class Collection:
                 return self._collected(held, parameters)
             except BrokerError as refusal:
                 # The refusal is recorded; the grant stays as it is until it expires or somebody ends it.
-                told = not isinstance(refusal, LimitExceeded) or self._limiter.is_news(refusal.limit, caller.name)
-                if told and not isinstance(refusal, Unavailable):
+                if self._limiter.is_told(caller.name, refusal):
                     record(db, [_refused(grant, caller, now, refusal)])
                 return refusal
 

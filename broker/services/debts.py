@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from broker import telemetry
 from broker.domain.clock import Clock
@@ -41,7 +41,7 @@ _URGENT_WORKERS = 2  # of them, for nothing but what is urgent
 _CLOSING_WORKERS = 8  # for what somebody is waiting for just now
 _CLOSING_S = 2.0
 _TOGETHER = 16  # claimed by one worker at once
-_CLOSED_TOGETHER = 8
+_CLOSED_TOGETHER = 25
 _INTENTS_AT_ONCE = 100
 _ABANDONED_EVERY = timedelta(hours=1)
 _LOOK_AGAIN = timedelta(seconds=5)
@@ -200,12 +200,15 @@ class Debts:
 
     def _pay_claimed(self, provider: str, claimed: Sequence[Lease]) -> int:
         """Answers how many of them were released."""
-        died: list[tuple[Lease, datetime]] = []
-        for lease, problem in self._asked_for(provider, claimed):
+        died: dict[datetime, list[Lease]] = {}
+        answers = list(self._asked_for(provider, claimed))
+        # One moment for all that were confirmed by then: they are released together.
+        confirmed_at = self._clock()
+        for lease, problem in answers:
             try:
                 if problem is not None:
                     raise problem
-                died_at = self._died_at(lease)
+                died_at = self._died_at(lease, confirmed_at)
             except BrokerError as refusal:
                 self._failed(lease, getattr(refusal, "reason", None) or refusal.detail)
             except Exception as fault:
@@ -214,7 +217,7 @@ class Debts:
                 self._failed(lease, f"{type(fault).__name__}: see the broker's log")
             else:
                 if died_at is not None:
-                    died.append((lease, died_at))
+                    died.setdefault(died_at, []).append(lease)
         return self._release(died)
 
     def _asked_for(self, name: str, claimed: Sequence[Lease]) -> Iterator[tuple[Lease, Exception | None]]:
@@ -266,8 +269,8 @@ class Debts:
             over.set()
             keeper.join()
 
-    def _died_at(self, lease: Lease) -> datetime | None:
-        """When its credential died, whose end is confirmed; None while only time is waited for, which is noted.
+    def _died_at(self, lease: Lease, now: datetime) -> datetime | None:
+        """When its credential died, whose end is confirmed now; None while only time is waited for, which is noted.
 
         INV-04: a secret nobody heard of may appear after its token died. So it is not dead before it could no longer
         appear, everything the provider lists was looked at since, and what it could have been has ended by itself.
@@ -276,8 +279,7 @@ class Debts:
             return self._when_reached(lease, lease.dead_at)
         if lease.handle is None and lease.reference is None:
             # Nothing was ever asked for: what is asked for has a handle first (INV-02).
-            return self._clock()
-        now = self._clock()
+            return now
         if lease.unknown:
             settles_at = lease.settles_at or now + self._providers[lease.provider].settles_after
             if now < settles_at:
@@ -317,35 +319,33 @@ class Debts:
             values: dict[str, Any] = {"next_attempt_at": until, **known}
             leases.note(db, lease.id, leases.claimed_by(lease.fence), **values)
 
-    def _release(self, died: Sequence[tuple[Lease, datetime]]) -> int:
+    def _release(self, died: Mapping[datetime, Sequence[Lease]]) -> int:
+        """Answers how many; `died` are leases by the moment at which their credentials died."""
         if not died:
             return 0
         now = self._clock()
         with self._database.begin() as db:
-            released = [(lease, died_at) for lease, died_at in died if self._released(db, lease, died_at, now)]
-            since = leases.owed_since(db, [lease.id for lease, _ in released])
-        for lease, died_at in released:
-            telemetry.confirmed_dead(lease.provider, (died_at - since[lease.id]).total_seconds())
-        return len(released)
+            released = {died_at: self._released(db, of_then, died_at, now) for died_at, of_then in died.items()}
+            since = leases.owed_since(db, [row.id for rows in released.values() for row in rows])
+        for died_at, rows in released.items():
+            for row in rows:
+                telemetry.confirmed_dead(row.provider, (died_at - since[row.id]).total_seconds())
+        return len(since)
 
-    def _released(self, db: Connection, lease: Lease, died_at: datetime, now: datetime) -> bool:
-        event = lease_event(now, "lease.released", data={"dead_at": int(died_at.timestamp())})
-        where = (leases.with_id(lease.id), leases.claimed_by(lease.fence))
-        # What arrived meanwhile is owed too, and was not asked about.
-        same = leases.known_by(lease.reference)
-        moved = move(
+    def _released(
+        self, db: Connection, of_then: Sequence[Lease], died_at: datetime, now: datetime
+    ) -> Sequence[Row[Any]]:
+        return move(
             db,
             models.Lease,
             LeaseState.RELEASED,
-            *where,
-            same,
-            event=event,
+            leases.as_they_were(of_then),
+            event=lease_event(now, "lease.released", data={"dead_at": int(died_at.timestamp())}),
             returning=leases.LEASE_FACTS,
             dead_at=died_at,
             next_attempt_at=None,
             last_error=None,
         )
-        return bool(moved)
 
     def _failed(self, lease: Lease, why: str) -> None:
         now = self._clock()
@@ -388,7 +388,7 @@ class _Lane:
         try:
             wait(turns)
             over.set()
-            return _sum_of(turns) + _sum_of(besides)
+            return _sum_of([*turns, *besides])
         except Exception as problem:
             # Said here: nobody waits for it but a test. What is owed is in rows, and the next run tries again.
             fields = {"provider": self.provider, "kind": type(problem).__name__}

@@ -1,4 +1,4 @@
-"""Issuing and renewing grants: one verb behind `/v1/grants` and `/oauth2/token`.
+"""Issuing grants: one verb behind `/v1/grants` and `/oauth2/token`.
 
 The intent, the decision, the grant and its audit event are one commit; the credential leaves only after it (INV-01).
 A JWT owes nothing outside, so it needs no lease. For a secret from outside the same commit is the intent, and what
@@ -26,7 +26,6 @@ from broker.domain.errors import (
     Invalid,
     InvalidScope,
     InvalidTarget,
-    LimitExceeded,
     LockedDown,
     NotFound,
     PolicyDenied,
@@ -41,7 +40,6 @@ from broker.domain.policy import NEEDS_APPROVAL, PolicySet
 from broker.domain.task import Task
 from broker.services import live_limits
 from broker.services.approval import Opening, cases, opened_event
-from broker.services.asked import kept_of
 from broker.services.batching import Batching
 from broker.services.break_glass import require_narrow, require_no_break_glass, step
 from broker.services.breakers import Breakers, is_denial, throttled
@@ -76,6 +74,7 @@ from broker.store.tasks import Tasks, find_task, insert_tasks
 from broker.store.transitions import change_of, record
 
 _WAITING = 50  # callers; of the server's threads, some are always left for what ends authority
+_GATHERING_S = 0.004  # half of what a commit with its look-ups takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,9 @@ class Issuance:
         self._clock = clock
         self._routes = routes
         self._tasks = Tasks()
-        self._batches: Batching[GrantRequest, Issued | Intent | Case] = Batching(self._issue_all, waiting=_WAITING)
+        self._batches: Batching[GrantRequest, Issued | Intent | Case] = Batching(
+            self._issue_all, waiting=_WAITING, gathering_s=_GATHERING_S
+        )
 
     def require_open(self, caller: Caller) -> None:
         """Refuse whoever is at a limit, from memory alone: before a proof of theirs is used up, which costs a row."""
@@ -166,20 +167,6 @@ class Issuance:
                 raise
             minting.made = not isinstance(made, Case)
             return self._secrets.obtain(made) if isinstance(made, Intent) else made
-
-    def renew(self, caller: Caller, grant_id: str, *, ttl: timedelta | None, jkt: str | None = None) -> Issued:
-        """A new token for the same grant, decided again, never past the grant's maximum."""
-        self._breakers.require_rested(caller.name)
-        with self._limiter.admitted_again(caller, grant_id) as minting:
-            outcome = self._renew(caller, grant_id, ttl, jkt)
-            if is_denial(outcome):
-                self._breakers.after_denials([caller.name])
-            if isinstance(outcome, PolicyDenied):
-                raise outcome.explained()
-            if isinstance(outcome, BrokerError):
-                raise outcome
-            minting.made = True
-            return outcome
 
     def may_take(self, caller: Caller, grant: Authority) -> bool:
         """Whether somebody's grant may be handed down to this agent at all: whoever opened the task named them both."""
@@ -266,18 +253,13 @@ class Issuance:
                     key_sha256=request.idempotency.key_sha256,
                     made_id=grant_id,
                 )
-            broken = request.break_glass is not None
-            if (broken or not isinstance(refusal, PolicyDenied)) and self._is_told(request.caller.name, refusal):
+            # A denial is recorded with its grant; one of a break-glass also as what it is.
+            also = request.break_glass is not None or not isinstance(refusal, PolicyDenied)
+            if also and self._limiter.is_told(request.caller.name, refusal):
                 batch.events.append(_refused(request, moment, refusal))
             if is_denial(refusal):
                 self._count_denial(request.caller.name, moment, batch)
             return refusal
-
-    def _is_told(self, agent: str, refusal: BrokerError) -> bool:
-        """Whether it is recorded: that a limit is reached is said once a window, however often somebody asks."""
-        if isinstance(refusal, LimitExceeded):
-            return self._limiter.is_news(refusal.limit, agent)
-        return not isinstance(refusal, Unavailable)
 
     def _count_denial(self, agent: str, moment: _Moment, batch: _Batch) -> None:
         before = moment.denials[agent]
@@ -494,10 +476,10 @@ class Issuance:
         if request.task_id is None:
             # No task is opened for what came to nothing; the event still says who asked for what, and why not.
             batch.events.append(replace(event, grant_id=None, task_id=None))
-            return _denial(grant, found, policies, kept=False)
+            return denial(grant, found, policies, kept=False)
         batch.grants.append(grant)
         batch.events.append(event)
-        refusal = _denial(grant, found, policies, kept=True)
+        refusal = denial(grant, found, policies, kept=True)
         batch.answers[grant.id] = refusal
         return refusal
 
@@ -521,7 +503,7 @@ class Issuance:
             raise Invalid(
                 f"grant {parent.id} is of another task: what is handed down stays in its task", member="task_id"
             )
-        _require_live(parent, task, moment.standing, moment.now)
+        require_live(parent, task, moment.standing, moment.now)
         require_no_break_glass(parent, "handed down")
         if request.resource != parent.resource:
             raise InvalidTarget(
@@ -570,7 +552,7 @@ class Issuance:
         if task is None or principal.name not in task.agents:
             # One answer for a task that is not there and one that is not theirs (INV-28).
             raise NotFound(f"there is no task {request.task_id[:64]!r} for {principal.name}", member="task_id")
-        _require_open(task, now)
+        require_open_task(task, now)
         if task.ceiling is not None:
             within = frozenset(task.ceiling.get(request.resource, ()))
             beyond = sorted(request.scopes - within)
@@ -623,7 +605,7 @@ class Issuance:
                 raise _just_being_answered()
             return self._anew(request, grant_id, grant, moment, batch)
         try:
-            _require_live(grant, task, moment.standing, moment.now)
+            require_live(grant, task, moment.standing, moment.now)
         except (Conflict, Forbidden) as ended:
             raise Conflict(f"{ended.detail}; it was made with this Idempotency-Key: use a new one") from None
         if grant.provider != OWES_NOTHING:
@@ -682,121 +664,6 @@ class Issuance:
                     moment.live_of[thing] -= 1
         return self._issued(request, grant_id, moment, batch)
 
-    # --- Renewing -----------------------------------------------------------------------------------------------------
-
-    def _renew(self, caller: Caller, grant_id: str, ttl: timedelta | None, jkt: str | None) -> Issued | BrokerError:
-        with self._database.begin_issuing() as db:
-            unlocked = find_grant(db, grant_id) if is_id(grant_id, "grt") else None
-            tasks_of_it = [] if unlocked is None else [unlocked.task_id]
-            # Task before grant, as everywhere, so that a closing task and a renewal cannot wait for each other. And the
-            # agent: what it was denied is counted (INV-34).
-            locks.hold_for_issuing(db, agents=[caller.name], tasks=tasks_of_it)
-            now = self._clock()
-            standing = self._standing.at(db, gate.era_of(db))
-            tasks = self._tasks.hold_shared(db, tasks_of_it)
-            above = None if unlocked is None else unlocked.parent_grant_id
-            parent = None if above is None else hold_parents(db, [above])[above]
-            grant = None if unlocked is None else find_grant(db, grant_id, lock=True)
-            try:
-                principal = principal_of(caller, standing)
-                if grant is None or not grant.is_held_by(principal):
-                    raise NotFound(f"there is no grant {grant_id[:64]!r} of yours")
-                agent = caller.name
-                most = 1 + live_limits.agent_bound(self._limits, standing.catalogue, agent)
-                held = count_live(db, [agent], now=now, at_most=most)
-                denied = self._breakers.denials(db, [agent], standing, now)[agent]
-                self._breakers.require_rest(agent, denied, now)
-                facts = {"live_grants": max(0, held[agent] - 1), "recent_denials": denied.count}
-                issued = self._renewed(
-                    grant, parent, tasks[grant.task_id], standing, principal, caller, ttl, jkt, now, facts
-                )
-            except BrokerError as refusal:
-                # The refusal is recorded; the grant stays as it is until it expires or somebody revokes it.
-                if self._is_told(caller.name, refusal):
-                    record(db, [_renewal_refused(grant, caller, now, refusal)])
-                return refusal
-            renew_grant(db, issued.grant)
-            if (issued.grant.kids, issued.grant.policies) != (grant.kids, grant.policies):
-                hand_down(db, issued.grant)
-            record(db, [grant_event(issued.grant, caller, now, "grant.renewed")])
-        return issued
-
-    def _renewed(
-        self,
-        grant: Grant,
-        parent: Grant | None,
-        task: Task,
-        standing: Standing,
-        principal: Principal,
-        caller: Caller,
-        ttl: timedelta | None,
-        jkt: str | None,
-        now: datetime,
-        facts: Mapping[str, int],
-    ) -> Issued:
-        _require_live(grant, task, standing, now)
-        if parent is not None:
-            _require_live(parent, task, standing, now)
-        require_no_break_glass(grant, "renewed")
-        require_known_user(grant.on_behalf_of, standing.catalogue)
-        if grant.provider != OWES_NOTHING:
-            raise Invalid(f"a secret of {grant.resource} is not renewed: ask for a new one, and hand this one back")
-        if grant.jkt is not None and jkt != grant.jkt:
-            # INV-21: without the key it was bound to, a stolen workload token would renew it into a bearer's hand.
-            raise Forbidden("this grant is bound to a key: send a DPoP proof made with that key")
-        if grant.jkt is None and jkt is not None:
-            # Its earlier token is a bearer's and stays one, so a binding from here on would be none.
-            raise Invalid("this grant is not bound to a key: ask for a new one with the proof", member="DPoP")
-        resource = standing.catalogue.resource(grant.resource)
-        scopes = frozenset(grant.scopes)
-        require_may_ask(principal, resource, scopes, grant.jkt)
-        kept = kept_of(grant)
-        found = terms(
-            GrantRequest(
-                caller=caller,
-                resource=grant.resource,
-                scopes=scopes,
-                task_id=grant.task_id,
-                ttl=ttl,
-                intent=grant.intent,
-                claimed=grant.claimed,
-                jkt=grant.jkt,
-            ),
-            principal=principal,
-            resource=resource,
-            task=task,
-            user=grant.on_behalf_of,
-            user_attributes=kept.user_attributes,
-            parent=parent,
-            approved=kept.approved,
-            policies=standing.policies,
-            limits=self._limits,
-            now=now,
-            renewable_until=grant.renewable_until,
-            risk=standing.risks.level(principal.name, grant.on_behalf_of, now),
-            **facts,
-        )
-        if not found.allowed:
-            raise _denial(grant, found, standing.policies, kept=False)
-        renewed = replace(
-            grant,
-            jti=secrets.token_urlsafe(16),
-            # An earlier token of this grant may still be out: it dies with the key and the policies it was made by,
-            # and a shorter renewal must not end the grant before it.
-            kids=joined(grant.kids, standing.keys.current(resource.signing_algorithm).kid),
-            policies=joined(grant.policies, *found.decision.policies),
-            expires_at=max(grant.expires_at, now + found.ttl),
-            ttl_s=int(found.ttl.total_seconds()),
-            ttl_decided_by=found.decided_by,
-            request_sha256=found.asked.sha256(),
-            decision=found.decision.as_json(),
-            policy_version=found.decision.policy_version,
-            terms=found.as_json(),
-        )
-        # By what allows it now, and not only by what allowed it until now.
-        require_no_refusal(renewed, standing)
-        return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
-
 
 def _counts_for(request: GrantRequest, task_id: str | None) -> live_limits.For:
     return live_limits.For(task_id=task_id, resource=request.resource, issuer=request.caller.principal.issuer)
@@ -846,14 +713,14 @@ def _known(caller: Caller, moment: _Moment) -> Principal:
     return principal
 
 
-def _require_open(task: Task, now: datetime) -> None:
+def require_open_task(task: Task, now: datetime) -> None:
     if not task.is_open(now):
         state = task.state if task.state is not TaskState.ACTIVE else TaskState.EXPIRED
         raise TaskNotActive(f"task {task.id} is {state}: nothing can be issued for it", member="task_id")
 
 
-def _require_live(grant: Grant, task: Task, standing: Standing, now: datetime) -> None:
-    _require_open(task, now)
+def require_live(grant: Grant, task: Task, standing: Standing, now: datetime) -> None:
+    require_open_task(task, now)
     refusal = standing.refusals.over(grant)
     if refusal is not None:
         raise LockedDown(f"grant {grant.id} was revoked along {refusal.axis} {refusal.value!r}: {refusal.reason}")
@@ -862,7 +729,7 @@ def _require_live(grant: Grant, task: Task, standing: Standing, now: datetime) -
         raise Conflict(f"grant {grant.id} is {state}: ask for a new one")
 
 
-def _denial(grant: Grant, found: Terms, policies: PolicySet, *, kept: bool) -> PolicyDenied:
+def denial(grant: Grant, found: Terms, policies: PolicySet, *, kept: bool) -> PolicyDenied:
     decision = found.decision.as_json()
     return PolicyDenied(
         sentence(decision),
@@ -892,31 +759,6 @@ def _refused(request: GrantRequest, moment: _Moment, refusal: BrokerError) -> Ev
             "scopes": sorted(request.scopes),
             **({} if request.break_glass is None else {"break_glass": request.break_glass}),
         },
-    )
-
-
-def _renewal_refused(grant: Grant | None, caller: Caller, now: datetime, refusal: BrokerError) -> Event:
-    event = Event(
-        id=new_id("evt", now),
-        at=now,
-        type="grant.renewal_refused",
-        actor=caller.name,
-        # Not whose grant it is: it is a denial of who asked, and nobody is locked down by another's.
-        agent=caller.name,
-        outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
-        reason=refusal.detail[:1000],
-        trace_id=caller.trace_id,
-        data={"subject": caller.principal.subject},
-    )
-    if grant is None:
-        return event
-    return replace(
-        event,
-        task_id=grant.task_id,
-        grant_id=grant.id,
-        user=grant.on_behalf_of,
-        resource=grant.resource,
-        policy_version=grant.policy_version,
     )
 
 

@@ -136,9 +136,9 @@ class Limiter:
         self._clock = clock
         self._guard = threading.Lock()
         self._held: dict[Key, _Held] = {}
-        self._kinds: dict[
-            Key, tuple[int, bool]
-        ] = {}  # in which window it was looked up, and whether it counts or may not
+        self._now: dict[Key, _Limit] = {}  # as it was last found, which most often is how it is
+        # In which window it was looked up, and whether it counts or may not.
+        self._kinds: dict[Key, tuple[int, bool]] = {}
         self._told: dict[Key, int] = {}  # in which window it was said that a limit was reached
         self._pairs: set[tuple[str, str]] = set()  # (task, agent) of which the agent may ask under the task
         self._takes: Batching[_Asked, _Asked] = Batching(self._take_all, waiting=_WAITING)
@@ -183,7 +183,13 @@ class Limiter:
         with self.admitted(caller, resource=resource, task_id=task_id) as minting:
             yield minting
 
-    def is_news(self, limit: str, value: str) -> bool:
+    def is_told(self, agent: str, refusal: BrokerError) -> bool:
+        """Whether a refusal is recorded: that a limit is reached is said once a window, however often somebody asks."""
+        if isinstance(refusal, LimitExceeded):
+            return self._is_news(refusal.limit, agent)
+        return not isinstance(refusal, Unavailable)
+
+    def _is_news(self, limit: str, value: str) -> bool:
         """Whether this broker has not said yet in this window that somebody reached a limit."""
         start = self._limit(limit, value, epoch(self._clock()), own_bound=0).start
         with self._guard:
@@ -219,11 +225,15 @@ class Limiter:
         ]
 
     def _limit(self, name: str, value: str, now_s: int, own_bound: int | None = None) -> _Limit:
+        bound = getattr(self._limits, name) if own_bound is None else own_bound
+        known = self._now.get((name, value))
+        if known is not None and known.start <= now_s < known.start + self._window_s and known.bound == bound:
+            return known
         # Windows of different ones begin at different moments, or all would be asked for at once.
         begins = zlib.crc32(value.encode()) % self._window_s
         start = (now_s - begins) // self._window_s * self._window_s + begins
-        bound = getattr(self._limits, name) if own_bound is None else own_bound
-        return _Limit(name, value, bound, self._window_s, start)
+        found = self._now[name, value] = _Limit(name, value, bound, self._window_s, start)
+        return found
 
     # --- In memory ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +385,7 @@ class Limiter:
 
     def _forget(self) -> None:
         """Keep memory bounded. What was held of a window that is not over is lost with it, which is tighter."""
-        for remembered in (self._held, self._kinds, self._told, self._pairs):
+        for remembered in (self._held, self._now, self._kinds, self._told, self._pairs):
             if len(remembered) > _REMEMBERED:
                 remembered.clear()
 

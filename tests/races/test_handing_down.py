@@ -4,7 +4,7 @@ import pytest
 
 from broker.domain.errors import Conflict, NotFound, TaskNotActive
 from broker.domain.lifecycle import TaskState
-from broker.services import endings, issuance, revocation
+from broker.services import endings, issuance, renewal, revocation
 
 AGENTS = ("summarizer", "scribe")
 
@@ -57,9 +57,9 @@ def test_what_is_asked_for_while_the_root_is_revoked_is_refused(race, task, dept
 def test_a_renewal_below_ends_with_the_root(race, task):
     """The two take their rows in one order, and neither is thrown out for a deadlock."""
     root, child = chain_of(race, task, 1)
-    pause = race.stop(issuance, "renew_grant")
+    pause = race.stop(renewal, "renew_grant")
     renewed, ended = race.run_into(
-        lambda: race.one.broker.issuance.renew(race.one.caller(child.grant.agent), child.grant.id, ttl=None),
+        lambda: race.one.broker.renewal.renew(race.one.caller(child.grant.agent), child.grant.id, ttl=None),
         pause,
         lambda: revoke(race.other, root),
     )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from broker.domain.errors import Conflict, PolicyDenied
-from broker.services import issuance, redeciding, revocation
+from broker.services import issuance, redeciding, renewal, revocation
 from tests.house import CRM, POLICIES
 
 FORBID = '@id("no-crm") forbid (principal == Agent::"summarizer", action, resource);'
@@ -26,7 +26,7 @@ def shrink(house, max_ttl_s):
 
 
 def renew(house, issued):
-    return house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=600))
+    return house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=600))
 
 
 def revoke(house, issued):
@@ -76,7 +76,7 @@ def test_a_renewal_on_its_way_is_passed_over_and_its_grant_shortened_by_the_ceil
 def test_a_grant_that_is_being_renewed_is_not_waited_for_and_not_forgotten(postgres_race):
     race = postgres_race
     issued, other = (race.one.issue(race.one.open_task(), ttl=timedelta(seconds=600)) for _ in range(2))
-    pause = race.stop(issuance, "renew_grant", after=True)
+    pause = race.stop(renewal, "renew_grant", after=True)
     shrink(race.one, 120)
     running = race.start(renew, race.one, issued)
     pause.until_reached(running)

@@ -5,12 +5,12 @@ from datetime import timedelta
 import pytest
 
 from broker.domain.errors import Conflict
-from broker.services import issuance, revocation, sweeper
+from broker.services import renewal, revocation, sweeper
 from tests.house import TestClock, build_house
 
 
 def renew(house, issued):
-    return house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+    return house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
 
 def revoke(house, issued):
@@ -20,7 +20,7 @@ def revoke(house, issued):
 def test_a_grant_revoked_while_it_is_renewed_stays_revoked(race):
     """INV-23: the new token of a revoked grant opens nothing."""
     issued = race.one.issue(race.one.open_task())
-    pause = race.stop(issuance, "renew_grant", after=True)
+    pause = race.stop(renewal, "renew_grant", after=True)
     renewed, revoked = race.run_into(lambda: renew(race.one, issued), pause, lambda: revoke(race.other, issued))
     assert revoked.waited
     assert revoked.answer.receipt.outcome == "revoked"
@@ -43,10 +43,10 @@ def test_of_two_renewals_at_once_neither_shortens_the_other(race):
     """The second is decided on what the first wrote."""
     issued = race.one.issue(race.one.open_task())
     race.one.clock.forward(seconds=100)
-    pause = race.stop(issuance, "renew_grant", after=True)
+    pause = race.stop(renewal, "renew_grant", after=True)
 
     def shortly():
-        return race.other.broker.issuance.renew(
+        return race.other.broker.renewal.renew(
             race.other.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=10)
         )
 
@@ -83,7 +83,7 @@ class TestExpiry:
         assert race.one.is_active(renewed)
 
     def test_a_renewal_on_its_way_is_waited_for(self, race, sweeping, issued):
-        pause = race.stop(issuance, "renew_grant", after=True)
+        pause = race.stop(renewal, "renew_grant", after=True)
         renewed, swept = race.run_into(lambda: renew(race.one, issued), pause, sweeping.broker.sweeper.sweep)
         assert swept.answer.grants_expired == 0
         assert race.state_of(issued) == "active"

@@ -6,7 +6,7 @@ import pytest
 
 from broker.domain.errors import LockedDown, PolicyDenied, TaskNotActive
 from broker.domain.lifecycle import TaskState
-from broker.services import administration, issuance, keys, revocation
+from broker.services import administration, issuance, keys, renewal, revocation
 from tests.house import POLICIES, catalogue_for
 
 
@@ -57,9 +57,9 @@ def test_a_grant_asked_for_while_everything_is_revoked_comes_after_it_and_lives(
 
 def test_a_renewal_on_its_way_is_covered_by_the_revocation_that_waits_for_it(race):
     issued = race.one.issue(race.one.open_task())
-    pause = race.stop(issuance, "renew_grant")
+    pause = race.stop(renewal, "renew_grant")
     renewed, ended = race.run_into(
-        lambda: race.one.broker.issuance.renew(race.one.caller("summarizer"), issued.grant.id, ttl=None),
+        lambda: race.one.broker.renewal.renew(race.one.caller("summarizer"), issued.grant.id, ttl=None),
         pause,
         lambda: revoke_all(race.other),
     )

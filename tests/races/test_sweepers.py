@@ -57,7 +57,7 @@ def test_a_sweeper_and_a_task_that_ends_do_not_wait_for_each_other_for_ever(post
     made = sorted(race.one.issue(task).grant.id for _ in range(5))
     for grant_id in reversed(made):  # a renewal writes its row anew, at the end of the table
         race.one.clock.forward(seconds=1)
-        race.one.broker.issuance.renew(race.one.caller("summarizer"), grant_id, ttl=None)
+        race.one.broker.renewal.renew(race.one.caller("summarizer"), grant_id, ttl=None)
     with race.looking.connect() as db:
         name = db.execute(sa.text("SELECT current_database()")).scalar_one()
         # As PostgreSQL decides by itself where the table is large.

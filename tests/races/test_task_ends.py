@@ -6,7 +6,7 @@ import pytest
 
 from broker.domain.errors import Conflict, TaskNotActive
 from broker.domain.lifecycle import TaskState
-from broker.services import issuance, revocation, sweeper, tasks
+from broker.services import issuance, renewal, revocation, sweeper, tasks
 from tests.house import TestClock, build_house
 
 ISSUE_BEFORE_ITS_INSERT = (issuance, "insert_grants")
@@ -44,9 +44,9 @@ def test_a_renewal_on_its_way_is_ended_by_the_task_that_completes(race):
     """INV-12."""
     task = race.one.open_task()
     issued = race.one.issue(task)
-    pause = race.stop(issuance, "renew_grant")
+    pause = race.stop(renewal, "renew_grant")
     renewed, ended = race.run_into(
-        lambda: race.one.broker.issuance.renew(race.one.caller("summarizer"), issued.grant.id, ttl=None),
+        lambda: race.one.broker.renewal.renew(race.one.caller("summarizer"), issued.grant.id, ttl=None),
         pause,
         lambda: complete(race.other, task),
     )
@@ -64,7 +64,7 @@ def test_a_renewal_asked_for_while_its_task_is_being_completed_is_refused(race):
     _, renewed = race.run_into(
         lambda: complete(race.one, task),
         pause,
-        lambda: race.other.broker.issuance.renew(race.other.caller("summarizer"), issued.grant.id, ttl=None),
+        lambda: race.other.broker.renewal.renew(race.other.caller("summarizer"), issued.grant.id, ttl=None),
     )
     assert renewed.waited
     assert isinstance(renewed.refusal, TaskNotActive)
@@ -176,4 +176,4 @@ def test_ending_a_grant_twice_at_once_is_one_change(race):
     assert first.answer.receipt.as_json() == second.answer.receipt.as_json()
     assert len(race.rows("SELECT id FROM events WHERE type = 'grant.revoked'")) == 1
     with pytest.raises(Conflict):
-        race.one.broker.issuance.renew(race.one.caller("summarizer"), issued.grant.id, ttl=None)
+        race.one.broker.renewal.renew(race.one.caller("summarizer"), issued.grant.id, ttl=None)

@@ -611,10 +611,10 @@ def test_a_collected_grant_is_not_renewed_past_what_was_approved(house):
     approve(house, case, ttl_s=60)
     issued = collect(house, case)
     with pytest.raises(PolicyDenied, match="waits for people"):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     apply(house, asking(house, policies=ASKING.replace('@approval("security")\n', "", 1)))
     house.clock.forward(seconds=20)
-    renewed = house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+    renewed = house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     assert renewed.credential.expires_at == issued.grant.expires_at
 
 

@@ -119,3 +119,49 @@ def test_too_many_who_wait_are_told_to_come_again(pool):
         batching.submit(4)
     work.go_on.set()
     assert outcomes([first, *others]) == [0, 2, 4, 6]
+
+
+class TestGathering:
+    """Those who were answered together are waited for; `gathering_s` is far longer than a test where they come."""
+
+    def lately(self, batching, pool, work, count):
+        """So many came together the last time."""
+        assert outcomes(many(batching, pool, work, range(1, count))) == [item * 2 for item in range(count)]
+        work.batches.clear()
+        work.batches.append([])  # the first batch waits to be let go, and was
+
+    def test_the_first_waits_for_as_many_as_came_the_last_time(self, pool):
+        work = Work()
+        batching = Batching(work, gathering_s=60)
+        self.lately(batching, pool, work, 20)
+        assert batching._lately == 19
+        calls = [pool.submit(batching.submit, item) for item in range(16)]
+        while len(batching._queue) < 15:
+            pass
+        assert len(work.batches) == 1
+        calls.append(pool.submit(batching.submit, 16))
+        assert outcomes(calls) == [item * 2 for item in range(17)]
+        assert sorted(work.batches[1]) == list(range(17))
+
+    def test_a_lone_caller_waits_for_nobody(self, pool):
+        work = Work()
+        work.go_on.set()
+        batching = Batching(work, gathering_s=60)
+        for item in range(5):
+            assert pool.submit(batching.submit, item).result(10) == item * 2
+        assert [len(batch) for batch in work.batches] == [1] * 5
+
+    def test_who_does_not_come_is_waited_for_once_and_not_for_long(self, pool):
+        work = Work()
+        batching = Batching(work, gathering_s=0.05)
+        self.lately(batching, pool, work, 20)
+        assert pool.submit(batching.submit, 1).result(10) == 2
+        batching._gathering_s = 60
+        assert pool.submit(batching.submit, 2).result(10) == 4
+        assert [len(batch) for batch in work.batches] == [0, 1, 1]
+
+    def test_more_than_a_batch_holds_are_not_waited_for(self, pool):
+        work = Work()
+        batching = Batching(work, at_most=5, gathering_s=60)
+        assert outcomes(many(batching, pool, work, range(1, 11))) == [item * 2 for item in range(11)]
+        assert [len(batch) for batch in work.batches] == [1, 5, 5]

@@ -177,7 +177,7 @@ def test_a_lockdown_wins(house):
 def test_it_is_not_renewed(house):
     case, issued = broken(house, ttl=timedelta(seconds=300))
     with pytest.raises(Forbidden, match="not renewed"):
-        house.broker.issuance.renew(house.caller("summarizer"), case.grant.id, ttl=timedelta(seconds=10))
+        house.broker.renewal.renew(house.caller("summarizer"), case.grant.id, ttl=timedelta(seconds=10))
     assert house.is_active(issued)
 
 

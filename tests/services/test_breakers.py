@@ -169,9 +169,9 @@ def test_a_renewal_that_is_denied_counts_and_waits_too(house):
     with_policies(house, no_cedar='@id("no") forbid (principal, action, resource) when { context.ttl_s < 60 };')
     for _ in range(3):
         with pytest.raises(PolicyDenied):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=30))
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=30))
     with pytest.raises(LimitExceeded):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
 
 # --- As facts of policies ---------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_policy_sees_what_the_agent_holds_beside_what_it_asks_for(house):
     first, _ = house.issue(task), house.issue(task)
     deny(house, task, resource="https://crm.example/api", scope="contacts:read")
     # A renewal is of one that it holds already.
-    house.broker.issuance.renew(house.caller("summarizer"), first.grant.id, ttl=None)
+    house.broker.renewal.renew(house.caller("summarizer"), first.grant.id, ttl=None)
     house.broker.revocation.revoke_grant(house.caller("summarizer"), first.grant.id)
     house.issue(task)
 
@@ -244,7 +244,7 @@ def test_whoever_tries_another_s_grant_counts_its_own_denials_and_not_the_holder
     for _ in range(5):
         with pytest.raises(NotFound):
             if verb == "renew":
-                house.broker.issuance.renew(caller, issued.grant.id, ttl=None)
+                house.broker.renewal.renew(caller, issued.grant.id, ttl=None)
             else:
                 house.broker.collection.collect(caller, issued.grant.id)
         house.clock.forward(seconds=PAUSE_S)
@@ -264,7 +264,7 @@ def test_an_agent_that_is_locked_down_stops_nobody_to_be_found_so_again(house, m
         with pytest.raises((LockedDown, PolicyDenied)):
             house.issue(task)
         with pytest.raises(NotFound):
-            house.broker.issuance.renew(house.caller("summarizer"), "grt_nobodys", ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), "grt_nobodys", ttl=None)
     assert asked == []
 
 
@@ -280,7 +280,7 @@ def test_a_broker_that_did_not_see_the_denials_makes_it_wait_there_too(house, st
     caller = other.caller("summarizer")
     with pytest.raises(LimitExceeded) as refusal:
         if verb == "renew":
-            other.broker.issuance.renew(caller, issued.grant.id, ttl=None)
+            other.broker.renewal.renew(caller, issued.grant.id, ttl=None)
         else:
             other.broker.collection.collect(caller, waiting.grant.id)
     assert refusal.value.limit == "denials_throttle"

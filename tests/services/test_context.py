@@ -72,7 +72,7 @@ def test_what_their_issuer_says_of_a_user_is_seen_and_kept(house):
     assert decided_again(house, reads_where(FINANCE)).ended == 0
     assert house.is_active(issued)
     # No token of hers comes with a renewal, and what was known of her is.
-    house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=60))
+    house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=60))
     assert terms_of(house, issued)["user_attributes"] == {"groups": ["finance", "hr"]}
     assert decided_again(house, reads_where(FINANCE.replace("finance", "board"))).ended == 1
 
@@ -157,7 +157,7 @@ permit (principal, action == Action::"contacts:write", resource) when {{ context
     for by in ("sam", "sue"):
         approve(house, case, by=by)
     issued = collect(house, case)
-    renewed = house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=9))
+    renewed = house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=9))
     assert renewed.grant.decision["policies"] == ["sam-is-enough"]
     assert terms_of(house, renewed)["approved"]["by"] == ["sam", "sue"]
 
@@ -224,7 +224,7 @@ def test_who_handed_it_down_is_seen_and_told_apart_when_decided_again(house):
         house.issue(task, by="scribe")
     assert decided_again(house, by_summarizer).ended == 0
     assert house.is_active(below)
-    house.broker.issuance.renew(house.caller("scribe"), below.grant.id, ttl=timedelta(seconds=30))
+    house.broker.renewal.renew(house.caller("scribe"), below.grant.id, ttl=timedelta(seconds=30))
     facts = house.broker.explaining.explain(house.caller("ada"), below.grant.id).facts["context"]
     assert facts["delegation_chain"] == ["summarizer"]
     decided_again(house, reads_where("context.delegation_chain.isEmpty()"))

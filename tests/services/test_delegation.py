@@ -139,7 +139,7 @@ def test_not_longer(open_house, task):
     assert child.grant.expires_at == root.grant.expires_at == child.token.expires_at
     assert child.grant.ttl_decided_by == "parent"
     open_house.clock.forward(seconds=30)
-    renewed = open_house.broker.issuance.renew(open_house.caller("scribe"), child.grant.id, ttl=timedelta(seconds=600))
+    renewed = open_house.broker.renewal.renew(open_house.caller("scribe"), child.grant.id, ttl=timedelta(seconds=600))
     assert renewed.grant.expires_at == root.grant.expires_at
 
 
@@ -147,8 +147,8 @@ def test_longer_when_the_parent_lives_longer(open_house, task):
     root = open_house.issue(task, ttl=timedelta(seconds=120))
     child = hand_down(open_house, root, to="scribe")
     open_house.clock.forward(seconds=60)
-    renewed = open_house.broker.issuance.renew(open_house.caller("summarizer"), root.grant.id, ttl=None)
-    again = open_house.broker.issuance.renew(open_house.caller("scribe"), child.grant.id, ttl=timedelta(seconds=600))
+    renewed = open_house.broker.renewal.renew(open_house.caller("summarizer"), root.grant.id, ttl=None)
+    again = open_house.broker.renewal.renew(open_house.caller("scribe"), child.grant.id, ttl=timedelta(seconds=600))
     assert again.grant.expires_at == renewed.grant.expires_at > child.grant.expires_at
 
 
@@ -301,7 +301,7 @@ def test_an_agent_that_is_locked_down_is_handed_nothing_and_hands_nothing(open_h
 def test_a_key_or_policy_that_renewed_the_parent_takes_what_was_handed_down_before(open_house, task):
     root, child, grandchild = chain_of(open_house, task, *AGENTS[:3])
     open_house.broker.keys.rotate(actor="tests", now=open_house.clock())
-    renewed = open_house.broker.issuance.renew(open_house.caller("summarizer"), root.grant.id, ttl=None)
+    renewed = open_house.broker.renewal.renew(open_house.caller("summarizer"), root.grant.id, ttl=None)
     [newer] = set(renewed.grant.kids) - set(root.grant.kids)
     assert open_house.is_active(grandchild)
     open_house.broker.revocation.compromise_key(open_house.caller("ada"), newer, reason="drill")
@@ -318,7 +318,7 @@ def test_a_task_that_ends_takes_the_chain(open_house, task):
 def test_only_the_agent_of_a_grant_renews_it(open_house, task):
     _, child = chain_of(open_house, task, "summarizer", "scribe")
     with pytest.raises(NotFound):
-        open_house.broker.issuance.renew(open_house.caller("summarizer"), child.grant.id, ttl=None)
+        open_house.broker.renewal.renew(open_house.caller("summarizer"), child.grant.id, ttl=None)
 
 
 def test_whoever_is_no_agent_is_handed_nothing(open_house, task, root):
@@ -355,7 +355,7 @@ def test_no_sequence_of_steps_widens_anything(sqlite_house, steps):
                 out.append(hand_down(house, chosen, to=agent, scope=scope, ttl=timedelta(seconds=seconds)))
             elif step == "renew":
                 ttl = timedelta(seconds=seconds)
-                house.broker.issuance.renew(house.caller(chosen.grant.agent), chosen.grant.id, ttl=ttl)
+                house.broker.renewal.renew(house.caller(chosen.grant.agent), chosen.grant.id, ttl=ttl)
             elif step == "revoke":
                 house.broker.revocation.revoke_grant(house.caller("ada"), chosen.grant.id)
             else:

@@ -90,7 +90,7 @@ def test_the_decision_stays_explained_by_the_version_that_made_it(house):
 def test_a_renewal_is_explained_with_its_own_ceilings_and_time(house):
     issued = house.issue(house.open_task())
     house.clock.forward(seconds=100)
-    house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=30))
+    house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=30))
     found = explain(house, issued.grant.id)
     assert found.decided_at == house.clock()
     assert (found.requested_s, found.ttl_s, found.ttl_decided_by) == (30, 30, "request")

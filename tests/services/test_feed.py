@@ -87,7 +87,7 @@ def test_a_grant_that_is_revoked_is_told_with_what_came_from_it(house):
 def test_issuing_and_renewing_write_nothing(house):
     task = house.open_task()
     issued = house.issue(task)
-    house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+    house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     assert (count(house, FeedOutbox), told(house)) == (0, [])
 
 
@@ -240,7 +240,7 @@ def test_a_shortened_grant_is_told_when_its_new_end_comes_and_not_before(house):
 def test_a_shortened_grant_that_was_renewed_is_told_when_that_ends(house):
     issued = shortened(house)
     house.clock.forward(seconds=50)
-    house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+    house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     house.clock.forward(seconds=10)
     assert told(house) == []
     assert house.is_active(issued)

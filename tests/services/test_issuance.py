@@ -185,10 +185,10 @@ def test_a_bound_grant_says_so_and_cannot_be_renewed_without_its_key(house):
     assert claims_of(issued)["cnf"] == {"jkt": "k" * 43}
     assert issued.credential.token_type == "DPoP"
     with pytest.raises(Forbidden):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     with pytest.raises(Forbidden):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None, jkt="j" * 43)
-    renewed = house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None, jkt="k" * 43)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None, jkt="j" * 43)
+    renewed = house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None, jkt="k" * 43)
     assert claims_of(renewed)["cnf"] == {"jkt": "k" * 43}
 
 
@@ -196,7 +196,7 @@ class TestRenewal:
     def test_keeps_the_grant_and_changes_the_token(self, house):
         issued = house.issue(house.open_task())
         house.clock.forward(seconds=200)
-        renewed = house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        renewed = house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
         assert renewed.grant.id == issued.grant.id
         assert renewed.grant.jti != issued.grant.jti
         assert renewed.grant.status_index == issued.grant.status_index
@@ -211,30 +211,30 @@ class TestRenewal:
         issued = house.issue(house.open_task(deadline_s=7200))
         for _ in range(13):
             house.clock.forward(seconds=270)
-            issued = house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+            issued = house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
         assert issued.grant.ttl_decided_by == "grant"
         assert issued.grant.expires_at == issued.grant.renewable_until
         house.clock.at = issued.grant.expires_at
         with pytest.raises(Conflict):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
     def test_is_refused_to_others_as_if_it_were_not_there(self, house):
         issued = house.issue(house.open_task("summarizer", "scribe"))
         with pytest.raises(NotFound) as refused:
-            house.broker.issuance.renew(house.caller("scribe"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("scribe"), issued.grant.id, ttl=None)
         with pytest.raises(NotFound) as absent:
-            house.broker.issuance.renew(house.caller("scribe"), issued.grant.id[:-1] + "0", ttl=None)
+            house.broker.renewal.renew(house.caller("scribe"), issued.grant.id[:-1] + "0", ttl=None)
         assert str(refused.value)[:20] == str(absent.value)[:20]
 
     def test_of_an_ended_grant_is_refused(self, house):
         issued = house.issue(house.open_task())
         house.broker.revocation.revoke_grant(house.caller("summarizer"), issued.grant.id)
         with pytest.raises(Conflict):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
     def test_a_shorter_renewal_does_not_end_the_token_before_it(self, house):
         issued = house.issue(house.open_task())
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=10))
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=10))
         house.clock.forward(seconds=60)
         assert house.is_active(issued)
 
@@ -339,7 +339,7 @@ class TestEveryTokenIsAccountedFor:
         first = house.issue(task)
         (old,) = first.grant.kids
         house.broker.keys.rotate(actor="tests", now=house.clock())
-        renewed = house.broker.issuance.renew(house.caller("summarizer"), first.grant.id, ttl=None)
+        renewed = house.broker.renewal.renew(house.caller("summarizer"), first.grant.id, ttl=None)
         assert set(renewed.grant.kids) > {old}
         outcome = house.broker.revocation.revoke_along(house.caller("ada"), "key", old, reason="drill")
         assert outcome.total == 1
@@ -374,7 +374,7 @@ class TestEveryTokenIsAccountedFor:
             file: text.replace('@id("crm-read")', '@id("crm-look")') for file, text in catalogue.policies.items()
         }
         house.broker.administration.apply(replace(catalogue, policies=renamed), by="tests")
-        renewed = house.broker.issuance.renew(house.caller("summarizer"), first.grant.id, ttl=None)
+        renewed = house.broker.renewal.renew(house.caller("summarizer"), first.grant.id, ttl=None)
         assert renewed.grant.policies == ("crm-read", "crm-look")
         assert (
             house.broker.revocation.revoke_along(house.caller("ada"), "policy", "crm-read", reason="drill").total == 1
@@ -386,7 +386,7 @@ class TestEveryTokenIsAccountedFor:
         first = house.issue(task, idempotency=KEY)
         for _ in range(4):
             house.clock.forward(seconds=200)
-            house.broker.issuance.renew(house.caller("summarizer"), first.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), first.grant.id, ttl=None)
         claims = claims_of(house.issue(task, idempotency=KEY))
         assert claims["exp"] - claims["iat"] == 300
 
@@ -425,7 +425,7 @@ class TestEveryTokenIsAccountedFor:
         caller = house.caller("summarizer")
         other = replace(caller, principal=replace(caller.principal, subject="dev:another-pod"))
         with pytest.raises(NotFound):
-            house.broker.issuance.renew(other, issued.grant.id, ttl=None)
+            house.broker.renewal.renew(other, issued.grant.id, ttl=None)
         with pytest.raises(RoleMissing):
             house.broker.revocation.revoke_grant(other, issued.grant.id)
         assert house.is_active(issued)
@@ -444,7 +444,7 @@ class TestRenewalIsDecidedAgain:
         )
         house.broker.administration.apply(replace(catalogue, principals=demoted), by="tests")
         with pytest.raises(RoleMissing):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
     def test_a_resource_that_now_wants_bound_tokens_renews_no_bearer(self, house):
         """INV-21"""
@@ -453,20 +453,20 @@ class TestRenewalIsDecidedAgain:
         bound = tuple(replace(resource, require_dpop=True) for resource in catalogue.resources)
         house.broker.administration.apply(replace(catalogue, resources=bound), by="tests")
         with pytest.raises(Invalid, match="sender-bound"):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
     def test_a_proof_for_a_grant_that_is_not_bound_is_refused_and_not_ignored(self, house):
         issued = house.issue(house.open_task())
         with pytest.raises(Invalid, match="not bound"):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None, jkt="k" * 43)
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None, jkt="k" * 43)
 
     def test_every_refused_renewal_is_on_record(self, house):
         """Issue and renewal alike: who asked, for what, and why not (INV-32)."""
         issued = house.issue(house.open_task(), jkt="k" * 43)
         with pytest.raises(Forbidden):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
         with pytest.raises(NotFound):
-            house.broker.issuance.renew(house.caller("scribe"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("scribe"), issued.grant.id, ttl=None)
         refused = events(house, type="grant.renewal_refused")
         assert [(event.actor, event.outcome) for event in refused] == [
             ("scribe", "not_found"),

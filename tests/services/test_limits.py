@@ -130,9 +130,9 @@ def test_renewals_and_collections_are_requests_too(built):
     task = house.open_task()
     issued = house.issue(task)
     for _ in range(2):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     caller = house.caller("summarizer")
-    assert refused(lambda: house.broker.issuance.renew(caller, issued.grant.id, ttl=None)).limit == "requests_per_agent"
+    assert refused(lambda: house.broker.renewal.renew(caller, issued.grant.id, ttl=None)).limit == "requests_per_agent"
     assert refused(lambda: house.broker.collection.collect(caller, issued.grant.id)).limit == "requests_per_agent"
 
 
@@ -144,7 +144,7 @@ def test_renewals_are_mints_and_what_came_to_nothing_is_not(built):
         with pytest.raises(BrokerError):
             house.issue(task, resource=LEDGER, scope="entries:read")
     for _ in range(2):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     refusal = refused(lambda: house.issue(task))
     assert (refusal.limit, refusal.value, refusal.window_s) == ("mints_per_task", 3, None)
     house.clock.forward(seconds=600)

@@ -83,7 +83,7 @@ def test_a_grant_that_would_stand_on_a_policy_that_is_locked_down_ends(house):
     with_policies(house, open_cedar=OPEN)
     # Nor is it handed out anew before it comes to that.
     with pytest.raises(LockedDown):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
     assert house.is_active(issued)
     house.broker.redeciding.run()
     assert not house.is_active(issued)
@@ -271,7 +271,7 @@ def test_its_status_says_invalid_from_then_on_whether_or_not_the_sweeper_came(ho
 def test_an_earlier_longer_token_is_not_forgotten_behind_a_short_renewal(house):
     """The renewal asked for little; what is out before it lives longer, and is what the new policy is asked about."""
     issued = house.issue(house.open_task(), ttl=timedelta(seconds=600))
-    house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=30))
+    house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=timedelta(seconds=30))
     with_policies(house, crm_cedar=POLICIES["crm.cedar"].replace("<= 600", "<= 60"))
     house.broker.redeciding.run()
     assert not house.is_active(issued)
@@ -367,7 +367,7 @@ def test_what_is_undecided_is_not_renewed_meanwhile(house, monkeypatch):
     failing(monkeypatch)
     house.broker.redeciding.run()
     with pytest.raises(PolicyDenied):
-        house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+        house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
 
 # --- The run --------------------------------------------------------------------------------------------------------

@@ -411,7 +411,7 @@ class TestWhatMakesNoSense:
     def test_a_secret_is_not_renewed(self, house):
         issued = ask(house)
         with pytest.raises(Invalid, match="is not renewed"):
-            house.broker.issuance.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
+            house.broker.renewal.renew(house.caller("summarizer"), issued.grant.id, ttl=None)
 
     def test_parameters_that_cannot_be_read_begin_nothing(self, house):
         with pytest.raises(Invalid):

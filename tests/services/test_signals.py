@@ -66,7 +66,7 @@ def test_a_grant_is_not_renewed_at_risk(watched):
     send(watched)
     assert catalogue.version == watched.broker.standing.now().catalogue.version
     with pytest.raises(PolicyDenied, match="not-at-risk"):
-        watched.broker.issuance.renew(watched.caller("summarizer"), issued.grant.id, ttl=None)
+        watched.broker.renewal.renew(watched.caller("summarizer"), issued.grant.id, ttl=None)
 
 
 def test_a_signal_is_over_by_itself(watched):

@@ -82,7 +82,7 @@ def collect_grant(caller: Caller, grant_id: str, body: shapes.CollectGrant) -> t
 )
 def renew_grant(caller: Caller, grant_id: str, body: shapes.RenewGrant) -> tuple[int, Any]:
     ttl = None if body.ttl_s is None else timedelta(seconds=body.ttl_s)
-    return 200, shapes.of_issued(broker().issuance.renew(caller, grant_id, ttl=ttl, jkt=proven_key()))
+    return 200, shapes.of_issued(broker().renewal.renew(caller, grant_id, ttl=ttl, jkt=proven_key()))
 
 
 @grants("GET", "/v1/grants", "List grants, newest first", query_=shapes.GrantQuery, answers={200: shapes.GrantPage})

@@ -152,7 +152,7 @@ def _renew(caller: Caller, grant: Authority, given: Mapping[str, str]) -> Answer
     if (_task_of(given, details) or grant.task_id) != grant.task_id:
         raise OAuthError("invalid_grant", "a renewal keeps its task: ask for a new grant instead")
     broker().issuance.require_open(caller)
-    issued = broker().issuance.renew(caller, grant.id, ttl=None, jkt=proven_key())
+    issued = broker().renewal.renew(caller, grant.id, ttl=None, jkt=proven_key())
     return _answer(issued, exchanged=True)
 
 
