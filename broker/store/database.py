@@ -88,12 +88,13 @@ class Database:
         self._announced = announced
         self._issuing = threading.BoundedSemaphore(max(1, pool_size // 3))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._turn = threading.Lock() if self.is_sqlite else None
         reading: dict[str, Any] = {_READS_ONLY: True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
         self._reader = self.engine.execution_options(**reading)
 
     def begin(self) -> AbstractContextManager[Connection]:
         """A read-write transaction: committed at the end of the block, rolled back on any exception."""
-        return _transaction(self.engine, self._committed, self._announced)
+        return _transaction(self.engine, self._committed, self._announced, self._turn)
 
     @contextmanager
     def begin_issuing(self) -> Iterator[Connection]:
@@ -152,13 +153,14 @@ def _transaction(
     engine: Engine,
     committed: Callable[[Sequence[tuple[str, str]]], None] | None = None,
     announced: Callable[[], None] | None = None,
+    turn: threading.Lock | None = None,
 ) -> Iterator[Connection]:
     if in_transaction():
         raise RuntimeError("a transaction is already open here; a verb opens one at a time")
     noted = _Noted()
     token = _open.set(noted)
     try:
-        with engine.begin() as connection:
+        with _in(turn), engine.begin() as connection:
             yield connection
     except (IntegrityError, DataError, ProgrammingError):
         raise  # the row's fault, or ours, and not the store's
@@ -173,8 +175,26 @@ def _transaction(
         announced()
 
 
+@contextmanager
+def _in(turn: threading.Lock | None) -> Iterator[None]:
+    """SQLite has one writer, and whoever finds another one sleeps for longer and longer: here it is woken at once."""
+    if turn is None:
+        yield
+    elif turn.acquire(timeout=_PATIENCE_S):
+        try:
+            yield
+        finally:
+            turn.release()
+    else:
+        raise _unanswered()
+
+
 def _no_answer(problem: Exception) -> Unavailable:
     _log.warning("the store did not answer", extra={"fields": {"kind": type(problem).__name__}}, exc_info=problem)
+    return _unanswered()
+
+
+def _unanswered() -> Unavailable:
     return Unavailable("the broker's store did not answer, so nothing was handed out: try again")
 
 

@@ -12,7 +12,19 @@ from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, case, func, literal_column, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    and_,
+    bindparam,
+    case,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from broker.domain.lease import Lease
@@ -86,6 +98,13 @@ def with_ids(lease_ids: Collection[str]) -> ColumnElement[bool]:
 
 def known_by(reference: str | None) -> ColumnElement[bool]:
     return _leases.c.reference.is_not_distinct_from(reference)
+
+
+def as_they_were(claimed: Collection[Lease]) -> ColumnElement[bool]:
+    """Those whom nobody has claimed since, and of which nothing was learnt since: that is owed too (INV-07)."""
+    return or_(
+        false(), *(and_(with_id(lease.id), claimed_by(lease.fence), known_by(lease.reference)) for lease in claimed)
+    )
 
 
 def not_abandoned() -> ColumnElement[bool]:

@@ -124,7 +124,7 @@ def hand_out_before_confirm() -> None:
 def nothing_arrives_late() -> None:
     """A secret nobody heard of is dead as soon as its token is (INV-04)."""
     died_at = Debts._died_at
-    Debts._died_at = lambda self, lease: died_at(self, replace(lease, unknown=False))
+    Debts._died_at = lambda self, lease, now: died_at(self, replace(lease, unknown=False), now)
 
 
 BUGS: Mapping[str, Callable[[], None]] = {

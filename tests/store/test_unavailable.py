@@ -68,6 +68,49 @@ def test_issuing_never_takes_every_connection(database):
         thread.join(10)
 
 
+def test_on_sqlite_whoever_waits_to_write_is_woken_and_does_not_sleep(tmp_path):
+    """The driver's own patience is in the statement that begins, and nobody who waits here has come to that."""
+    database = Database(f"sqlite:///{tmp_path / 'broker.db'}")
+    begun, wrote = [], threading.Event()
+
+    def write():
+        with database.begin() as db:
+            begun.append(db.execute(sa.text("SELECT 1")).scalar_one())
+        wrote.set()
+
+    sa.event.listen(database.engine, "begin", begun.append)
+    other = threading.Thread(target=write, daemon=True)
+    with database.begin():
+        other.start()
+        assert not wrote.wait(0.2)
+        assert len(begun) == 1
+    assert wrote.wait(10)
+    other.join(10)
+    database.close()
+
+
+def test_on_sqlite_a_writer_that_does_not_end_is_unavailable_to_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("broker.store.database._PATIENCE_S", 0.05)
+    database = Database(f"sqlite:///{tmp_path / 'broker.db'}")
+    problems = []
+
+    def write():
+        try:
+            with database.begin():
+                pass
+        except Unavailable as problem:
+            problems.append(problem)
+
+    other = threading.Thread(target=write, daemon=True)
+    with database.begin():
+        other.start()
+        other.join(10)
+    assert len(problems) == 1
+    write()
+    assert len(problems) == 1
+    database.close()
+
+
 def test_every_statement_has_a_bound_on_postgresql(postgres):
     with postgres_database(postgres) as url:
         database = Database(url)
