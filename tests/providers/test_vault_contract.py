@@ -188,12 +188,39 @@ def test_of_several_the_one_that_is_malformed_keeps_no_other_from_being_revoked(
     assert not stand.opens(**secret.data.reveal())
 
 
-@pytest.mark.parametrize("step", ["POST /v1/auth/token/lookup-accessor", "PUT /v1/sys/leases/lookup"])
-def test_of_several_the_one_whose_look_up_is_lost_is_not_confirmed_and_the_others_are(stand, step):
+@pytest.mark.parametrize("step", ["POST /v1/auth/token/lookup-accessor", "LIST /v1/sys/leases/lookup"])
+def test_of_several_the_one_whose_look_up_is_lost_is_asked_about_again(stand, step):
     made = [stand.issue()[1:] for _ in range(3)]
     stand.wire.loses_reply(step)
-    said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
-    assert [type(problem) for problem in said] == [ProviderUnavailable, type(None), type(None)]
+    assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 3
+    assert not any(stand.opens(**secret.data.reveal()) for _, secret in made)
+    assert not references(stand)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["POST /v1/auth/token/lookup-accessor"] * 6,
+        ["LIST /v1/sys/leases/lookup"] + ["PUT /v1/sys/leases/lookup"] * 3,
+    ],
+    ids=["of the token", "of the lease"],
+)
+def test_of_several_none_is_confirmed_whose_every_look_up_is_lost(stand, lost):
+    made = [stand.issue()[1:] for _ in range(3)]
+    owed = [(handle, secret.reference) for handle, secret in made]
+    for step in lost:
+        stand.wire.loses_reply(step)
+    assert [type(problem) for problem in stand.provider.revoke_many(owed)] == [ProviderUnavailable] * 3
+    assert stand.provider.revoke_many(owed) == [None] * 3
+
+
+def test_of_several_what_vault_still_lists_is_not_taken_for_dead(stand, monkeypatch):
+    """A token that does not take its lease with it: the lease is asked for by itself."""
+    monkeypatch.setattr("broker.providers.vault.provider.QUEUE_PAUSES_S", ())
+    made = [stand.issue()[1:] for _ in range(2)]
+    owed = [(None, secret.reference) for _, secret in made]
+    assert stand.provider.revoke_many(owed) == [None] * 2
+    assert not any(stand.opens(**secret.data.reveal()) for _, secret in made)
 
 
 def test_several_are_given_up_together_where_vault_is_too_slow_and_the_first_never_is(stand, monkeypatch):

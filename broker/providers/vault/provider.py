@@ -44,6 +44,11 @@ MARGIN = timedelta(seconds=30)
 # Between look-ups while Vault's own queue works on what we revoked; together less than a caller waits for a receipt.
 CONFIRM_PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
+# Between looks at what is left under a prefix while the queue works on what several tokens left; and how much may live
+# under it for another look to cost less than asking about each.
+QUEUE_PAUSES_S = (0.05,) * 10
+WORTH_LISTING = 1000
+
 # Several are given up together when Vault is so slow, so that whoever claimed them still has the claim.
 MANY_S = 10.0
 
@@ -149,19 +154,29 @@ class VaultProvider:
         self._end_lease(handle, reference, self._end_token(handle))
 
     def revoke_many(self, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
-        """All tokens first: their death queues their leases, and the first is done while the last is asked for."""
+        """All tokens first: their death queues their leases, which are left to the queue for a while."""
         began = time.monotonic()
-        asked: list[tuple[Handle | None, str | None, list[str] | Exception]] = []
-        for number, (handle, reference) in enumerate(owed):
+        ended: list[list[str] | Exception] = []
+        for number, (handle, _) in enumerate(owed):
             try:
                 # A part of the time, or a slow Vault is asked to end all of them and about none whether it did.
                 _require_in_time(began + MANY_S / 4, first=number == 0)
-                asked.append((handle, reference, self._end_token(handle)))
+                ended.append(self._end_token(handle))
             except (ProviderUnavailable, ValueError) as problem:
-                asked.append((handle, reference, problem))
+                ended.append(problem)
+        # While the queue works.
+        in_time = began + MANY_S / 2
+        dead = {
+            number
+            for number, known in enumerate(ended)
+            if known == [] and time.monotonic() <= in_time and self._has_no_token(owed[number][0])
+        }
+        gone = self._worked_off({reference for number in dead if (reference := owed[number][1])}, in_time)
         return [
-            self._problem_with(handle, reference, known, began + MANY_S, first=number == 0)
-            for number, (handle, reference, known) in enumerate(asked)
+            None
+            if number in dead and (reference is None or reference in gone)
+            else self._problem_with(handle, reference, ended[number], began + MANY_S, first=number == 0)
+            for number, (handle, reference) in enumerate(owed)
         ]
 
     def _problem_with(
@@ -177,6 +192,34 @@ class VaultProvider:
         except (ProviderRefused, ProviderUnavailable, ValueError) as problem:
             return problem
         return None
+
+    def _has_no_token(self, handle: Handle | None) -> bool:
+        """Whether it is certain; whoever asks goes on otherwise."""
+        try:
+            return handle is None or self._is_token_dead(handle.value)
+        except (ProviderRefused, ProviderUnavailable, ValueError):
+            return False
+
+    def _worked_off(self, references: Collection[str], ends_at: float) -> Collection[str]:
+        """Those that Vault lists no more, waiting a moment for its queue; where it lists too many, none.
+
+        What the queue works on and is asked for besides, Vault works on twice; and it is asked about each by itself.
+        """
+        left = set(references)
+        for pause_s in (*QUEUE_PAUSES_S, None):
+            try:
+                listed = {
+                    reference
+                    for prefix in {reference.rpartition("/")[0] for reference in left}
+                    for reference in self._leases_under(f"{_path_of_lease(prefix)}/", _MOST_DEPTH)
+                }
+            except (ProviderRefused, ProviderUnavailable, ValueError):
+                break
+            left &= listed
+            if not left or len(listed) > WORTH_LISTING or pause_s is None or time.monotonic() > ends_at:
+                break
+            self._pause(pause_s)
+        return set(references) - left
 
     def _end_token(self, handle: Handle | None) -> list[str]:
         """Nothing more is read with it; answers what went wrong, which must not keep its lease from being ended."""
@@ -246,11 +289,10 @@ class VaultProvider:
         return {path: frozenset(_strings(data.get(path))) for path in asked}
 
     def _alive(self, handle: Handle | None, reference: str | None) -> list[str]:
-        """Which of both Vault still knows."""
-        return [
-            *(["the token"] if handle is not None and not self._is_token_dead(handle.value) else []),
-            *(["the lease"] if reference is not None and self._lease(reference) is not None else []),
-        ]
+        """Which of both Vault still knows; the lease is asked about first, and while it is there nothing else."""
+        if reference is not None and self._lease(reference) is not None:
+            return ["the lease"]
+        return ["the token"] if handle is not None and not self._is_token_dead(handle.value) else []
 
     def try_child_token(self, role: str, grant_id: str, paths: Iterable[str]) -> Mapping[str, frozenset[str]]:
         """What a child token of this role could do at each of these paths; it is made, asked about, and killed."""
