@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import httpx
-
 from broker.sdk import calls
 from broker.sdk.activities import OfGrant
 from broker.sdk.async_credential import AsyncCredentialSource
@@ -36,6 +34,7 @@ from broker.sdk.exchange import (
     origin_of,
     require_traceparent,
 )
+from broker.sdk.lean import httpx
 from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import awaiting
 

@@ -17,8 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import httpx
-
 from broker.sdk import calls
 from broker.sdk.activities import OfGrant
 from broker.sdk.clock import Timing
@@ -40,6 +38,7 @@ from broker.sdk.exchange import (
     token_from_file,
     workload_token,
 )
+from broker.sdk.lean import httpx
 from broker.sdk.reporting import Reporter
 from broker.sdk.run import RunningTask, running
 from broker.sdk.secret import Secret

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
 
-import httpx
-
 from broker.sdk.clock import Timing
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import (
@@ -39,6 +37,7 @@ from broker.sdk.errors import (
     not_the_broker,
     printable,
 )
+from broker.sdk.lean import httpx
 from broker.sdk.secret import Secret
 
 T = TypeVar("T")

@@ -354,3 +354,20 @@ def test_a_program_without_an_event_loop_loads_none():
     with pytest.raises(AttributeError):
         sdk.Nothing  # noqa: B018
     assert set(sdk.__all__) <= {*dir(sdk), "AsyncClient", "AsyncCredentialSource", "AsyncRunningTask"}
+
+
+def test_a_program_loads_no_command_line_with_httpx_and_may_have_it_afterwards():
+    text = """
+import sys, broker.sdk
+print([name for name in ("httpx._main", "rich", "pygments", "click") if name in sys.modules])
+import httpx._main
+print(httpx._main.main.name)
+"""
+    ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\nmain\n"
+
+
+def test_a_program_that_has_all_of_httpx_keeps_it():
+    text = "import httpx, broker.sdk; print(httpx.main.name)"
+    ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert ran.stdout == "main\n"
