@@ -5,7 +5,7 @@ python -m benchmarks --only sqlite      # one store
 python -m benchmarks --quick            # only the hot paths
 python -m benchmarks --peer openbao     # and OpenBao beside the broker on PostgreSQL, under the same load
 python -m benchmarks --decisions        # instead: a decision among a thousand policies, without a server
-python -m benchmarks --feed             # instead: the feed
+python -m benchmarks --feed             # instead: the feed, and status lists
 python -m benchmarks --secrets          # instead: secrets of a real OpenBao, through the broker and read directly
 """
 
@@ -25,7 +25,7 @@ import httpx
 import psycopg
 import sqlalchemy as sa
 
-from benchmarks import client, decided_again, decisions, feed, load, openbao, rows, secrets, verifying
+from benchmarks import client, decided_again, decisions, feed, lists, load, openbao, rows, secrets, verifying
 from benchmarks.servers import (
     AGENTS,
     LIMITS,
@@ -55,6 +55,8 @@ _STREAMS = (100, 1_000)
 _STREAMS_HELD = 5_000
 _TOLD = 20  # ends, one after the other
 _REPLAYED = 100_000
+_LISTS = 8  # a million tokens
+_ENDS_IN_LISTS = 40
 _CHECKS = 4000  # fewer than a status list of the fake broker has places
 
 
@@ -221,6 +223,21 @@ def measure_feed(report: Report, bench: Bench, *, quick: bool) -> None:
         report.value(f"memory with {_STREAMS_HELD:,} streams", f"{held:.0f} MiB, {before:.0f} MiB without")
     if not quick:
         report.value(f"replay of {_REPLAYED:,} events", f"{feed.replay(with_feed, _REPLAYED):.2f} s")
+        measure_lists(report, bench)
+
+
+def measure_lists(report: Report, bench: Bench) -> None:
+    with broker_on(bench):
+        agents = [f"agent-{number}" for number in range(_ENDS_IN_LISTS)]
+        tasks = [open_task(bench, [agent]) for agent in agents]
+        tokens = [
+            (credential(grant_request(bench, agent, task, 600), bench.port), task)
+            for agent, task in zip(agents, tasks, strict=True)
+        ]
+        middle, last = lists.until_refused(bench, tokens)
+        report.value("a task's end, by status list alone", f"p50 {middle:.1f} s   the last of all {last:.1f} s")
+    measured = lists.measure(bench, _LISTS)
+    report.value(f"lists of {measured.tokens:,} tokens, 1 % over", measured.told)
 
 
 def measure_two_workers(report: Report, bench: Bench, seconds: float) -> None:
@@ -313,7 +330,7 @@ def options_from(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer", choices=["openbao"], help="its nearest equal, under the same load on PostgreSQL")
     parser.add_argument("--secrets", action="store_true", help="instead: secrets of a real OpenBao, also read directly")
     parser.add_argument("--decisions", action="store_true", help="instead: one decision among a thousand policies")
-    parser.add_argument("--feed", action="store_true", help="instead: streams of the feed")
+    parser.add_argument("--feed", action="store_true", help="instead: streams of the feed, and status lists")
     options = parser.parse_args(arguments)
     if options.peer and options.secrets:
         parser.error("--secrets is measured by itself: leave out --peer openbao")
