@@ -184,7 +184,7 @@ def measure_decisions(report: Report, bench: Bench, seconds: float) -> None:
     with broker_on(bench):
         requests = fleet_requests(bench)[: decided_again.IDLE]
         load.run(bench.port, requests, count=AGENTS, expect=b"201")
-        before, meanwhile, took = decided_again.beside_issuing(bench, requests, _DECIDED_AGAIN, seconds)
+        before, meanwhile, took = decided_again.beside_issuing(bench, requests, _DECIDED_AGAIN, round(seconds))
         value = f"{meanwhile:,.0f} grants/s, {meanwhile / before:.2f} × before"
         report.value(f"  by a broker that issues, in {took:.0f} s", value)
 

@@ -9,16 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from benchmarks import load, rows
 from benchmarks.servers import AGENTS, Bench
 from broker.domain.catalogue import Catalogue
 from broker.domain.clock import epoch, from_epoch, system_clock
 from broker.services.drafts import fit
+from broker.store import models
 from broker.wiring import Broker, build
 
 IDLE = AGENTS // 2  # the agents from here on hold what is decided again
+_runs = models.table_of(models.Redecision)
 _LIVE_S = 550  # as long as the policies of the benchmark allow, and longer than it takes
 # True for three agents of ten.
 _FORBID_SOME = """
@@ -68,18 +70,21 @@ def deciding_again(bench: Bench, count: int) -> tuple[Again, Again]:
         return unchanged, some_end
 
 
-def beside_issuing(bench: Bench, requests: list[bytes], count: int, seconds: float) -> tuple[float, float, float]:
+def beside_issuing(bench: Bench, requests: list[bytes], count: int, seconds: int) -> tuple[float, float, float]:
     """Grants a second before, and while a running broker decides so many again; and how many seconds that takes."""
     with _copied(bench, count) as broker:
-        before = load.run(bench.port, requests, seconds=seconds, expect=b"201").per_second
+        # In parts of a second, as meanwhile: each opens its connections anew.
+        parts = [load.run(bench.port, requests, seconds=1, expect=b"201").per_second for _ in range(seconds)]
         broker.administration.apply(_with(broker, _CHANGES_NOTHING % (2, 2)), by="bench")
         started = time.perf_counter()
-        made, took = 0, 0.0
+        made = 0
         while not _finished(broker):
-            figures = load.run(bench.port, requests, seconds=1, expect=b"201")
-            made += figures.requests
-            took = time.perf_counter() - started
-        return before, made / took, took
+            made += load.run(bench.port, requests, seconds=1, expect=b"201").requests
+        meanwhile = made / (time.perf_counter() - started)
+        last = select(_runs.c.ordered_at, _runs.c.finished_at).order_by(_runs.c.id.desc()).limit(1)
+        with broker.database.read() as db:
+            ordered_at, finished_at = db.execute(last).one()
+        return sum(parts) / seconds, meanwhile, (finished_at - ordered_at).total_seconds()
 
 
 def _with(broker: Broker, policy: str) -> Catalogue:

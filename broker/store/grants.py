@@ -25,6 +25,7 @@ from sqlalchemy import (
     select,
     text,
     true,
+    union_all,
     update,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -404,22 +405,29 @@ def count_by_agent(db: Connection, *where: ColumnElement[bool]) -> dict[str, int
 def invalid_indexes(db: Connection, status_list: int, standing: Iterable[Refusal], *, now: datetime) -> list[int]:
     """The indexes of one status list whose tokens open nothing any more.
 
-    Ended rows, rows that time has ended or whose tasks ended, and rows a standing refusal covers before they followed
-    it.
+    Ended rows, rows that time has ended or whose tasks time has ended, and rows a standing refusal covers before they
+    followed it. Each kind has an index of its own: most of a list lives, and is not looked at. What a task's end by
+    anybody covers has ended with it, in its transaction (INV-11).
     """
-    dead = [
-        _grants.c.state != str(GrantState.ACTIVE),
+    on_list = _grants.c.status_list == status_list
+    # SQLite takes an index for what is equal before one for what is due, though most of a list is equal and little due.
+    also_on_list = _grants.c.status_list + 0 == status_list if db.dialect.name == "sqlite" else on_list
+    # As their indexes spell it.
+    active = _grants.c.state == literal_column("'active'")
+    running = _tasks.c.state == literal_column("'active'")
+    due = select(_tasks.c.id).where(running)
+    tasks = union_all(
+        due.where(_tasks.c.deadline_at <= now),
+        due.where(_tasks.c.heartbeat_due_at <= now),
+        due.where(_tasks.c.upheld_until <= now),
+    ).subquery()
+    parts = [
+        select(_grants.c.status_index).where(on_list, _grants.c.state != literal_column("'active'")),
         # A ceiling that shrank lets a grant end before its token's own `exp`.
-        _grants.c.expires_at <= now,
-        _tasks.c.state != str(TaskState.ACTIVE),
-        _tasks.c.deadline_at <= now,
-        _tasks.c.heartbeat_due_at <= now,
-        _tasks.c.upheld_until <= now,
-        *(covered_by(refusal) for refusal in standing),
+        select(_grants.c.status_index).where(also_on_list, unended(), active, _grants.c.expires_at <= now),
+        select(_grants.c.status_index).join(tasks, tasks.c.id == _grants.c.task_id).where(also_on_list, active),
     ]
-    statement = (
-        select(_grants.c.status_index)
-        .join(_tasks, _tasks.c.id == _grants.c.task_id)
-        .where(_grants.c.status_list == status_list, or_(*dead))
-    )
-    return list(db.execute(statement).scalars())
+    covered = [covered_by(refusal) for refusal in standing]
+    if covered:
+        parts.append(select(_grants.c.status_index).where(on_list, active, or_(*covered)))
+    return list(db.execute(union_all(*parts)).scalars())

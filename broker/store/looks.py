@@ -62,13 +62,12 @@ def _statement(dialect: str) -> str:
 def _found(database: Database, row: tuple[Any, ...]) -> Found:
     values = dict(zip(_AUTHORITY, row, strict=False))
     *_, task_state, deadline_at, heartbeat_due_at, upheld_until = row
-    moment = models.Instant().process_result_value
-    dialect = database.engine.dialect
+    moment = models.instants_of(database.engine.dialect)
     values["state"] = GrantState(values["state"])
     # SQLite has no JSON of its own, and gives the text.
     scopes = values["scopes"]
     values["scopes"] = tuple(json.loads(scopes) if database.is_sqlite else scopes)
     values |= {name: tuple(values[name].split()) for name in LISTS_OF_NAMES if name in values}
-    values["expires_at"] = moment(values["expires_at"], dialect)
-    ends = [moment(at, dialect) for at in (deadline_at, heartbeat_due_at, upheld_until) if at is not None]
+    values["expires_at"] = moment(values["expires_at"])
+    ends = [moment(at) for at in (deadline_at, heartbeat_due_at, upheld_until) if at is not None]
     return Authority(**values), TaskState(task_state), min(at for at in ends if at is not None)

@@ -6,7 +6,7 @@ died in the middle is followed by another, and changes nothing any more (INV-07)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -140,15 +140,15 @@ def claim(db: Connection, *, now: datetime, again_at: datetime) -> Share | None:
     return replace(seen, fence=row.fence + 1)
 
 
-def recorded(db: Connection, share: Share, *, now: datetime) -> list[Row[Any]]:
-    """The grants of a share that are given now, with all that is needed to ask about them again."""
+def recorded(db: Connection, share: Share, *, now: datetime) -> Iterable[Row[Any]]:
+    """The grants of a share that are given now, with all that is needed to ask about them again; read one by one."""
     statement = RECORDED.where(
         _grants.c.id.between(share.first_id, share.last_id),
         _grants.c.state.in_(_GIVEN),
         unexpired(now),
         *_covered(share.run),
     )
-    return list(db.execute(statement.order_by(_grants.c.id)))
+    return db.execute(statement.order_by(_grants.c.id))
 
 
 def live(db: Connection, *, now: datetime, after: str, limit: int) -> list[Row[Any]]:
