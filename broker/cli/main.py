@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from broker import sdk
+from broker import __version__, sdk
 from broker.cli import output
 from broker.cli.client import refused
 from broker.domain.errors import BrokerError, ConfigurationError
@@ -71,7 +71,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="agent-credential-broker")
+@click.version_option(__version__)
 @output.json_option
 def main() -> None:
     """Just-in-time credentials for AI agents.

@@ -7,8 +7,6 @@ tried again. Never repeated: a refusal, and a call whose repetition could make a
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import ipaddress
 import json
 import re
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
 
+from broker import __version__
 from broker.sdk.clock import Timing
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import (
@@ -266,13 +265,8 @@ def require_idempotency_key(value: str) -> str:
     return value
 
 
-@functools.cache
 def user_agent() -> str:
-    try:
-        version = importlib.metadata.version("agent-credential-broker")
-    except importlib.metadata.PackageNotFoundError:
-        version = "0"
-    return f"agent-credential-broker-sdk/{version} httpx/{httpx.__version__}"
+    return f"agent-credential-broker-sdk/{__version__} httpx/{httpx.__version__}"
 
 
 def _request(call: Call[Any], endpoint: Endpoint, token: Secret, nonce: str | None, patience_s: float) -> httpx.Request:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from importlib.metadata import version
 
 from flask import Flask, Response, request
 
-from broker import telemetry
+from broker import __version__, telemetry
 from broker.domain.errors import NotFound, RoleMissing
 from broker.domain.identity import Role
 from broker.web import auth, envelope, problems
@@ -116,7 +115,7 @@ def _add_pages(app: Flask) -> None:
     def described_api() -> bytes:
         # Once: it takes a tenth of a second, and anybody may ask (INV-35).
         declared = [operation for operations in API for operation in operations.declared]
-        document = openapi(declared, _issuer(), version("agent-credential-broker"))
+        document = openapi(declared, _issuer(), __version__)
         document["paths"] |= described.paths()
         document["components"]["schemas"] |= described.components()
         return json.dumps(document, separators=(",", ":")).encode()
