@@ -6,7 +6,7 @@ died in the middle is followed by another, and changes nothing any more (INV-07)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -25,6 +25,7 @@ _shares = models.table_of(models.RedecisionShare)
 _grants = models.table_of(models.Grant)
 _tasks = models.table_of(models.Task)
 
+_READ_AT_ONCE = 100
 _GIVEN = (str(GrantState.APPROVED), str(GrantState.ACTIVE))
 _OF_GRANT = (
     "id", "task_id", "state", "agent", "issuer", "subject", "orchestrator", "on_behalf_of", "resource", "provider",
@@ -140,21 +141,22 @@ def claim(db: Connection, *, now: datetime, again_at: datetime) -> Share | None:
     return replace(seen, fence=row.fence + 1)
 
 
-def recorded(db: Connection, share: Share, *, now: datetime) -> Iterable[Row[Any]]:
-    """The grants of a share that are given now, with all that is needed to ask about them again; read one by one."""
+def recorded(db: Connection, share: Share, *, now: datetime) -> Iterator[Row[Any]]:
+    """The grants of a share that are given now, with all that is needed to ask about them again; read in parts."""
     statement = RECORDED.where(
         _grants.c.id.between(share.first_id, share.last_id),
         _grants.c.state.in_(_GIVEN),
         unexpired(now),
         *_covered(share.run),
     )
-    return db.execute(statement.order_by(_grants.c.id))
+    for part in db.execute(statement.order_by(_grants.c.id)).partitions(_READ_AT_ONCE):
+        yield from part
 
 
 def live(db: Connection, *, now: datetime, after: str, limit: int) -> list[Row[Any]]:
     """The same of everybody's, in the order of their ids."""
     statement = RECORDED.where(unended(), _grants.c.state.in_(_GIVEN), unexpired(now), _grants.c.id > after)
-    return list(db.execute(statement.order_by(_grants.c.id).limit(limit)))
+    return list(db.execute(statement.order_by(_grants.c.id).limit(limit)).fetchall())
 
 
 def asked_since(db: Connection, since: datetime, *, before: str | None, limit: int) -> list[Row[Any]]:
@@ -162,7 +164,7 @@ def asked_since(db: Connection, since: datetime, *, before: str | None, limit: i
     statement = RECORDED.where(_grants.c.id >= first_id("grt", since)).order_by(_grants.c.id.desc()).limit(limit)
     if before is not None:
         statement = statement.where(_grants.c.id < before)
-    return list(db.execute(statement))
+    return list(db.execute(statement).fetchall())
 
 
 def is_ours(db: Connection, share: Share) -> bool:

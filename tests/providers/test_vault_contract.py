@@ -215,12 +215,26 @@ def test_of_several_none_is_confirmed_whose_every_look_up_is_lost(stand, lost):
 
 
 def test_of_several_what_vault_still_lists_is_not_taken_for_dead(stand, monkeypatch):
-    """A token that does not take its lease with it: the lease is asked for by itself."""
-    monkeypatch.setattr("broker.providers.vault.provider.QUEUE_PAUSES_S", ())
+    """As where its queue does not work: whatever is known of their tokens."""
     made = [stand.issue()[1:] for _ in range(2)]
-    owed = [(None, secret.reference) for _, secret in made]
+    owed = [(handle, secret.reference) for handle, secret in made]
+    with monkeypatch.context() as lazy:
+        lazy.setattr("broker.providers.vault.provider.QUEUE_PAUSES_S", (0.01,))
+        lazy.setattr("broker.providers.vault.provider.CONFIRM_PAUSES_S", (0.01,))
+        lazy.setattr(stand.provider, "_end_token", lambda _handle: [])
+        lazy.setattr(stand.provider, "_is_without_token", lambda _handle: True)
+        lazy.setattr(stand.provider, "_revoke_lease", lambda _reference: None)
+        said = stand.provider.revoke_many(owed)
+    assert [type(problem) for problem in said] == [ProviderUnavailable] * 2
+    assert all(stand.opens(**secret.data.reveal()) for _, secret in made)
     assert stand.provider.revoke_many(owed) == [None] * 2
-    assert not any(stand.opens(**secret.data.reveal()) for _, secret in made)
+
+
+def test_of_several_one_without_a_token_is_looked_up_by_itself(stand):
+    owed = [(None, stand.issue()[2].reference) for _ in range(2)]
+    stand.wire.loses_reply("PUT /v1/sys/leases/lookup")
+    assert [problem is None for problem in stand.provider.revoke_many(owed)] == [False, True]
+    assert stand.provider.revoke_many(owed) == [None] * 2
 
 
 def test_several_are_given_up_together_where_vault_is_too_slow_and_the_first_never_is(stand, monkeypatch):

@@ -4,6 +4,7 @@ import base64
 import json
 import zlib
 from dataclasses import replace
+from datetime import timedelta
 
 import jwt
 import pytest
@@ -65,6 +66,16 @@ def test_anything_but_a_live_token_of_ours_is_inactive(house):
     token = house.issue(house.open_task()).credential.token.reveal()
     for wrong in [*damaged(token), house.token("summarizer")]:
         assert house.broker.verification.introspect(house.caller("crm-api"), wrong) == {"active": False}, wrong[:40]
+
+
+def test_a_status_list_shows_a_task_that_fell_silent_without_waiting_for_the_sweeper(house):
+    silent, other = house.open_task(heartbeat=timedelta(seconds=30)), house.open_task()
+    of_silent, of_other = house.issue(silent), house.issue(other)
+    house.clock.forward(seconds=29)
+    assert (status_of(house, of_silent), status_of(house, of_other)) == (0, 0)
+    house.clock.forward(seconds=2)
+    assert (status_of(house, of_silent), status_of(house, of_other)) == (1, 0)
+    assert not house.is_active(of_silent)
 
 
 def test_a_token_is_inactive_the_second_it_expires(house):

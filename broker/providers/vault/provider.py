@@ -169,9 +169,10 @@ class VaultProvider:
         dead = {
             number
             for number, known in enumerate(ended)
-            if known == [] and time.monotonic() <= in_time and self._has_no_token(owed[number][0])
+            if known == [] and time.monotonic() <= in_time and self._is_without_token(owed[number][0])
         }
         gone = self._worked_off({reference for number in dead if (reference := owed[number][1])}, in_time)
+        # Both are Vault's own words (INV-04): that it knows no such token, and a list in which no such lease is.
         return [
             None
             if number in dead and (reference is None or reference in gone)
@@ -193,10 +194,10 @@ class VaultProvider:
             return problem
         return None
 
-    def _has_no_token(self, handle: Handle | None) -> bool:
-        """Whether it is certain; whoever asks goes on otherwise."""
+    def _is_without_token(self, handle: Handle | None) -> bool:
+        """Whether its token is certainly dead, and so its lease in the queue."""
         try:
-            return handle is None or self._is_token_dead(handle.value)
+            return handle is not None and self._is_token_dead(handle.value)
         except (ProviderRefused, ProviderUnavailable, ValueError):
             return False
 
