@@ -35,20 +35,29 @@ class StatusIndexes:
         self._database = database
         self._longest_life = longest_life
         self._guard = threading.Lock()
+        self._reserving = threading.Lock()
         self._chunk: _Run | None = None
         self._runs: dict[str, _Run] = {}
         self._lengths: dict[str, int] = {}
 
     def reserve(self, count: int, now: datetime) -> None:
         """Make sure that `count` grants find a place without a database call; outside of any transaction."""
-        with self._guard:
-            chunk = self._chunk
-            if chunk is not None and chunk.end - chunk.next >= count * _FIRST_RUN and now < chunk.good_until:
+        if self._has_room_for(count, now):
+            return
+        with self._reserving:
+            if self._has_room_for(count, now):
                 return
             good_until = now + _GOOD_FOR
+            # Not behind the guard: on SQLite whoever takes a place is the one writer, for whom this one waits.
             with self._database.begin() as db:
                 list_id, start = reserve_indexes(db, _CHUNK, last_expiry_at=good_until + self._longest_life)
-            self._chunk = _Run(list_id, start, start + _CHUNK, good_until)
+            with self._guard:
+                self._chunk = _Run(list_id, start, start + _CHUNK, good_until)
+
+    def _has_room_for(self, count: int, now: datetime) -> bool:
+        with self._guard:
+            chunk = self._chunk
+            return chunk is not None and chunk.end - chunk.next >= count * _FIRST_RUN and now < chunk.good_until
 
     def take(self, task_id: str, now: datetime) -> tuple[int, int]:
         """(list, index) for one grant of this task; `reserve` was called for it."""
