@@ -58,6 +58,8 @@ class Batching(Generic[Item, Result]):
         self._work = work
         self._at_most = at_most
         self._waiting = waiting
+        # More than may wait are not waited for: they would be told to come again meanwhile.
+        self._at_most_gathered = at_most if waiting is None else min(at_most, waiting + 1)
         self._gathering_s = gathering_s
         self._queue: deque[_Ticket[Item, Result]] = deque()
         self._guard = threading.Lock()
@@ -101,7 +103,7 @@ class Batching(Generic[Item, Result]):
         finally:
             with self._guard:
                 # Before anybody of the batch can be back: nobody is counted twice.
-                self._lately = min(len(batch) + len(self._queue), self._at_most)
+                self._lately = min(len(batch) + len(self._queue), self._at_most_gathered)
             # Whatever ends this thread, nobody is left waiting for it.
             for ticket in batch:
                 if not ticket.answered:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ _URGENT_WORKERS = 2  # of them, for nothing but what is urgent
 _CLOSING_WORKERS = 8  # for what somebody is waiting for just now
 _CLOSING_S = 2.0
 _TOGETHER = 16  # claimed by one worker at once
-_CLOSED_TOGETHER = 25
+_CLOSED_TOGETHER = (8, 25)  # at least, and at most where there are so many that each worker has as many
 _INTENTS_AT_ONCE = 100
 _ABANDONED_EVERY = timedelta(hours=1)
 _LOOK_AGAIN = timedelta(seconds=5)
@@ -137,12 +138,14 @@ class Debts:
         with self._database.read() as db:
             owed = leases.providers_owed_for(db, grant_ids)
         workers = min(_CLOSING_WORKERS, len(grant_ids))
+        least, most = _CLOSED_TOGETHER
+        together = min(most, max(least, math.ceil(len(grant_ids) / _CLOSING_WORKERS)))
         pay = functools.partial(self._pay_until_none, grant_ids=tuple(grant_ids), ends_at=ends_at)
         with self._guard:
             if self._closed.is_set():
                 return
             running = [
-                self._lane(provider).closings.submit(pay, provider, together=_CLOSED_TOGETHER)
+                self._lane(provider).closings.submit(pay, provider, together=together)
                 for provider in owed
                 for _ in range(workers)
             ]

@@ -232,6 +232,8 @@ class Limiter:
         # Windows of different ones begin at different moments, or all would be asked for at once.
         begins = zlib.crc32(value.encode()) % self._window_s
         start = (now_s - begins) // self._window_s * self._window_s + begins
+        if len(self._now) >= _REMEMBERED:
+            self._now.clear()
         found = self._now[name, value] = _Limit(name, value, bound, self._window_s, start)
         return found
 
@@ -385,7 +387,7 @@ class Limiter:
 
     def _forget(self) -> None:
         """Keep memory bounded. What was held of a window that is not over is lost with it, which is tighter."""
-        for remembered in (self._held, self._now, self._kinds, self._told, self._pairs):
+        for remembered in (self._held, self._kinds, self._told, self._pairs):
             if len(remembered) > _REMEMBERED:
                 remembered.clear()
 

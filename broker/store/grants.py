@@ -407,7 +407,7 @@ def invalid_indexes(db: Connection, status_list: int, standing: Iterable[Refusal
 
     Ended rows, rows that time has ended or whose tasks time has ended, and rows a standing refusal covers before they
     followed it. Each kind has an index of its own: most of a list lives, and is not looked at. What a task's end by
-    anybody covers has ended with it, in its transaction (INV-11).
+    anybody covers has ended with it, in its transaction (INV-12).
     """
     on_list = _grants.c.status_list == status_list
     # SQLite takes an index for what is equal before one for what is due, though most of a list is equal and little due.

@@ -165,3 +165,27 @@ class TestGathering:
         batching = Batching(work, at_most=5, gathering_s=60)
         assert outcomes(many(batching, pool, work, range(1, 11))) == [item * 2 for item in range(11)]
         assert [len(batch) for batch in work.batches] == [1, 5, 5]
+
+    def test_more_than_may_wait_are_not_waited_for(self, pool):
+        """They would be told to come again, for as long as nothing is under way."""
+        go_on, batches = threading.Semaphore(0), []
+
+        def work(items):
+            batches.append(list(items))
+            assert go_on.acquire(timeout=10)
+            return [item * 2 for item in items]
+
+        batching = Batching(work, waiting=10, gathering_s=60)
+        calls = [pool.submit(batching.submit, 0)]
+        for number in (1, 2):
+            while len(batches) < number:
+                pass
+            calls += [pool.submit(batching.submit, item) for item in range(10)]
+            while len(batching._queue) < 10:
+                pass
+            go_on.release()
+        go_on.release(2)
+        assert [call.result(10) for call in calls] == [0, *(item * 2 for item in range(10))] + [
+            item * 2 for item in range(10)
+        ]
+        assert [len(batch) for batch in batches] == [1, 10, 10]

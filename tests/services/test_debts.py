@@ -410,8 +410,8 @@ class TestUrgency:
 
 def test_a_provider_that_hangs_keeps_nobody_waiting_for_another(house, monkeypatch):
     """Each has workers of its own: in its turn, and for who waits."""
-    for together in ("_TOGETHER", "_CLOSED_TOGETHER"):
-        monkeypatch.setattr(debts, together, 1)
+    monkeypatch.setattr(debts, "_TOGETHER", 1)
+    monkeypatch.setattr(debts, "_CLOSED_TOGETHER", (1, 1))
     monkeypatch.setattr(house.broker.debts, "_providers", {"vault": house.outside, "other": Outside(house.clock)})
     task, others = house.open_task(), [ask(house, house.open_task()) for _ in range(2)]
     of_one = [ask(house, task) for _ in range(debts._CLOSING_WORKERS + debts._WORKERS)]

@@ -48,6 +48,8 @@ CONFIRM_PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 # under it for another look to cost less than asking about each.
 QUEUE_PAUSES_S = (0.05,) * 10
 WORTH_LISTING = 1000
+SLOW_S = 1.0
+LONG_FOR_S = 300.0  # after which it is tried again
 
 # Several are given up together when Vault is so slow, so that whoever claimed them still has the claim.
 MANY_S = 10.0
@@ -80,6 +82,7 @@ class VaultProvider:
         self._connection = Connection.of(settings)
         self._login = Login(self._connection, settings.auth, clock, forgotten=forgotten)
         self._pause = pause or threading.Event().wait
+        self._long: dict[str, float] = {}  # prefixes that are not worth listing, and until when
 
     @property
     def settles_after(self) -> timedelta:
@@ -171,12 +174,11 @@ class VaultProvider:
             for number, known in enumerate(ended)
             if known == [] and time.monotonic() <= in_time and self._is_without_token(owed[number][0])
         }
-        gone = self._worked_off({reference for number in dead if (reference := owed[number][1])}, in_time)
-        # Both are Vault's own words (INV-04): that it knows no such token, and a list in which no such lease is.
+        self._let_work({reference for number in dead if (reference := owed[number][1])}, in_time)
+        # Where listing took its time, some is left for asking about each.
+        ends_at = max(began + MANY_S, time.monotonic() + MANY_S / 4)
         return [
-            None
-            if number in dead and (reference is None or reference in gone)
-            else self._problem_with(handle, reference, ended[number], began + MANY_S, first=number == 0)
+            self._problem_with(None if number in dead else handle, reference, ended[number], ends_at, first=number == 0)
             for number, (handle, reference) in enumerate(owed)
         ]
 
@@ -201,26 +203,32 @@ class VaultProvider:
         except (ProviderRefused, ProviderUnavailable, ValueError):
             return False
 
-    def _worked_off(self, references: Collection[str], ends_at: float) -> Collection[str]:
-        """Those that Vault lists no more, waiting a moment for its queue; where it lists too many, none.
+    def _let_work(self, references: Collection[str], ends_at: float) -> None:
+        """Wait a moment, until Vault lists none of these leases any more: each is looked up afterwards (INV-04).
 
-        What the queue works on and is asked for besides, Vault works on twice; and it is asked about each by itself.
+        What its queue works on and is asked for besides, Vault works on twice.
         """
         left = set(references)
-        for pause_s in (*QUEUE_PAUSES_S, None):
-            try:
-                listed = {
-                    reference
-                    for prefix in {reference.rpartition("/")[0] for reference in left}
-                    for reference in self._leases_under(f"{_path_of_lease(prefix)}/", _MOST_DEPTH)
-                }
-            except (ProviderRefused, ProviderUnavailable, ValueError):
-                break
-            left &= listed
-            if not left or len(listed) > WORTH_LISTING or pause_s is None or time.monotonic() > ends_at:
-                break
-            self._pause(pause_s)
-        return set(references) - left
+        for pause_s in QUEUE_PAUSES_S:
+            prefixes = {reference.rpartition("/")[0] for reference in left}
+            if not left or time.monotonic() > ends_at or any(self._is_long(prefix) for prefix in prefixes):
+                return
+            for prefix in prefixes:
+                began, listed = time.monotonic(), set[str]()
+                try:
+                    listed.update(self._leases_under(f"{_path_of_lease(prefix)}/", _MOST_DEPTH))
+                except (ProviderRefused, ProviderUnavailable, ValueError):
+                    self._long[prefix] = time.monotonic() + LONG_FOR_S
+                    return
+                if len(listed) > WORTH_LISTING or time.monotonic() - began > SLOW_S:
+                    self._long[prefix] = time.monotonic() + LONG_FOR_S
+                left -= {reference for reference in left if reference.rpartition("/")[0] == prefix} - listed
+            if left:
+                self._pause(pause_s)
+
+    def _is_long(self, prefix: str) -> bool:
+        """Whether listing it took longer, a while ago, than asking about each."""
+        return time.monotonic() < self._long.get(prefix, 0.0)
 
     def _end_token(self, handle: Handle | None) -> list[str]:
         """Nothing more is read with it; answers what went wrong, which must not keep its lease from being ended."""
