@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -153,8 +154,18 @@ class TestWhatItTellsThoseWhoRunIt:
         assert solo.introspect(answer["credential"]["token"]).json()["txn"] == trace_id
 
 
+def is_listening(port):
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
 def test_several_workers_share_one_address_and_what_they_know(postgres_deployment):
     with postgres_deployment.broker(server__workers="2") as broker:
+        # One that is there answers for both while the other one starts.
+        until(lambda: all(is_listening(broker.metrics_port + worker) for worker in range(2)))
         task_id = broker.open_task()
         with ThreadPoolExecutor(16) as pool:
             grants = list(pool.map(lambda _: broker.grant(task_id), range(64)))
