@@ -9,6 +9,9 @@ from broker.domain.lease import Lease, RevocationClass, Urgency
 from broker.domain.lifecycle import LeaseState
 
 _NEVER = {
+    "a task has ended and a grant under it has not": """
+        SELECT grants.id FROM grants JOIN tasks ON tasks.id = grants.task_id
+        WHERE tasks.state <> 'active' AND grants.state IN ('pending', 'approved', 'active')""",
     "a grant of an outside provider is active without a lease that is held": """
         SELECT grants.id FROM grants WHERE provider <> 'jwt' AND state = 'active'
         AND NOT EXISTS (SELECT 1 FROM leases WHERE grant_id = grants.id AND leases.state = 'held')""",
