@@ -21,10 +21,10 @@ def master_key(tmp_path):
     return str(path)
 
 
-def unit():
+def unit(name="broker"):
     """Each directive of the unit with its values, in order."""
     found = {}
-    for line in (DEPLOY / "broker.service").read_text().splitlines():
+    for line in (DEPLOY / f"{name}.service").read_text().splitlines():
         if "=" in line and not line.startswith("#"):
             name, _, value = line.partition("=")
             found.setdefault(name, []).append(value)
@@ -95,6 +95,20 @@ def test_the_unit_checks_the_configuration_before_it_serves():
 )
 def test_the_unit_is_confined(directive, value):
     assert unit()[directive] == [value]
+
+
+def test_the_unit_of_the_feed_is_confined_alike_and_keeps_its_own_copy_of_the_key():
+    """One runtime directory for both would be cleared away under the one when the other stops."""
+    served, feeding = unit(), unit("broker-feed")
+    differ = {name for name in served | feeding if served.get(name) != feeding.get(name)}
+    assert differ == {
+        "Description", "After", "ExecStartPre", "ExecStart", "ExecReload", "RuntimeDirectory", "Environment",
+    }  # fmt: skip
+    assert feeding["ExecStart"] == ["/opt/broker/bin/broker feed --config /etc/broker/broker.toml"]
+    [directory] = feeding["RuntimeDirectory"]
+    [environment] = feeding["Environment"]
+    assert f"BROKER__KEYS__MASTER_KEY_FILE=%t/{directory}/master.key" in environment.split()
+    assert feeding["ExecStartPre"][0].endswith(f"%t/{directory}/master.key")
 
 
 def test_the_unit_allows_the_system_calls_of_a_service_and_no_more():
