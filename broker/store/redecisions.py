@@ -149,8 +149,9 @@ def recorded(db: Connection, share: Share, *, now: datetime) -> Iterator[Row[Any
         unexpired(now),
         *_covered(share.run),
     )
-    for part in db.execute(statement.order_by(_grants.c.id)).partitions(_READ_AT_ONCE):
-        yield from part
+    # As they are now, though they are read later.
+    found = db.execute(statement.order_by(_grants.c.id))
+    return (row for part in found.partitions(_READ_AT_ONCE) for row in part)
 
 
 def live(db: Connection, *, now: datetime, after: str, limit: int) -> list[Row[Any]]:
