@@ -49,7 +49,7 @@ from broker.services.break_glass import step
 from broker.services.breakers import Breakers, is_denial
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING
-from broker.services.grant_events import grant_event, sentence
+from broker.services.grant_events import grant_event, refused_again, sentence
 from broker.services.limits import Limiter
 from broker.services.reconciliation import Reconciliation
 from broker.services.secrets import Intent, Secrets, intended_lease
@@ -172,7 +172,7 @@ class Collection:
             except BrokerError as refusal:
                 # The refusal is recorded; the grant stays as it is until it expires or somebody ends it.
                 if self._limiter.is_told(caller.name, refusal):
-                    record(db, [_refused(grant, caller, now, refusal)])
+                    record(db, [refused_again(grant, caller, now, refusal, "approval.refused", verb="collect")])
                 return refusal
 
     def _collected(self, held: _Held, parameters: Mapping[str, str]) -> Issued | Intent:
@@ -408,31 +408,4 @@ def _collected_event(held: _Held, grant: Grant, **facts: str) -> Event:
         policy_version=grant.policy_version,
         trace_id=held.caller.trace_id,
         data={"approval_id": held.approval.id, "scopes": list(grant.scopes), "ttl_s": grant.ttl_s, **facts},
-    )
-
-
-def _refused(grant: Grant | None, caller: Caller, now: datetime, refusal: BrokerError) -> Event:
-    known = (
-        {}
-        if grant is None
-        else {
-            "task_id": grant.task_id,
-            "grant_id": grant.id,
-            "user": grant.on_behalf_of,
-            "resource": grant.resource,
-            "policy_version": grant.policy_version,
-        }
-    )
-    return Event(
-        id=new_id("evt", now),
-        at=now,
-        type="approval.refused",
-        actor=caller.name,
-        # Not whose grant it is: it is a denial of who asked, and nobody is locked down by another's.
-        agent=caller.name,
-        outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
-        reason=refusal.detail[:1000],
-        trace_id=caller.trace_id,
-        data={"verb": "collect", "subject": caller.principal.subject},
-        **known,  # type: ignore[arg-type]
     )

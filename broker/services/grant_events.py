@@ -1,4 +1,4 @@
-"""The audit events of a grant that is made, in the words of its decision."""
+"""The audit events of a grant that is made, in the words of its decision; and of one that is asked for once more."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from broker.domain.audit import Event
+from broker.domain.errors import BrokerError, PolicyDenied
 from broker.domain.grant import Grant
 from broker.domain.identity import Caller, new_id
 from broker.domain.lifecycle import GrantState
@@ -48,4 +49,34 @@ def grant_event(grant: Grant, caller: Caller, now: datetime, type_: str, **facts
             **({"chain": list(grant.chain)} if grant.chain else {}),
             **facts,
         },
+    )
+
+
+def refused_again(
+    grant: Grant | None, caller: Caller, now: datetime, refusal: BrokerError, type_: str, **data: str
+) -> Event:
+    """Of asking once more for a grant that there is, or that there is none of: renewing it, collecting it."""
+    known = (
+        {}
+        if grant is None
+        else {
+            "task_id": grant.task_id,
+            "grant_id": grant.id,
+            "user": grant.on_behalf_of,
+            "resource": grant.resource,
+            "policy_version": grant.policy_version,
+        }
+    )
+    return Event(
+        id=new_id("evt", now),
+        at=now,
+        type=type_,
+        actor=caller.name,
+        # Not whose grant it is: it is a denial of who asked, and nobody is locked down by another's.
+        agent=caller.name,
+        outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
+        reason=refusal.detail[:1000],
+        trace_id=caller.trace_id,
+        data={**data, "subject": caller.principal.subject},
+        **known,  # type: ignore[arg-type]
     )

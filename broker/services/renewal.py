@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from broker.domain.audit import Event
 from broker.domain.catalogue import Limits
 from broker.domain.clock import Clock
 from broker.domain.errors import BrokerError, Forbidden, Invalid, NotFound, PolicyDenied
 from broker.domain.grant import Grant, GrantRequest, Issued, joined
-from broker.domain.identity import Caller, Principal, is_id, new_id
+from broker.domain.identity import Caller, Principal, is_id
 from broker.domain.task import Task
 from broker.services import live_limits
 from broker.services.asked import kept_of
@@ -24,7 +23,7 @@ from broker.services.break_glass import require_no_break_glass
 from broker.services.breakers import Breakers, is_denial
 from broker.services.credentials import signed
 from broker.services.endings import OWES_NOTHING
-from broker.services.grant_events import grant_event
+from broker.services.grant_events import grant_event, refused_again
 from broker.services.issuance import denial, require_live
 from broker.services.limits import Limiter
 from broker.services.standing import Standing, StandingReader, principal_of, require_no_refusal
@@ -100,7 +99,7 @@ class Renewal:
             except BrokerError as refusal:
                 # The refusal is recorded; the grant stays as it is until it expires or somebody revokes it.
                 if self._limiter.is_told(caller.name, refusal):
-                    record(db, [_refused(grant, caller, now, refusal)])
+                    record(db, [refused_again(grant, caller, now, refusal, "grant.renewal_refused")])
                 return refusal
             renew_grant(db, issued.grant)
             if (issued.grant.kids, issued.grant.policies) != (grant.kids, grant.policies):
@@ -183,28 +182,3 @@ class Renewal:
         # By what allows it now, and not only by what allowed it until now.
         require_no_refusal(renewed, standing)
         return signed(renewed, standing, issuer=self._issuer, issued_at=now, expires_at=now + found.ttl)
-
-
-def _refused(grant: Grant | None, caller: Caller, now: datetime, refusal: BrokerError) -> Event:
-    event = Event(
-        id=new_id("evt", now),
-        at=now,
-        type="grant.renewal_refused",
-        actor=caller.name,
-        # Not whose grant it is: it is a denial of who asked, and nobody is locked down by another's.
-        agent=caller.name,
-        outcome="denied" if isinstance(refusal, PolicyDenied) else refusal.code,
-        reason=refusal.detail[:1000],
-        trace_id=caller.trace_id,
-        data={"subject": caller.principal.subject},
-    )
-    if grant is None:
-        return event
-    return replace(
-        event,
-        task_id=grant.task_id,
-        grant_id=grant.id,
-        user=grant.on_behalf_of,
-        resource=grant.resource,
-        policy_version=grant.policy_version,
-    )

@@ -154,18 +154,18 @@ def recorded(db: Connection, share: Share, *, now: datetime) -> Iterator[Row[Any
     return (row for part in found.partitions(_READ_AT_ONCE) for row in part)
 
 
-def live(db: Connection, *, now: datetime, after: str, limit: int) -> list[Row[Any]]:
+def live(db: Connection, *, now: datetime, after: str, limit: int) -> Sequence[Row[Any]]:
     """The same of everybody's, in the order of their ids."""
     statement = RECORDED.where(unended(), _grants.c.state.in_(_GIVEN), unexpired(now), _grants.c.id > after)
-    return list(db.execute(statement.order_by(_grants.c.id).limit(limit)).fetchall())
+    return db.execute(statement.order_by(_grants.c.id).limit(limit)).fetchall()
 
 
-def asked_since(db: Connection, since: datetime, *, before: str | None, limit: int) -> list[Row[Any]]:
+def asked_since(db: Connection, since: datetime, *, before: str | None, limit: int) -> Sequence[Row[Any]]:
     """What was asked since then and decided, newest first, below the id `before`; ids begin with their time."""
     statement = RECORDED.where(_grants.c.id >= first_id("grt", since)).order_by(_grants.c.id.desc()).limit(limit)
     if before is not None:
         statement = statement.where(_grants.c.id < before)
-    return list(db.execute(statement).fetchall())
+    return db.execute(statement).fetchall()
 
 
 def is_ours(db: Connection, share: Share) -> bool:

@@ -230,6 +230,34 @@ def test_of_several_what_vault_still_lists_is_not_taken_for_dead(stand, monkeypa
     assert stand.provider.revoke_many(owed) == [None] * 2
 
 
+@pytest.mark.parametrize("why", ["too many", "too slow", "refused"])
+def test_what_is_not_worth_listing_is_not_listed_again_for_a_while(stand, monkeypatch, why):
+    asked = []
+    leases_under = stand.provider._leases_under
+
+    def listing(prefix, depth):
+        asked.append(prefix)
+        if why == "refused":
+            raise ProviderUnavailable("it does not list", reason="a test")
+        return leases_under(prefix, depth)
+
+    monkeypatch.setattr(stand.provider, "_leases_under", listing)
+    monkeypatch.setattr("broker.providers.vault.provider.QUEUE_PAUSES_S", (0.0,))
+    # More than none, and longer than no time.
+    name = {"too many": "WORTH_LISTING", "too slow": "SLOW_S"}.get(why)
+    if name:
+        monkeypatch.setattr(f"broker.providers.vault.provider.{name}", -1)
+    for _ in range(2):
+        made = [stand.issue()[1:] for _ in range(2)]
+        assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
+        assert len(asked) == 1
+    monkeypatch.setattr("broker.providers.vault.provider.LONG_FOR_S", -1.0)
+    stand.provider._long.clear()
+    made = [stand.issue()[1:] for _ in range(2)]
+    assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
+    assert len(asked) == 2
+
+
 def test_of_several_one_without_a_token_is_looked_up_by_itself(stand):
     owed = [(None, stand.issue()[2].reference) for _ in range(2)]
     stand.wire.loses_reply("PUT /v1/sys/leases/lookup")

@@ -453,6 +453,20 @@ def test_a_task_with_many_secrets_is_paid_before_its_receipt(house):
     assert set(states(house.broker.database)) == {("revoked", "released")}
 
 
+@pytest.mark.parametrize(("grants", "together"), [(1, 8), (25, 8), (100, 13), (200, 25), (5000, 25)])
+def test_few_secrets_are_shared_among_the_workers_and_many_are_claimed_together(house, monkeypatch, grants, together):
+    claimed = []
+
+    def claims(_db, _provider, **how):
+        claimed.append(how["limit"])
+        return []
+
+    monkeypatch.setattr(debts.leases, "providers_owed_for", lambda *_about: ["vault"])
+    monkeypatch.setattr(debts.leases, "claim_owed", claims)
+    house.broker.debts.pay_now([f"grt_{number}" for number in range(grants)])
+    assert claimed == [together] * min(8, grants)
+
+
 def test_a_provider_that_hangs_delays_a_receipt_by_two_seconds_and_no_more(house, monkeypatch):
     monkeypatch.setattr(debts, "_CLOSING_S", 0.2)
     task = house.open_task()

@@ -213,18 +213,21 @@ class VaultProvider:
             prefixes = {reference.rpartition("/")[0] for reference in left}
             if not left or time.monotonic() > ends_at or any(self._is_long(prefix) for prefix in prefixes):
                 return
-            for prefix in prefixes:
-                began, listed = time.monotonic(), set[str]()
-                try:
-                    listed.update(self._leases_under(f"{_path_of_lease(prefix)}/", _MOST_DEPTH))
-                except (ProviderRefused, ProviderUnavailable, ValueError):
-                    self._long[prefix] = time.monotonic() + LONG_FOR_S
-                    return
-                if len(listed) > WORTH_LISTING or time.monotonic() - began > SLOW_S:
-                    self._long[prefix] = time.monotonic() + LONG_FOR_S
-                left -= {reference for reference in left if reference.rpartition("/")[0] == prefix} - listed
+            left &= {reference for prefix in prefixes for reference in self._listed(prefix)}
             if left:
                 self._pause(pause_s)
+
+    def _listed(self, prefix: str) -> Collection[str]:
+        """What Vault lists under a prefix; where that fails or takes long, it is not asked again for a while."""
+        began, listed, is_long = time.monotonic(), set[str](), True
+        try:
+            listed = set(self._leases_under(f"{_path_of_lease(prefix)}/", _MOST_DEPTH))
+            is_long = len(listed) > WORTH_LISTING or time.monotonic() - began > SLOW_S
+        except (ProviderRefused, ProviderUnavailable, ValueError) as problem:
+            _log.info("the leases left were not listed", extra={"fields": {"kind": type(problem).__name__}})
+        if is_long:
+            self._long[prefix] = time.monotonic() + LONG_FOR_S
+        return listed
 
     def _is_long(self, prefix: str) -> bool:
         """Whether listing it took longer, a while ago, than asking about each."""
