@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ import sqlalchemy as sa
 
 from broker.store.database import Database
 from broker.store.migration import migrate
+
+# What a run under `nohup` is told to ignore, so would be every process that a test starts and interrupts.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 

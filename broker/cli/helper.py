@@ -174,7 +174,7 @@ def _server(host: str) -> tuple[str, str]:
         url = httpx.URL(host)
     except httpx.InvalidURL:
         url = httpx.URL("")
-    if not is_private(url) or url.userinfo or url.query or url.fragment or url.path not in ("", "/"):
+    if not is_private(url.scheme, url.host) or url.userinfo or url.query or url.fragment or url.path not in ("", "/"):
         raise click.BadParameter(
             f"{host!r} is not like https://git.example: a password is sent nowhere in the clear", param_hint="--host"
         )

@@ -61,7 +61,7 @@ def _upstream_origin(value: str) -> str:
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host or url.raw_path not in (b"", b"/") or url.userinfo:
         raise ValueError("it is scheme and host only, like https://crm.example")
-    if not is_private(url):
+    if not is_private(url.scheme, url.host):
         raise ValueError("agents would show their tokens in the clear: use https (http is for loopback only)")
     return str(url).rstrip("/")
 

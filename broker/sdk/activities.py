@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from broker.sdk.errors import invalid, printable
-from broker.sdk.values import Grant, Introspection, Members
+from broker.sdk.values import Grant, Introspection, Members, as_it_came
 
 KINDS = ("tool", "secret_use", "request")
 OUTCOMES = ("ok", "error", "denied", "unknown")
@@ -17,10 +17,6 @@ _MAX_ATTRIBUTES = 16
 
 # What says which grant it was: its id, what the broker said of it, the claims of the token that was verified.
 OfGrant = str | Grant | Introspection | Mapping[str, Any]
-
-
-def _raw() -> Any:
-    return field(repr=False, compare=False, default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +102,7 @@ class Told:
     recorded: int
     repeated: int
     refused: tuple[RefusedActivity, ...]
-    raw: Mapping[str, Any] = _raw()
+    raw: Mapping[str, Any] = as_it_came()
 
     @classmethod
     def of(cls, value: object) -> Told:
@@ -115,71 +111,5 @@ class Told:
             recorded=read.integer("recorded"),
             repeated=read.integer("repeated"),
             refused=tuple(map(RefusedActivity.of, read.items("refused"))),
-            raw=read.raw,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimelineLine:
-    """What happened at one moment. `source` is "broker" for the broker's own word, "report" for that of `who`."""
-
-    id: str
-    at: datetime
-    source: str
-    what: str
-    who: str
-    task_id: str
-    grant_id: str | None
-    resource: str | None
-    action: str | None
-    scopes: tuple[str, ...]
-    outcome: str
-    reason: str | None
-    beyond: tuple[str, ...]
-    raw: Mapping[str, Any] = _raw()
-
-    @classmethod
-    def of(cls, value: object) -> TimelineLine:
-        read = Members("line of time", value)
-        return cls(
-            id=read.text("id"),
-            at=read.time("at"),
-            source=read.text("source"),
-            what=read.text("what"),
-            who=read.text("who"),
-            task_id=read.text("task_id"),
-            grant_id=read.maybe_text("grant_id"),
-            resource=read.maybe_text("resource"),
-            action=read.maybe_text("action"),
-            scopes=read.texts("scopes"),
-            outcome=read.text("outcome"),
-            reason=read.maybe_text("reason"),
-            beyond=read.texts("beyond"),
-            raw=read.raw,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """What was granted and never used, and used outside of what was granted; each as the broker's own object."""
-
-    task_id: str
-    drifted: bool
-    complete: bool
-    unused: tuple[Mapping[str, Any], ...]
-    outside: tuple[Mapping[str, Any], ...]
-    narrower: tuple[Mapping[str, Any], ...]
-    raw: Mapping[str, Any] = _raw()
-
-    @classmethod
-    def of(cls, value: object) -> Drift:
-        read = Members("drift", value)
-        return cls(
-            task_id=read.text("task_id"),
-            drifted=read.boolean("drifted"),
-            complete=read.boolean("complete"),
-            unused=tuple(read.items("unused")),
-            outside=tuple(read.items("outside")),
-            narrower=tuple(read.items("narrower")),
             raw=read.raw,
         )

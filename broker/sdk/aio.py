@@ -9,24 +9,22 @@ from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from broker.sdk import calls
 from broker.sdk.activities import OfGrant
 from broker.sdk.async_credential import AsyncCredentialSource
 from broker.sdk.async_reporting import AsyncReporter
 from broker.sdk.async_run import AsyncRunningTask, async_running
-from broker.sdk.client import answer_of, lost, token_source, trusted, turn_page
+from broker.sdk.client import token_source, turn_page
 from broker.sdk.clock import Timing
 from broker.sdk.credential import Lifetime
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import BrokerError
 from broker.sdk.exchange import (
-    Answer,
     Call,
     Endpoint,
     Identify,
-    Lost,
     Outcome,
     Send,
     Wait,
@@ -34,9 +32,12 @@ from broker.sdk.exchange import (
     origin_of,
     require_traceparent,
 )
-from broker.sdk.lean import httpx
 from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import awaiting
+from broker.sdk.wire import AsyncWire, GivenAsyncWire, OwnAsyncWire
+
+if TYPE_CHECKING:
+    import httpx
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -98,9 +99,10 @@ class AsyncClient:
         self._identify = token_source(token, token_file)
         self.reports = AsyncReporter(self.send, self.timing)
         self._owns_reports = True
-        self._owns_http = http is None
-        verify = trusted(self._endpoint.origin)
-        self._http = httpx.AsyncClient(trust_env=False, follow_redirects=False, verify=verify) if http is None else http
+        self._owns_wire = True
+        self._wire: AsyncWire = (
+            OwnAsyncWire(self.url, self.timing) if http is None else GivenAsyncWire(http, self.timing)
+        )
 
     @property
     def url(self) -> str:
@@ -232,7 +234,7 @@ class AsyncClient:
         """The same client for requests of another trace; it shares the connections, and is not to be closed."""
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
-        other._owns_http = other._owns_reports = False
+        other._owns_wire = other._owns_reports = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
 
@@ -265,7 +267,7 @@ class AsyncClient:
                 if isinstance(step, Identify):
                     outcome = self._identify()
                 elif isinstance(step, Send):
-                    outcome = await self._deliver(step.request)
+                    outcome = await self._wire.send(step.request)
                 else:
                     await self.timing.async_sleep(step.seconds)
                     outcome = None
@@ -273,19 +275,12 @@ class AsyncClient:
             result: T = done.value
         return result
 
-    async def _deliver(self, request: httpx.Request) -> Answer | Lost:
-        try:
-            response = await self._http.send(request, auth=None, follow_redirects=False)
-        except httpx.RequestError as problem:
-            return lost(problem)
-        return answer_of(response, self.timing)
-
     async def close(self) -> None:
         """Tell what waits to be told, for two seconds at most, and let go of the connections."""
         if self._owns_reports:
             await self.reports.close()
-        if self._owns_http:
-            await self._http.aclose()
+        if self._owns_wire:
+            await self._wire.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self

@@ -7,15 +7,16 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from broker.sdk.auth import AsyncSourceAuth, destination
 from broker.sdk.credential import FINAL, NOTHING_MADE, Lifetime, Need, going, handing_back, not_handed_back
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import ApprovalPending, BrokerError
 from broker.sdk.finishing import to_its_end
-from broker.sdk.values import Approval, Credential, Grant, Receipt
+from broker.sdk.values import Credential, Grant, Receipt
 
 if TYPE_CHECKING:
     from broker.sdk.aio import AsyncClient
+    from broker.sdk.auth import AsyncSourceAuth
+    from broker.sdk.oversight import Approval
 
 
 class AsyncCredentialSource:
@@ -114,6 +115,8 @@ class AsyncCredentialSource:
             self._client.report(grant, action, **more)
 
     def auth(self, *origins: str) -> AsyncSourceAuth:
+        from broker.sdk.auth import AsyncSourceAuth, destination
+
         return AsyncSourceAuth(self, destination(self._lifetime.resource, origins))
 
     async def close(self, reason: str | None = None) -> Receipt | None:

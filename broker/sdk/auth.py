@@ -11,9 +11,10 @@ import re
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import httpx
+
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import Limited, Unreachable, invalid, printable
-from broker.sdk.lean import httpx
 from broker.sdk.values import Credential
 
 if TYPE_CHECKING:

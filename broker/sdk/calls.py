@@ -9,34 +9,40 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from broker.sdk.activities import Activity, Drift, TimelineLine, Told
+from broker.sdk.activities import Activity, Told
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import invalid, not_the_broker
 from broker.sdk.exchange import Answer, Call, require_id, require_idempotency_key
 from broker.sdk.secret import Secret
 from broker.sdk.values import (
-    Approval,
     Credential,
     Decision,
-    Event,
-    Explanation,
     Grant,
     Introspection,
     Lease,
-    Lockdown,
     Members,
     Page,
-    PolicyChange,
-    PolicyVersion,
     Receipt,
-    Replay,
-    Review,
-    Revocation,
-    Signal,
     Task,
 )
+
+if TYPE_CHECKING:
+    from broker.sdk.oversight import (
+        Approval,
+        Drift,
+        Event,
+        Explanation,
+        Lockdown,
+        PolicyChange,
+        PolicyVersion,
+        Replay,
+        Review,
+        Revocation,
+        Signal,
+        TimelineLine,
+    )
 
 T = TypeVar("T")
 
@@ -129,12 +135,12 @@ def timeline(
     task_id: str, *, source: str | None = None, grant: str | None = None, page_size: int | None = None
 ) -> Listing[TimelineLine]:
     """Issue, use and end of everything of a task, oldest first. `source`: "broker" or "report" alone."""
-    return _listing(f"{_task(task_id)}/timeline", TimelineLine.of, page_size, source=source, grant=grant)
+    return _listing(f"{_task(task_id)}/timeline", _of("TimelineLine"), page_size, source=source, grant=grant)
 
 
 def drift(task_id: str) -> Call[Drift]:
     """What was granted and never used, and what was used outside of what was granted."""
-    return Call(method="GET", path=f"{_task(task_id)}/drift", read=_reads(Drift.of), repeatable=True)
+    return Call(method="GET", path=f"{_task(task_id)}/drift", read=_reads(_of("Drift")), repeatable=True)
 
 
 def tell(activities: Iterable[Activity]) -> Call[Told]:
@@ -214,7 +220,7 @@ def grant(grant_id: str, wait_s: int | None = None) -> Call[Grant]:
 
 def approval(approval_id: str) -> Call[Approval]:
     """One approval as it is now: for its approvers, and for whoever asked."""
-    return Call(method="GET", path=_approval(approval_id), read=_reads(Approval.of), repeatable=True)
+    return Call(method="GET", path=_approval(approval_id), read=_reads(_of("Approval")), repeatable=True)
 
 
 def approvals(
@@ -226,7 +232,7 @@ def approvals(
     page_size: int | None = None,
 ) -> Listing[Approval]:
     """Approvals that the caller may see, newest first."""
-    return _listing("/v1/approvals", Approval.of, page_size, state=state, task=task, agent=agent, resource=resource)
+    return _listing("/v1/approvals", _of("Approval"), page_size, state=state, task=task, agent=agent, resource=resource)
 
 
 def approve(
@@ -249,23 +255,23 @@ def withdraw(approval_id: str, reason: str | None = None) -> Call[Approval]:
 
 def review(review_id: str) -> Call[Review]:
     """One review as it is now; for admins, auditors, and the approvers of the group that was asked."""
-    return Call(method="GET", path=_review(review_id), read=_reads(Review.of), repeatable=True)
+    return Call(method="GET", path=_review(review_id), read=_reads(_of("Review")), repeatable=True)
 
 
 def reviews(*, state: str | None = None, agent: str | None = None, page_size: int | None = None) -> Listing[Review]:
     """Reviews that the caller may see, newest first."""
-    return _listing("/v1/reviews", Review.of, page_size, state=state, agent=agent)
+    return _listing("/v1/reviews", _of("Review"), page_size, state=state, agent=agent)
 
 
 def complete_review(review_id: str, note: str) -> Call[Review]:
     """Say what was found, which ends it. Said again, the same is the same."""
     path = f"{_review(review_id)}/complete"
-    return Call(method="POST", path=path, body={"note": note}, read=_reads(Review.of), repeatable=True)
+    return Call(method="POST", path=path, body={"note": note}, read=_reads(_of("Review")), repeatable=True)
 
 
 def explain_grant(grant_id: str) -> Call[Explanation]:
     """Why a grant was decided as it was: policies, ceilings, facts, and for a no what would be allowed."""
-    return Call(method="GET", path=f"{_grant(grant_id)}/decision", read=_reads(Explanation.of), repeatable=True)
+    return Call(method="GET", path=f"{_grant(grant_id)}/decision", read=_reads(_of("Explanation")), repeatable=True)
 
 
 def grants(
@@ -324,25 +330,25 @@ def revoke(axis: str, value: str, reason: str, dry_run: bool = True, lockdown: b
     """Revoke along one axis. By default a dry run, which shows the blast radius and ends nothing."""
     # Sent even where it is the default: what ends everything must not hang on somebody else's default.
     body = {**_selector(axis, value), "reason": reason, "dry_run": dry_run, "lockdown": lockdown}
-    return Call(method="POST", path="/v1/revocations", body=body, read=_reads(Revocation.of), repeatable=True)
+    return Call(method="POST", path="/v1/revocations", body=body, read=_reads(_of("Revocation")), repeatable=True)
 
 
 def lockdowns(*, lifted: bool = False) -> Listing[Lockdown]:
     """Lockdowns that stand; with `lifted`, those that stood as well."""
-    return _listing("/v1/lockdowns", Lockdown.of, None, lifted="true" if lifted else None)
+    return _listing("/v1/lockdowns", _of("Lockdown"), None, lifted="true" if lifted else None)
 
 
 def set_lockdown(axis: str, value: str, reason: str, *, idempotency_key: str | None = None) -> Call[Lockdown]:
     """Refuse what comes next along one axis, and revoke what is out."""
     body = {**_selector(axis, value), "reason": reason}
-    return Call(method="POST", path="/v1/lockdowns", body=body, read=_reads(Lockdown.of), **_once(idempotency_key))
+    return Call(method="POST", path="/v1/lockdowns", body=body, read=_reads(_of("Lockdown")), **_once(idempotency_key))
 
 
 def lift_lockdown(lockdown_id: str) -> Call[Lockdown]:
     """Lift a lockdown. What it revoked stays revoked."""
     # Not repeated: after a lost answer the second try would say that there is no such lockdown.
     path = f"/v1/lockdowns/{require_id(lockdown_id, 'lockdown_id')}"
-    return Call(method="DELETE", path=path, read=_reads(Lockdown.of))
+    return Call(method="DELETE", path=path, read=_reads(_of("Lockdown")))
 
 
 def send_signal(
@@ -359,12 +365,12 @@ def send_signal(
     if axis not in ("agent", "user"):
         raise invalid(f"{axis!r} is nobody who can be at risk: name agent or user", member="axis")
     body = _given(**{axis: value}, level=level, reason=reason, source=source, expires_s=expires_s)
-    return Call(method="POST", path="/v1/signals", body=body, read=_reads(Signal.of), **_once(idempotency_key))
+    return Call(method="POST", path="/v1/signals", body=body, read=_reads(_of("Signal")), **_once(idempotency_key))
 
 
 def signals(*, over: bool = False, page_size: int | None = None) -> Listing[Signal]:
     """Signals of risk, newest first; with `over`, those that are over as well."""
-    return _listing("/v1/signals", Signal.of, page_size, over="true" if over else None)
+    return _listing("/v1/signals", _of("Signal"), page_size, over="true" if over else None)
 
 
 def audit(
@@ -383,7 +389,7 @@ def audit(
     """Audit events, newest first."""
     return _listing(
         "/v1/audit",
-        Event.of,
+        _of("Event"),
         page_size,
         type=type,
         actor=actor,
@@ -399,7 +405,7 @@ def audit(
 
 def policies() -> Listing[PolicyVersion]:
     """Configuration versions, newest first."""
-    return _listing("/v1/policies", PolicyVersion.of, None)
+    return _listing("/v1/policies", _of("PolicyVersion"), None)
 
 
 def evaluate_policy(
@@ -435,7 +441,7 @@ def replay_policies(
 ) -> Call[Replay]:
     """What a draft, file names to Cedar text, would have said to recorded requests; nothing is done."""
     body = _given(policies=dict(policies), schema=schema, period_s=period_s, limit=limit)
-    return Call(method="POST", path="/v1/policies/replay", body=body, read=_reads(Replay.of), repeatable=True)
+    return Call(method="POST", path="/v1/policies/replay", body=body, read=_reads(_of("Replay")), repeatable=True)
 
 
 def replace_policies(
@@ -448,7 +454,7 @@ def replace_policies(
         body=_given(policies=dict(policies), schema=schema),
         # Sent even where it is the default: what may end grants must not hang on somebody else's default.
         query={"dry_run": "true" if dry_run else "false"},
-        read=_reads(PolicyChange.of),
+        read=_reads(_of("PolicyChange")),
         repeatable=True,
     )
 
@@ -495,7 +501,7 @@ def _end(path: str, verb: str, reason: str | None) -> Call[Receipt]:
 def _said(approval_id: str, verb: str, body: dict[str, Any]) -> Call[Approval]:
     # Said again, the same is the same vote.
     path = f"{_approval(approval_id)}/{verb}"
-    return Call(method="POST", path=path, body=body, read=_reads(Approval.of), repeatable=True)
+    return Call(method="POST", path=path, body=body, read=_reads(_of("Approval")), repeatable=True)
 
 
 def _approval(approval_id: str) -> str:
@@ -557,6 +563,17 @@ def _listing(path: str, of: Callable[[object], T], page_size: int | None, **filt
         return Page(items=tuple(of(item) for item in items), next_cursor=members.maybe_text("next_cursor"))
 
     return Listing(first=Call(method="GET", path=path, query=query, read=read, repeatable=True))
+
+
+def _of(name: str) -> Callable[[object], Any]:
+    """How a value of `broker.sdk.oversight` is read, which is loaded with the first of them."""
+
+    def of(value: object) -> Any:
+        from broker.sdk import oversight
+
+        return getattr(oversight, name).of(value)
+
+    return of
 
 
 def _reads(of: Callable[[object], T]) -> Callable[[Answer], T]:

@@ -7,7 +7,6 @@ broker's origin and nowhere else: no redirect is followed, and no proxy or netrc
 from __future__ import annotations
 
 import contextlib
-import ssl
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from broker.sdk import calls
 from broker.sdk.activities import OfGrant
@@ -24,11 +23,9 @@ from broker.sdk.credential import CredentialSource, Lifetime
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import BrokerError, no_token, not_the_broker
 from broker.sdk.exchange import (
-    Answer,
     Call,
     Endpoint,
     Identify,
-    Lost,
     Outcome,
     Send,
     Wait,
@@ -38,12 +35,15 @@ from broker.sdk.exchange import (
     token_from_file,
     workload_token,
 )
-from broker.sdk.lean import httpx
 from broker.sdk.reporting import Reporter
 from broker.sdk.run import RunningTask, running
 from broker.sdk.secret import Secret
 from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import awaiting
+from broker.sdk.wire import GivenWire, OwnWire, Wire
+
+if TYPE_CHECKING:
+    import httpx
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -115,9 +115,8 @@ class Client:
         self._identify = token_source(token, token_file)
         self.reports = Reporter(self.send, self.timing)
         self._owns_reports = True
-        self._owns_http = http is None
-        verify = trusted(self._endpoint.origin)
-        self._http = httpx.Client(trust_env=False, follow_redirects=False, verify=verify) if http is None else http
+        self._owns_wire = True
+        self._wire: Wire = OwnWire(self.url, self.timing) if http is None else GivenWire(http, self.timing)
 
     @property
     def url(self) -> str:
@@ -252,7 +251,7 @@ class Client:
         """The same client for requests of another trace; it shares the connections, and is not to be closed."""
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
-        other._owns_http = other._owns_reports = False
+        other._owns_wire = other._owns_reports = False
         other._endpoint = replace(self._endpoint, traceparent=require_traceparent(traceparent))
         return other
 
@@ -285,7 +284,7 @@ class Client:
                 if isinstance(step, Identify):
                     outcome = self._identify()
                 elif isinstance(step, Send):
-                    outcome = self._deliver(step.request)
+                    outcome = self._wire.send(step.request)
                 else:
                     self.timing.sleep(step.seconds)
                     outcome = None
@@ -293,20 +292,12 @@ class Client:
             result: T = done.value
         return result
 
-    def _deliver(self, request: httpx.Request) -> Answer | Lost:
-        try:
-            response = self._http.send(request, auth=None, follow_redirects=False)
-        except httpx.RequestError as problem:
-            # Only its kind: the error itself holds the request, and the request holds the token (INV-30).
-            return lost(problem)
-        return answer_of(response, self.timing)
-
     def close(self) -> None:
         """Tell what waits to be told, for two seconds at most, and let go of the connections."""
         if self._owns_reports:
             self.reports.close()
-        if self._owns_http:
-            self._http.close()
+        if self._owns_wire:
+            self._wire.close()
 
     def __enter__(self) -> Client:
         return self
@@ -332,24 +323,3 @@ def token_source(token: str | Callable[[], str] | None, token_file: Path | None)
         return lambda: workload_token(ask(), "what the token function gave")
     fixed = workload_token(token or "", "the workload token")
     return lambda: fixed
-
-
-def trusted(origin: str) -> ssl.SSLContext | bool:
-    """Whose certificates are taken. On loopback without TLS nobody's, which loads in no time."""
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if origin.startswith("http:") else True
-
-
-def lost(problem: httpx.RequestError) -> Lost:
-    words = {
-        httpx.ConnectError: "the connection was refused, or its certificate was",
-        httpx.TimeoutException: "it did not answer in time",
-        httpx.UnsupportedProtocol: "the address is not one that can be asked",
-    }
-    why = next((text for kind, text in words.items() if isinstance(problem, kind)), "the connection broke")
-    return Lost(why=f"{why} ({type(problem).__name__})")
-
-
-def answer_of(response: httpx.Response, timing: Timing) -> Answer:
-    return Answer(
-        status=response.status_code, headers=response.headers, content=response.content, received_at=timing.now()
-    )

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from broker.sdk import calls
-from broker.sdk.auth import RequestsAuth, SourceAuth, destination
 from broker.sdk.clock import Timing
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import (
@@ -34,11 +33,13 @@ from broker.sdk.errors import (
     Unreachable,
 )
 from broker.sdk.exchange import Call, Wait
-from broker.sdk.values import Approval, Credential, Grant, Receipt
+from broker.sdk.values import Credential, Grant, Receipt
 from broker.sdk.waiting import deciding
 
 if TYPE_CHECKING:
+    from broker.sdk.auth import RequestsAuth, SourceAuth
     from broker.sdk.client import Client
+    from broker.sdk.oversight import Approval
 
 # What a broker says when it means it; anything else may pass.
 FINAL = (Refused, Conflict, NotFound)
@@ -399,10 +400,14 @@ class CredentialSource:
         Requests to anywhere else go out without it. A resource that is no address (urn:…) has no origin: name them.
         A 401 of the resource is answered with another credential, once.
         """
+        from broker.sdk.auth import SourceAuth, destination  # and with it httpx, which not every program has a use for
+
         return SourceAuth(self, destination(self._lifetime.resource, origins))
 
     def requests_auth(self, *origins: str) -> RequestsAuth:
         """The same for `requests`."""
+        from broker.sdk.auth import RequestsAuth, destination
+
         return RequestsAuth(self, destination(self._lifetime.resource, origins))
 
     def close(self, reason: str | None = None) -> Receipt | None:

@@ -13,10 +13,9 @@ import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from broker import __version__
 from broker.sdk.clock import Timing
@@ -36,7 +35,6 @@ from broker.sdk.errors import (
     not_the_broker,
     printable,
 )
-from broker.sdk.lean import httpx
 from broker.sdk.secret import Secret
 
 T = TypeVar("T")
@@ -49,19 +47,29 @@ _MAX_TRIES = 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_.])?")
+_SENT_DATE = re.compile(
+    r"[A-Z][a-z]{2}, (?P<day>\d\d) (?P<month>[A-Z][a-z]{2}) (?P<year>\d{4}) "
+    r"(?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d) GMT",
+    re.ASCII,
+)
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_PORTS = {"http": 80, "https": 443}
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
+    """`headers` are by lower-case name."""
+
     status: int
-    headers: httpx.Headers = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
     content: bytes = field(repr=False)
     received_at: datetime
 
     def at(self) -> datetime:
         """When it was answered, by the broker's clock where it says so: ours may be off by more than a token's life."""
-        return http_date(self.headers.get("Date")) or self.received_at
+        return http_date(self.headers.get("date")) or self.received_at
 
     def json(self) -> Any:
         try:
@@ -84,9 +92,20 @@ class Identify:
     """Hand me the workload token as it is now."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """All of it but what the transport itself needs to say."""
+
+    method: str
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    content: bytes | None = field(repr=False)
+    timeout_s: float
+
+
 @dataclass(frozen=True)
 class Send:
-    request: httpx.Request
+    request: Request
 
 
 @dataclass(frozen=True)
@@ -155,7 +174,7 @@ def exchange(call: Call[T], endpoint: Endpoint) -> Generator[Step, Outcome, T]:
         error = _error_of(outcome, endpoint, (token, *call.secrets))
         if error.code == "use_dpop_nonce" and call.dpop is not None and nonce is None and isinstance(outcome, Answer):
             # RFC 9449 section 8: refused before any effect, so it is safe to send any call once more.
-            nonce = outcome.headers.get("DPoP-Nonce")
+            nonce = outcome.headers.get("dpop-nonce")
             if nonce is not None and _VISIBLE_ASCII.fullmatch(nonce):
                 continue
         left_s = deadline_s - (timing.monotonic() - started)
@@ -184,7 +203,7 @@ def pause_before_next(
 
 def retry_after_s(answer: Answer) -> int | None:
     """Retry-After in seconds (RFC 9110 section 10.2.3), whichever of its two forms was sent."""
-    value = answer.headers.get("Retry-After", "")
+    value = answer.headers.get("retry-after", "")
     if re.fullmatch(r"[0-9]{1,9}", value):
         return int(value)
     at = http_date(value)
@@ -194,28 +213,40 @@ def retry_after_s(answer: Answer) -> int | None:
 def origin_of(url: str) -> str:
     """The broker's address as its origin: https, or plain http on loopback, and nothing after the host."""
     try:
-        parts = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError):
-        raise invalid("the broker's URL is not a URL: give one like https://broker.example", member="url") from None
-    if parts.userinfo or parts.query or parts.fragment or parts.path not in ("", "/") or "?" in url or "#" in url:
+        # What `urlsplit` would take out or read in its own way is refused before: all that reads it must read the same.
+        parts = urlsplit(url if _VISIBLE_ASCII.fullmatch(url) else "")
+        host, port = parts.hostname or "", parts.port
+    except (ValueError, TypeError):
+        host = ""
+    if not _HOST.fullmatch(host) and not _is_ipv6(host):
+        raise invalid("the broker's URL is not a URL: give one like https://broker.example", member="url")
+    if parts.username is not None or parts.path not in ("", "/") or "?" in url or "#" in url:
         raise invalid("the broker's URL is scheme and host only: leave out user, path, query, fragment", member="url")
-    if not is_private(parts):
-        shown = printable(f"{parts.scheme}://{parts.host}")
+    if not is_private(parts.scheme, host):
+        shown = printable(f"{parts.scheme}://{host}")
         raise invalid(f"{shown} would send tokens in the clear: use https (http is for loopback only)", member="url")
-    return str(parts).rstrip("/")
+    named = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{named}" + ("" if port in (None, _PORTS[parts.scheme]) else f":{port}")
 
 
-def is_private(url: httpx.URL) -> bool:
+def is_private(scheme: str, host: str) -> bool:
     """Whether nobody on the way can read what is sent there."""
-    if not url.host:
+    if not host:
         return False
-    if url.scheme == "https":
+    if scheme == "https":
         return True
     try:
-        loopback = url.host == "localhost" or ipaddress.ip_address(url.host).is_loopback
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    return url.scheme == "http" and loopback
+    return scheme == "http" and loopback
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == 6 and "%" not in host
+    except ValueError:
+        return False
 
 
 def workload_token(text: str, source: str) -> Secret:
@@ -266,11 +297,10 @@ def require_idempotency_key(value: str) -> str:
 
 
 def user_agent() -> str:
-    return f"agent-credential-broker-sdk/{__version__} httpx/{httpx.__version__}"
+    return f"agent-credential-broker-sdk/{__version__}"
 
 
-def _request(call: Call[Any], endpoint: Endpoint, token: Secret, nonce: str | None, patience_s: float) -> httpx.Request:
-    # Built by hand, not by the client: a client that was handed to us may carry a base URL, cookies or headers.
+def _request(call: Call[Any], endpoint: Endpoint, token: Secret, nonce: str | None, timeout_s: float) -> Request:
     url = endpoint.origin + call.path + (f"?{urlencode(call.query)}" if call.query else "")
     headers = {"Accept": "application/json", "User-Agent": user_agent()}
     content: bytes | None = None
@@ -293,8 +323,7 @@ def _request(call: Call[Any], endpoint: Endpoint, token: Secret, nonce: str | No
         headers["DPoP"] = call.dpop.proof(call.method, url, nonce=nonce)
     if endpoint.traceparent is not None:
         headers["traceparent"] = endpoint.traceparent
-    extensions = {"timeout": httpx.Timeout(patience_s).as_dict()}
-    return httpx.Request(call.method, url, headers=headers, content=content, extensions=extensions)
+    return Request(method=call.method, url=url, headers=headers, content=content, timeout_s=timeout_s)
 
 
 def _encoded(body: Mapping[str, Any]) -> bytes:
@@ -381,9 +410,17 @@ def _member(problem: Mapping[str, Any], name: str) -> str | None:
 
 
 def http_date(value: str | None) -> datetime | None:
+    """A date of HTTP (RFC 9110 section 5.6.7): in the form that is sent, or in one of those that may still be met."""
     if not value:
         return None
+    sent = _SENT_DATE.fullmatch(value)
     try:
+        if sent and sent["month"] in _MONTHS:
+            year, day, hour, minute, second = (int(sent[name]) for name in ("year", "day", "hour", "minute", "second"))
+            return datetime(year, 1 + _MONTHS.index(sent["month"]), day, hour, minute, second, tzinfo=UTC)
+        # Loaded for what is hardly ever met: it takes half as long as all else here.
+        from email.utils import parsedate_to_datetime
+
         at = parsedate_to_datetime(value)
     except ValueError:
         return None

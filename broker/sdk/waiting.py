@@ -6,14 +6,17 @@ A generator says what to send and when to pause, and a client does it; so both c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.sdk import calls
 from broker.sdk.clock import Timing
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import ApprovalPending
 from broker.sdk.exchange import Call, Wait
-from broker.sdk.values import Approval, Credential, Grant
+from broker.sdk.values import Credential, Grant
+
+if TYPE_CHECKING:
+    from broker.sdk.oversight import Approval
 
 _LONGEST_S = 20  # that the broker keeps a question open
 _PAUSE_S = 2.0

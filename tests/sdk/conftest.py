@@ -133,14 +133,15 @@ def server(time):
 
 @pytest.fixture(scope="session")
 def http():
-    """One for the run: loading the certificates, which plain loopback does not need, is most of what a client costs."""
+    """A program's own, one for the run: loading the certificates is most of what it costs."""
     with httpx.Client(trust_env=False) as http:
         yield http
 
 
 @pytest.fixture
-def client(server, time, http):
-    return Client(server.url, token=TOKEN, timing=time.timing(), http=http)
+def client(server, time):
+    with Client(server.url, token=TOKEN, timing=time.timing()) as client:
+        yield client
 
 
 @pytest.fixture

@@ -410,9 +410,15 @@ def test_a_proxy_of_the_environment_does_not_see_the_token(server, a, monkeypatc
         assert client.task("task_1").id == "task_1"
 
 
-@pytest.mark.parametrize("url", ["https://broker.example", "https://broker.example:8443/", "http://[::1]:8080"])
+@pytest.mark.parametrize(
+    "url", ["https://broker.example", "https://broker.example:8443/", "http://[::1]:8080", "http://127.0.0.1"]
+)
 def test_an_address_that_keeps_a_token_private_is_taken(url):
     assert origin_of(url) == url.rstrip("/")
+
+
+def test_one_address_is_one_origin_however_it_is_written():
+    assert origin_of("HTTPS://Broker.Example:443/") == "https://broker.example"
 
 
 @pytest.mark.parametrize(
@@ -429,6 +435,14 @@ def test_an_address_that_keeps_a_token_private_is_taken(url):
         "https://broker.example?",
         "https://broker.example#x",
         "broker.example",
+        "https://broker.example:eighty",
+        "https://broker.example\t",
+        "https://broker .example",
+        "https://broker.example\\@evil.test",
+        "https://broker%2eexample",
+        "https://bröker.example",
+        "https://[::1%25eth0]",
+        "https://[::1",
         "https://",
         "",
     ],

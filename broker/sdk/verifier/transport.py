@@ -9,10 +9,11 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator, Mapping
 
+import httpx
+
 from broker.sdk.clock import Timing
 from broker.sdk.errors import BrokerError
 from broker.sdk.exchange import http_date
-from broker.sdk.lean import httpx
 from broker.sdk.secret import Secret
 
 DEADLINE_S = 2.0
