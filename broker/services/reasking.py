@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Row
 
@@ -27,6 +27,8 @@ from broker.domain.policy.reading import Path
 from broker.domain.risk import Risks
 from broker.services.asked import Versions, approved_of, decided_before_terms, holder
 from broker.services.terms import is_known_user, require_may_ask
+
+T = TypeVar("T")
 
 _QUESTIONS_REMEMBERED = 1000  # of one agent for one thing
 _ROWS_WITHOUT_A_PAUSE = 100
@@ -44,7 +46,8 @@ class Outcome(StrEnum):
 class Again:
     """What a recorded decision comes to now. `policies` allow it, or forbid it; `why` names no agent: many share it.
 
-    `expires_at` is the latest at which what is out may end by the ceilings of now.
+    `expires_at` is the latest at which what is out may end by the ceilings of now. `of_its_own`: it hangs on when the
+    decision was made, and is not that of all that are alike.
     """
 
     outcome: Outcome
@@ -52,6 +55,7 @@ class Again:
     policies: tuple[str, ...] = ()
     expires_at: datetime | None = None
     failure: str | None = None
+    of_its_own: bool = False
 
 
 class Reasking:
@@ -95,8 +99,8 @@ class Reasking:
             return kept
         why, bound = f"{by} is {ceiling_s} s now", decided_at + timedelta(seconds=ceiling_s)
         if bound <= now:
-            return Again(outcome=Outcome.ENDED, why=why, policies=decision.policies)
-        return Again(outcome=Outcome.SHORTENED, why=why, policies=decision.policies, expires_at=bound)
+            return Again(outcome=Outcome.ENDED, why=why, policies=decision.policies, of_its_own=True)
+        return Again(outcome=Outcome.SHORTENED, why=why, policies=decision.policies, expires_at=bound, of_its_own=True)
 
     def decided(self, row: Row[Any], *, ttl_s: int, risk: str | None = None) -> Decision | str:
         """What policy says to a recorded request under this configuration; or why it does not even come to that.
@@ -191,7 +195,7 @@ _WHY = {
 }
 
 
-def unhurried(rows: Iterable[Row[Any]]) -> Iterator[Row[Any]]:
+def unhurried(rows: Iterable[T]) -> Iterator[T]:
     """These rows, with a pause now and then: asking is nothing but work for the interpreter, and issuing needs it too.
 
     Without it each thread that comes back from the store waits a whole switch interval, and issuing halves.

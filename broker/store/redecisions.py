@@ -11,10 +11,27 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Integer, Row, Select, Text, cast, delete, func, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Integer,
+    Row,
+    Select,
+    Text,
+    case,
+    cast,
+    delete,
+    extract,
+    func,
+    select,
+    type_coerce,
+    update,
+)
 
 from broker.domain.identity import first_id
 from broker.domain.lifecycle import GrantState
+from broker.domain.policy.reading import Path
 from broker.store import models
 from broker.store.grants import padded, unended, unexpired
 from broker.store.rows import among, insert_rows
@@ -55,6 +72,50 @@ RECORDED: Select[Any] = select(
     cast(_tasks.c.labels, Text).label("labels"),
     _tasks.c.created_at.label("task_created_at"),
 ).join_from(_grants, _tasks, _tasks.c.id == _grants.c.task_id)
+
+_decided_at = _terms["decided_at"].as_integer()
+# What is looked at of every grant. One that does not say when it was decided is like no other.
+_ALWAYS: tuple[ColumnElement[Any], ...] = (
+    *(_grants.c[name] for name in ("agent", "issuer", "subject", "on_behalf_of", "resource", "provider", "state")),
+    *(_grants.c[name] for name in ("policies", "policy_version", "ttl_s", "break_glass")),
+    _grants.c.jkt.is_not(None),
+    cast(_grants.c.scopes, Text),
+    cast(_grants.c.decision["approvals"], Text),
+    _terms["ttl_s"].as_integer(),
+    _terms["risk"].as_string(),
+    case((_decided_at.is_(None), _grants.c.id)),
+)
+# What is looked at where a policy reads it.
+_WHERE_READ: Mapping[Path, tuple[ColumnElement[Any], ...]] = {
+    ("task", "id"): (_grants.c.task_id,),
+    ("task", "purpose"): (_tasks.c.purpose, _tasks.c.implicit),
+    ("task", "age_s"): (_decided_at, _tasks.c.created_at),
+    ("task", "orchestrator"): (_grants.c.orchestrator,),
+    ("task", "labels"): (cast(_tasks.c.labels, Text),),
+    ("intent",): (_grants.c.intent,),
+    ("ttl_s",): (),
+    ("scopes",): (),
+    ("sender_bound",): (),
+    ("break_glass",): (),
+    ("delegation_depth",): (_terms["delegation_depth"].as_integer(),),
+    ("delegation_chain",): (_grants.c.chain,),
+    ("delegation_root",): (_grants.c.chain,),
+    ("user",): (),
+    ("user_attributes",): (cast(_terms["user_attributes"], Text),),
+    ("approvals", "count"): (cast(_terms["approved"], Text),),
+    ("approvals", "by"): (cast(_terms["approved"], Text),),
+    ("approvals", "groups"): (cast(_terms["approved"], Text),),
+    ("risk",): (),
+    ("agent", "live_grants"): (_terms["live_grants"].as_integer(),),
+    ("agent", "recent_denials"): (_terms["recent_denials"].as_integer(),),
+    ("time", "hour"): (_decided_at,),
+    ("time", "weekday"): (_decided_at,),
+    ("local", "zone"): (),
+    ("local", "hour"): (_decided_at,),
+    ("local", "minute"): (_decided_at,),
+    ("local", "weekday"): (_decided_at,),
+    ("claimed",): (cast(_grants.c.claimed, Text),),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,17 +202,48 @@ def claim(db: Connection, *, now: datetime, again_at: datetime) -> Share | None:
     return replace(seen, fence=row.fence + 1)
 
 
-def recorded(db: Connection, share: Share, *, now: datetime) -> Iterator[Row[Any]]:
-    """The grants of a share that are given now, with all that is needed to ask about them again; read in parts."""
-    statement = RECORDED.where(
-        _grants.c.id.between(share.first_id, share.last_id),
-        _grants.c.state.in_(_GIVEN),
-        unexpired(now),
-        *_covered(share.run),
+def kinds(db: Connection, share: Share, *, now: datetime, facts: Collection[Path]) -> Iterator[tuple[Row[Any], str]]:
+    """The grants of a share that are given now, those together that are alike in all that an answer may hang on.
+
+    Of each kind one, with all that is needed to ask about it again, and the ids of all, parted by blanks. `facts` are
+    those that a policy reads; when it was decided is not looked at, unless it is one of them. It is one statement:
+    what is alike and what is asked about are of one moment.
+    """
+    alike = (
+        select(func.min(_grants.c.id).label("id"), func.aggregate_strings(_grants.c.id, " ").label("ids"))
+        .join_from(_grants, _tasks, _tasks.c.id == _grants.c.task_id)
+        .where(*_of_share(share, now))
+        .group_by(*_alike_in(db, facts))
+        .subquery()
     )
-    # As they are now, though they are read later.
-    found = db.execute(statement.order_by(_grants.c.id))
-    return (row for part in found.partitions(_READ_AT_ONCE) for row in part)
+    found = db.execute(RECORDED.add_columns(alike.c.ids).join(alike, alike.c.id == _grants.c.id))
+    return ((row, row.ids) for part in found.partitions(_READ_AT_ONCE) for row in part)
+
+
+def recorded(db: Connection, share: Share, *, now: datetime, ids: Collection[str]) -> Sequence[Row[Any]]:
+    """Those of a share's grants, as far as they are given now."""
+    among_them = (among(db, _grants.c.id, ids), *_of_share(share, now))
+    return db.execute(RECORDED.where(*among_them).order_by(_grants.c.id)).fetchall()
+
+
+def _of_share(share: Share, now: datetime) -> Iterator[ColumnElement[bool]]:
+    yield _grants.c.id.between(share.first_id, share.last_id)
+    yield _grants.c.state.in_(_GIVEN)
+    yield unexpired(now)
+    yield from _covered(share.run)
+
+
+def _alike_in(db: Connection, facts: Collection[Path]) -> Iterator[ColumnElement[Any]]:
+    yield from _ALWAYS
+    # How long it lives, in seconds from when it was decided.
+    if db.dialect.name == "postgresql":
+        ends_at: ColumnElement[int] = cast(func.floor(extract("epoch", _grants.c.expires_at)), BigInteger)
+    else:
+        ends_at = type_coerce(_grants.c.expires_at, Integer)
+    yield ends_at - _decided_at
+    for path in facts:
+        # A fact that is not known here makes each grant a kind of its own.
+        yield from _WHERE_READ.get(path, (_grants.c.id,))
 
 
 def live(db: Connection, *, now: datetime, after: str, limit: int) -> Sequence[Row[Any]]:

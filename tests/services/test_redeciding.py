@@ -1,7 +1,7 @@
 """Live grants after a new configuration: what ends, what is shortened, what stays, and what cannot be told."""
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
@@ -10,7 +10,7 @@ from broker.domain.errors import Conflict, LockedDown, PolicyDenied
 from broker.domain.policy import DENY, Decision, PolicySet, engine
 from broker.services import reasking, redeciding
 from broker.store import redecisions
-from broker.store.models import Grant, Redecision, RedecisionShare
+from broker.store.models import Grant, Redecision, RedecisionShare, Task
 from tests.house import CRM, LEDGER, POLICIES
 
 OPEN = '@id("everybody") permit (principal, action, resource) when { context.ttl_s > 0 };'
@@ -425,7 +425,7 @@ def test_a_broker_that_was_superseded_changes_nothing(house, second_house, monke
     """INV-07."""
     house.issue(house.open_task())
     with_policies(house, no_cedar='@id("no") forbid (principal, action, resource);')
-    asked = house.broker.redeciding._asked
+    asked = house.broker.redeciding._asked_by_kind
     late = []
 
     def slowly(*arguments, **more):
@@ -435,7 +435,7 @@ def test_a_broker_that_was_superseded_changes_nothing(house, second_house, monke
             late.append(second_house.broker.redeciding.run())
         return found
 
-    monkeypatch.setattr(house.broker.redeciding, "_asked", slowly)
+    monkeypatch.setattr(house.broker.redeciding, "_asked_by_kind", slowly)
     done = house.broker.redeciding.run()
     assert (late[0].ended, done.ended) == (1, 0)
     assert len(events(house, "grant.revoked")) == 1
@@ -446,7 +446,7 @@ def test_a_broker_whose_share_was_taken_over_leaves_it_to_whoever_has_it(house, 
     """INV-07: also where that one has changed nothing yet."""
     issued = house.issue(house.open_task())
     with_policies(house, no_cedar='@id("no") forbid (principal, action, resource);')
-    asked, took = house.broker.redeciding._asked, []
+    asked, took = house.broker.redeciding._asked_by_kind, []
 
     def slowly(*arguments, **more):
         found = asked(*arguments, **more)
@@ -455,7 +455,7 @@ def test_a_broker_whose_share_was_taken_over_leaves_it_to_whoever_has_it(house, 
             took.append(redecisions.claim(db, now=now, again_at=now + timedelta(seconds=60)))
         return found
 
-    monkeypatch.setattr(house.broker.redeciding, "_asked", slowly)
+    monkeypatch.setattr(house.broker.redeciding, "_asked_by_kind", slowly)
     assert house.broker.redeciding.run().ended == 0
     assert took[0] is not None and house.is_active(issued)
     second_house.broker.redeciding._follow(took[0])
@@ -494,19 +494,149 @@ def test_identical_questions_are_put_to_the_engine_once(house, monkeypatch):
 
 def test_every_fact_that_a_policy_may_look_at_tells_questions_apart():
     """A fact that were missing here would let two requests that differ in it share one decision."""
-    assert set(reasking._TELLS) == set(engine._LEAVES)
+    assert set(reasking._TELLS) == set(redecisions._WHERE_READ) == set(engine._LEAVES)
 
 
 def test_a_fact_that_is_not_known_yet_makes_each_request_one_of_its_own(house, monkeypatch):
     for _ in range(3):
         house.issue(house.open_task())
     monkeypatch.delitem(reasking._TELLS, ("ttl_s",))
+    monkeypatch.delitem(redecisions._WHERE_READ, ("ttl_s",))
     with_policies(house, more_cedar='@id("more") permit (principal == Agent::"scribe", action, resource);')
     asked = []
     decide = PolicySet.decide
     monkeypatch.setattr(PolicySet, "decide", lambda self, request: asked.append(request) or decide(self, request))
     house.broker.redeciding.run()
     assert len(asked) == 3
+
+
+def of_grant(**values):
+    return lambda db, grant: db.execute(sa.update(Grant).where(Grant.id == grant.id).values(values))
+
+
+def of_task(**values):
+    return lambda db, grant: db.execute(sa.update(Task).where(Task.id == grant.task_id).values(values))
+
+
+def of_terms(**values):
+    """Of what was decided, as it is recorded."""
+
+    def change(db, grant):
+        terms = db.execute(sa.select(Grant.terms).where(Grant.id == grant.id)).scalar_one()
+        of_grant(terms=terms | values)(db, grant)
+
+    return change
+
+
+def decided(moved):
+    """As long a life, decided at another time."""
+
+    def change(db, grant):
+        before = db.execute(sa.select(Grant.terms, Grant.expires_at).where(Grant.id == grant.id)).one()
+        of_terms(decided_at=before.terms["decided_at"] + int(moved.total_seconds()))(db, grant)
+        of_grant(expires_at=before.expires_at + moved)(db, grant)
+
+    return change
+
+
+def quorum(db, grant):
+    decision = db.execute(sa.select(Grant.decision).where(Grant.id == grant.id)).scalar_one()
+    of_grant(decision=decision | {"approvals": [{"group": "security", "quorum": 2}]})(db, grant)
+
+
+LATER = timedelta(minutes=1)
+READ = [
+    (("task", "id"), lambda db, grant: None),
+    (("task", "purpose"), of_task(purpose="another")),
+    (("task", "purpose"), of_task(implicit=True)),
+    (("task", "age_s"), of_task(created_at=datetime(2020, 1, 1, tzinfo=UTC))),
+    (("task", "age_s"), decided(LATER)),
+    (("task", "orchestrator"), of_grant(orchestrator="another")),
+    (("task", "labels"), of_task(labels={"team": "x"})),
+    (("intent",), of_grant(intent="another")),
+    (("delegation_depth",), of_terms(delegation_depth=3)),
+    (("delegation_chain",), of_grant(chain=" a b ")),
+    (("delegation_root",), of_grant(chain=" a b ")),
+    (("user_attributes",), of_terms(user_attributes={"team": ["x"]})),
+    (("approvals", "count"), of_terms(approved={"by": ["ada"]})),
+    (("approvals", "by"), of_terms(approved={"by": ["ada"]})),
+    (("approvals", "groups"), of_terms(approved={"by": ["ada"]})),
+    (("agent", "live_grants"), of_terms(live_grants=7)),
+    (("agent", "recent_denials"), of_terms(recent_denials=7)),
+    (("time", "hour"), decided(timedelta(hours=1))),
+    (("time", "weekday"), decided(timedelta(days=1))),
+    (("local", "hour"), decided(LATER)),
+    (("local", "minute"), decided(LATER)),
+    (("local", "weekday"), decided(timedelta(days=1))),
+    (("claimed",), of_grant(claimed={"ticket": "x"})),
+]
+ALWAYS_READ = [
+    of_grant(agent="scribe"),
+    of_grant(issuer="another"),
+    of_grant(subject="another"),
+    of_grant(on_behalf_of="idp:ann"),
+    of_grant(resource=LEDGER),
+    of_grant(scopes=["contacts:write"]),
+    of_grant(provider="another"),
+    of_grant(state="approved"),
+    of_grant(policies=" another "),
+    of_grant(policy_version=7),
+    of_grant(ttl_s=7),
+    of_grant(break_glass="declared"),
+    of_grant(jkt="x" * 43),
+    of_grant(expires_at=datetime(2100, 1, 1, tzinfo=UTC)),
+    of_terms(ttl_s=7),
+    of_terms(risk="high"),
+    of_terms(decided_at=None),
+    quorum,
+]
+
+
+def kinds_of(house, *facts):
+    """How many grants of each kind there are."""
+    broker = house.broker
+    order = {"era": 1 << 40, "version": 1, "by": "ada", "cause": "drill"}
+    with broker.database.begin() as db:
+        redeciding.order_redecision(db, now=house.clock(), **order)
+        redecisions.plan(db, now=house.clock(), size=1000)
+        share = redecisions.claim(db, now=house.clock(), again_at=house.clock())
+        return sorted(len(ids.split()) for _, ids in redecisions.kinds(db, share, now=house.clock(), facts=facts))
+
+
+@pytest.mark.parametrize(("fact", "change"), READ, ids=[".".join(fact) for fact, _ in READ])
+def test_two_that_differ_in_a_fact_that_is_read_are_of_two_kinds(house, fact, change):
+    """And of one kind where nobody reads it, so that a hundred thousand are not asked about one by one."""
+    for _ in range(2):
+        other = house.issue(house.open_task())
+    with house.broker.database.begin() as db:
+        change(db, other.grant)
+    assert kinds_of(house) == [2]
+    assert kinds_of(house, fact) == [1, 1]
+    assert kinds_of(house, ("unheard", "of")) == [1, 1]
+
+
+@pytest.mark.parametrize("change", ALWAYS_READ)
+def test_two_that_differ_in_what_is_always_read_are_of_two_kinds(house, change):
+    task = house.open_task()
+    for _ in range(2):
+        other = house.issue(task)
+    assert kinds_of(house) == [2]
+    with house.broker.database.begin() as db:
+        change(db, other.grant)
+    assert kinds_of(house) == [1, 1]
+
+
+def test_what_hangs_on_when_it_was_decided_is_asked_of_each(house):
+    """Alike in all that policies read, and one is over by the new ceiling while the other is shortened."""
+    task = house.open_task()
+    early = house.issue(task, ttl=timedelta(seconds=500))
+    house.clock.forward(seconds=100)
+    late = house.issue(task, ttl=timedelta(seconds=500))
+    apply(house, resources=resources(house, CRM, max_ttl_s=90))
+    done = house.broker.redeciding.run()
+    assert (done.looked_at, done.ended, done.shortened) == (2, 1, 1)
+    assert not house.is_active(early)
+    assert grant_of(house, late).expires_at == house.clock() + timedelta(seconds=90)
 
 
 def test_a_stale_configuration_orders_nothing(house):

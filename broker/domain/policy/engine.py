@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -149,6 +150,12 @@ class PolicySet:
         """The facts of context that can change what is said to such a request: two alike in them are decided alike."""
         slices = [self._slice_of((agent, scope, resource)) for scope in scopes]
         return frozenset(path for path in _LEAVES if any(found.may_read(*path) for found in slices))
+
+    @cached_property
+    def facts_read_by_any(self) -> frozenset[Path]:
+        """The same of whatever request: those that no policy looks at decide nothing."""
+        reads = {path for policy in self._by_id.values() for path in policy.reads}
+        return frozenset(path for path in _LEAVES if _touches(reads, path))
 
     def _decide(self, request: AccessRequest) -> Decision:
         entities = _Entities(request, self._known_entities(request))
