@@ -15,7 +15,7 @@ from granian.constants import Interfaces
 from granian.log import LogLevels
 
 from broker import telemetry
-from broker.cli import output, serving
+from broker.cli import output, serving, stopping
 from broker.gateway.app import Gateway
 from broker.gateway.settings import GatewaySettings, Wrong, read_settings
 
@@ -74,6 +74,7 @@ def _serve(settings: GatewaySettings) -> None:
         websockets=False,
     )
     serving.say_only_news()
+    stopping.also_before_it_serves()
     granian.serve(target_loader=functools.partial(_application, settings), wrap_loader=False)
 
 

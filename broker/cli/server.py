@@ -226,6 +226,7 @@ def run(settings: Settings, *, sweeping: bool) -> None:
         websockets=False,
     )
     serving.say_only_news()
+    stopping.also_before_it_serves()
     # Whose core is whose, by the number of the process that has it; shared with the workers, which choose one each.
     cores = multiprocessing.Array("i", server.workers)
     granian.serve(target_loader=functools.partial(_application, settings, sweeping, cores), wrap_loader=False)

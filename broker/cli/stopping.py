@@ -7,6 +7,7 @@ thread blocks these signals, and one waits for them.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -32,6 +33,29 @@ def waited_for() -> Iterator[Callable[[], None]]:
 
 def _wait() -> None:
     signal.sigwait(_SIGNALS)
+
+
+def also_before_it_serves() -> None:
+    """Have the processes that are forked from now on end when they are told to before they have a handler of their own.
+
+    A fork has the handler of its parent, which would only note in the fork's own memory that somebody else is to stop:
+    a worker that is told at its start would not have heard, and be waited for until it is killed.
+    """
+    kept: list[set[int]] = []
+
+    def before() -> None:
+        # What comes between the fork and the line that hears it waits meanwhile.
+        kept.append(signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS))
+
+    def in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept.pop())
+
+    def in_child() -> None:
+        # SIGINT is the terminal's word to all of them: the parent heard it too, and tells its workers by SIGTERM.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept.pop())
+
+    os.register_at_fork(before=before, after_in_parent=in_parent, after_in_child=in_child)
 
 
 def in_worker(stop: Callable[[], None]) -> None:

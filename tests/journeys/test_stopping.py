@@ -1,4 +1,4 @@
-"""A broker that is told to stop ends, whatever is owed: what is owed is in rows, and is paid by who comes after."""
+"""A broker that is told to stop ends, whatever is owed or only begun: what is owed is in rows, for who comes after."""
 
 import contextlib
 import secrets
@@ -72,3 +72,13 @@ def test_told_to_stop_in_the_middle_of_a_backlog_it_ends_and_leaves_the_rest_to_
         broker.until_ready()
         until(lambda: counted(database)["revoking"] < left, what="more of them to be paid")
         assert broker.stop() == 0
+
+
+def test_told_to_stop_while_its_worker_starts_it_ends_at_once(deployment, tmp_path):
+    """The worker has no handler of its own yet, and its parent's would note it for somebody else."""
+    socket = tmp_path / "broker.sock"
+    with deployment.starting(server__listen=f"unix:{socket}") as broker:
+        until(socket.is_socket, what="the socket")
+        told_at = time.monotonic()
+        assert broker.stop() == 0
+        assert time.monotonic() - told_at < KILLED_AFTER_S, "it was killed, and did not end"
