@@ -25,6 +25,7 @@ def rsa(kid, bits):
 
 
 KUBERNETES, GITHUB, GITLAB, CLIENT = rsa("k8s-1", 2048), rsa("gh-1", 2056), rsa("gl-1", 2064), rsa("client-1", 2072)
+PRESS = "https://press.example"
 SPIRE, REPORTER = issuer_key("svid-1"), issuer_key("reporter-1")
 CLIENT_ID = "https://client.example"
 NEWS = "https://news.example/api"
@@ -108,6 +109,18 @@ issuer = "client"
 subject = "https://client.example"
 roles = ["agent"]
 implicit_tasks = true
+
+[[principals]]
+name = "editor"
+kind = "person"
+issuer = "dev"
+subject = "dev:editor"
+roles = ["approver"]
+groups = ["editors"]
+
+[[resources]]
+identifier = "https://press.example"
+scopes = ["press:publish"]
 
 [[resources]]
 identifier = "{news}"
@@ -195,6 +208,7 @@ def deployment(provider, migrated_file, tmp_path_factory):
     (directory / "reporter.jwks.json").write_bytes(key_set(REPORTER, use="sig", alg="ES256"))
     (directory / "policies" / "news.cedar").write_text(
         '@id("news-read")\npermit (principal, action == Action::"news:read", resource);\n'
+        '@id("press-asks") @approval("editors")\npermit (principal, action == Action::"press:publish", resource);\n'
     )
     return deployment
 
