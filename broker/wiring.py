@@ -17,7 +17,6 @@ from broker.domain.secret import Secret
 from broker.domain.shared_signals import Transmitter
 from broker.providers.alerts import Alerts, NoAlerts, WebhookAlerts
 from broker.providers.base import Provider, third_party
-from broker.providers.dev_issuer import DevIssuer
 from broker.providers.key_sets import KeySets
 from broker.providers.notices import Channel, channel
 from broker.providers.targets import Logins, PostgresLogins
@@ -379,8 +378,3 @@ def _providers(
     if settings.vault is not None:
         found["vault"] = VaultProvider(settings.vault, clock, sources, forgotten=lambda: distrust("vault"))
     return found
-
-
-def dev_issuer(directory: Path) -> DevIssuer:
-    """The development issuer kept in this directory, made on first use."""
-    return DevIssuer.create_or_load(directory)

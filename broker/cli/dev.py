@@ -12,13 +12,12 @@ from pathlib import Path
 
 import click
 
-from broker import samples, telemetry
+from broker import samples
 from broker.cli import output
 from broker.cli.parameters import Duration
-from broker.cli.server import prepare, run
 from broker.config import Settings, load
+from broker.config.development import dev_issuer
 from broker.domain.clock import system_clock
-from broker.wiring import dev_issuer
 
 _DIRECTORY = Path(".broker-dev")
 _PORT = 8080
@@ -84,6 +83,10 @@ def token(at: tuple[Path, int | None], name: str, of_user: bool, lifetime_s: int
 
 
 def serve_dev(directory: Path, port: int | None) -> None:
+    # Not before it is wanted: a token, which is made for each command that is tried, would take ten times as long.
+    from broker import telemetry
+    from broker.cli.server import prepare, run
+
     settings = load_dev(directory, port)
     prepare(settings, and_migrate=True)
     telemetry.log_to(sys.stderr)

@@ -47,7 +47,8 @@ _MAX_TRIES = 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 _VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 _ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
-_HOST = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_.])?")
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST = re.compile(rf"(?=.{{1,254}}\Z){_LABEL}(?:\.{_LABEL})*\.?")
 _SENT_DATE = re.compile(
     r"[A-Z][a-z]{2}, (?P<day>\d\d) (?P<month>[A-Z][a-z]{2}) (?P<year>\d{4}) "
     r"(?P<hour>\d\d):(?P<minute>\d\d):(?P<second>\d\d) GMT",
@@ -218,6 +219,7 @@ def origin_of(url: str) -> str:
         host, port = parts.hostname or "", parts.port
     except (ValueError, TypeError):
         host = ""
+    named = f"[{host}]" if ":" in host else host
     if not _HOST.fullmatch(host) and not _is_ipv6(host):
         raise invalid("the broker's URL is not a URL: give one like https://broker.example", member="url")
     if parts.username is not None or parts.path not in ("", "/") or "?" in url or "#" in url:
@@ -225,7 +227,8 @@ def origin_of(url: str) -> str:
     if not is_private(parts.scheme, host):
         shown = printable(f"{parts.scheme}://{host}")
         raise invalid(f"{shown} would send tokens in the clear: use https (http is for loopback only)", member="url")
-    named = f"[{host}]" if ":" in host else host
+    if parts.netloc.lower() not in (named, f"{named}:{port}"):
+        raise invalid("the broker's URL is not a URL: give one like https://broker.example", member="url")
     return f"{parts.scheme}://{named}" + ("" if port in (None, _PORTS[parts.scheme]) else f":{port}")
 
 
@@ -422,6 +425,6 @@ def http_date(value: str | None) -> datetime | None:
         from email.utils import parsedate_to_datetime
 
         at = parsedate_to_datetime(value)
-    except ValueError:
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
         return None
-    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)

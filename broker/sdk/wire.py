@@ -6,9 +6,11 @@ is not loaded for it: that would be half of what a program waits for before its 
 
 from __future__ import annotations
 
+import os
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 import httpcore
 
@@ -19,68 +21,138 @@ if TYPE_CHECKING:
     import httpx
 
 # As many as httpx keeps: a program with more threads waits its turn.
-_POOL: dict[str, Any] = {"max_connections": 100, "max_keepalive_connections": 20, "keepalive_expiry": 5.0}
+_MOST = 100
+_POOL: dict[str, Any] = {"max_connections": _MOST, "max_keepalive_connections": 20, "keepalive_expiry": 5.0}
 _FAILURES = (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol)
 _WHY = {
     "ConnectError": "the connection was refused, or its certificate was",
     "Timeout": "it did not answer in time",
     "UnsupportedProtocol": "the address is not one that can be asked",
 }
+# The receipt of a task with a hundred thousand grants is an eighth of it.
+_MOST_BYTES = 256 << 20
+_WITHOUT_END = "its answer did not end"
+_WHOLE = 6  # as often as long as one wait may take, for an answer that comes drop by drop
 
 
 class Wire(Protocol):
-    """Safe to share between threads. What cannot be had is `Lost`, and never an error that holds the request."""
+    """Safe to share between threads, and by processes that were forked. RuntimeError once it is closed.
+
+    What cannot be had is `Lost`, and never an error that holds the request.
+    """
 
     def send(self, request: Request) -> Answer | Lost: ...
     def close(self) -> None: ...
 
 
 class AsyncWire(Protocol):
+    """The same for asyncio."""
+
     async def send(self, request: Request) -> Answer | Lost: ...
     async def close(self) -> None: ...
 
 
-class OwnWire:
-    def __init__(self, origin: str, timing: Timing) -> None:
-        self._timing = timing
-        self._pool = httpcore.ConnectionPool(ssl_context=_trusted(origin), **_POOL)
+class _Open:
+    """Whose connections these are: this process's, for as long as it is not closed."""
 
-    def send(self, request: Request) -> Answer | Lost:
-        try:
-            response = self._pool.request(request.method, request.url, **_told(request))
-        except _FAILURES as problem:
-            return lost(problem)
-        return _answer(response, self._timing)
+    def __init__(self) -> None:
+        self._is_open, self._process = True, os.getpid()
+
+    def is_still_ours(self) -> bool:
+        """False once in a process that was forked: the connections are its parent's, and so would the answers be."""
+        if not self._is_open:
+            raise RuntimeError("the client is closed: make another one")
+        is_ours, self._process = self._process == os.getpid(), os.getpid()
+        return is_ours
 
     def close(self) -> None:
+        self._is_open = False
+
+
+class OwnWire:
+    def __init__(self, origin: str, timing: Timing) -> None:
+        self._origin, self._timing = origin, timing
+        self._open, self._pool = _Open(), self._made()
+
+    def send(self, request: Request) -> Answer | Lost:
+        if not self._open.is_still_ours():
+            left, self._pool = self._pool, self._made()
+            # One by one, and nothing is said on them: whoever held the pool's lock is not here to let go of it.
+            for connection in left.connections:
+                connection.close()
+        content, ends_at = bytearray(), self._timing.monotonic() + _WHOLE * request.timeout_s
+        try:
+            with self._pool.stream(request.method, request.url, **_told(request)) as response:
+                for part in response.iter_stream():
+                    if _is_without_end(content, self._timing, ends_at):
+                        return Lost(why=_WITHOUT_END)
+                    content += part
+        except _FAILURES as problem:
+            return lost(problem)
+        return _answer(response, bytes(content), self._timing)
+
+    def close(self) -> None:
+        self._open.close()
         self._pool.close()
+
+    def _made(self) -> httpcore.ConnectionPool:
+        return httpcore.ConnectionPool(ssl_context=_trusted(self._origin), **_POOL)
 
 
 class OwnAsyncWire:
     def __init__(self, origin: str, timing: Timing) -> None:
-        self._timing = timing
-        self._pool = httpcore.AsyncConnectionPool(ssl_context=_trusted(origin), **_POOL)
+        self._origin, self._timing = origin, timing
+        self._open, self._pool = _Open(), self._made()
+        self._under_way = 0
 
     async def send(self, request: Request) -> Answer | Lost:
+        if not self._open.is_still_ours():
+            self._pool = self._made()
+        pool = self._pool
+        self._under_way += 1
         try:
-            response = await self._pool.request(request.method, request.url, **_told(request))
+            return await self._sent(pool, request)
+        except httpcore.PoolTimeout as problem:
+            # Who is cancelled just as a connection is made leaves it in the pool, for nobody, for ever.
+            if self._under_way <= _MOST and pool is self._pool:
+                self._pool = self._made()
+            return lost(problem)
         except _FAILURES as problem:
             return lost(problem)
-        return _answer(response, self._timing)
+        finally:
+            self._under_way -= 1
+
+    async def _sent(self, pool: httpcore.AsyncConnectionPool, request: Request) -> Answer | Lost:
+        content, ends_at = bytearray(), self._timing.monotonic() + _WHOLE * request.timeout_s
+        async with pool.stream(request.method, request.url, **_told(request)) as response:
+            async for part in response.aiter_stream():
+                if _is_without_end(content, self._timing, ends_at):
+                    return Lost(why=_WITHOUT_END)
+                content += part
+        return _answer(response, bytes(content), self._timing)
 
     async def close(self) -> None:
+        self._open.close()
         await self._pool.aclose()
+
+    def _made(self) -> httpcore.AsyncConnectionPool:
+        return httpcore.AsyncConnectionPool(ssl_context=_trusted(self._origin), **_POOL)
 
 
 class GivenWire:
-    """A program's own client, as transport only: its headers, cookies, base URL and authentication stay out of it."""
+    """A program's own client, as transport only: its headers, cookies, base URL and authentication stay out of it.
+
+    How long an answer may take and be, and what becomes of a fork, is the program's to say.
+    """
 
     def __init__(self, http: httpx.Client, timing: Timing) -> None:
         self._http, self._timing = http, timing
+        self._open = _Open()
 
     def send(self, request: Request) -> Answer | Lost:
         import httpx
 
+        self._open.is_still_ours()
         try:
             response = self._http.send(_built(request), auth=None, follow_redirects=False)
         except httpx.RequestError as problem:
@@ -88,16 +160,19 @@ class GivenWire:
         return _read(response, self._timing)
 
     def close(self) -> None:
-        """It is the program's."""
+        """Of the wire alone."""
+        self._open.close()
 
 
 class GivenAsyncWire:
     def __init__(self, http: httpx.AsyncClient, timing: Timing) -> None:
         self._http, self._timing = http, timing
+        self._open = _Open()
 
     async def send(self, request: Request) -> Answer | Lost:
         import httpx
 
+        self._open.is_still_ours()
         try:
             response = await self._http.send(_built(request), auth=None, follow_redirects=False)
         except httpx.RequestError as problem:
@@ -105,7 +180,8 @@ class GivenAsyncWire:
         return _read(response, self._timing)
 
     async def close(self) -> None:
-        """It is the program's."""
+        """Of the wire alone."""
+        self._open.close()
 
 
 def lost(problem: Exception) -> Lost:
@@ -115,27 +191,36 @@ def lost(problem: Exception) -> Lost:
     return Lost(why=f"{why} ({kind})")
 
 
+def _is_without_end(content: Sized, timing: Timing, ends_at: float) -> bool:
+    """Whether no more is read after this; what came in one piece came."""
+    return len(content) > _MOST_BYTES or (len(content) > 0 and timing.monotonic() > ends_at)
+
+
 def _trusted(origin: str) -> ssl.SSLContext | None:
     """Whose certificates are taken. On loopback without TLS nobody's are needed, and loading them takes its time."""
     if origin.startswith("http:"):
         return None
     import certifi
 
-    return ssl.create_default_context(cafile=certifi.where())
+    # Not the default one, which writes down the keys of each connection where SSLKEYLOGFILE says so (INV-30).
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(certifi.where())
+    return context
 
 
 def _told(request: Request) -> dict[str, Any]:
     phases = ("connect", "read", "write", "pool")
     return {
-        "headers": list(request.headers.items()),
+        # Host as well: of an IPv6 address httpcore leaves the brackets out.
+        "headers": [("Host", urlsplit(request.url).netloc), *request.headers.items()],
         "content": request.content,
         "extensions": {"timeout": dict.fromkeys(phases, request.timeout_s)},
     }
 
 
-def _answer(response: httpcore.Response, timing: Timing) -> Answer:
+def _answer(response: httpcore.Response, content: bytes, timing: Timing) -> Answer:
     headers = _joined((name.decode("latin-1"), value.decode("latin-1")) for name, value in response.headers)
-    return Answer(status=response.status, headers=headers, content=response.content, received_at=timing.now())
+    return Answer(status=response.status, headers=headers, content=content, received_at=timing.now())
 
 
 def _built(request: Request) -> httpx.Request:

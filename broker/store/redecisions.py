@@ -50,6 +50,7 @@ _OF_GRANT = (
     "chain",
 )  # fmt: skip
 _terms = _grants.c.terms
+_decided_at = cast(_terms["decided_at"].as_string(), BigInteger)  # seconds since 1970, which outgrow an integer in 2038
 # What was decided, with all that is needed to ask it again. JSON as text, and of the large objects only what is asked
 # for: reading it is most of what a hundred thousand rows cost, and most of them are alike.
 RECORDED: Select[Any] = select(
@@ -59,7 +60,7 @@ RECORDED: Select[Any] = select(
     cast(_grants.c.claimed, Text).label("claimed"),
     _grants.c.decision["outcome"].as_string().label("outcome"),
     cast(_grants.c.decision["approvals"], Text).label("approvals"),
-    _terms["decided_at"].as_integer().label("decided_at"),
+    _decided_at.label("decided_at"),
     _terms["ttl_s"].as_integer().label("asked_ttl_s"),
     _terms["delegation_depth"].as_integer().label("delegation_depth"),
     _terms["risk"].as_string().label("risk"),
@@ -73,7 +74,6 @@ RECORDED: Select[Any] = select(
     _tasks.c.created_at.label("task_created_at"),
 ).join_from(_grants, _tasks, _tasks.c.id == _grants.c.task_id)
 
-_decided_at = _terms["decided_at"].as_integer()
 # What is looked at of every grant. One that does not say when it was decided is like no other.
 _ALWAYS: tuple[ColumnElement[Any], ...] = (
     *(_grants.c[name] for name in ("agent", "issuer", "subject", "on_behalf_of", "resource", "provider", "state")),

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 from broker.cli import main
 from broker.cli.dev import load_dev
+from broker.config.development import dev_issuer
 from broker.domain.clock import system_clock
-from broker.wiring import dev_issuer
 from tests.processes import free_port
 
 CRM = "https://crm.example/api"

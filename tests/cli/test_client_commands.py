@@ -248,8 +248,8 @@ def test_the_token_file_is_read_and_wins_over_the_variable(run, live_broker, tmp
 
 
 def test_a_token_that_is_not_accepted_says_what_to_check_and_never_shows_it(run, live_broker):
+    from broker.config.development import dev_issuer
     from broker.domain.clock import system_clock
-    from broker.wiring import dev_issuer
 
     other = dev_issuer(live_broker.directory).token("dev:ada", "http://127.0.0.1:1", system_clock())
     told = run("audit", "list", env={"BROKER_TOKEN": other}, ends=1).stderr

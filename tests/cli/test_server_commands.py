@@ -13,9 +13,10 @@ import jwt
 import pytest
 
 from broker.config import load
+from broker.config.development import dev_issuer
 from broker.domain.grant import GrantRequest
 from broker.services.tasks import TaskRequest
-from broker.wiring import build, dev_issuer
+from broker.wiring import build
 from tests.cli.conftest import BROKER, CLEAN, CRM, command, free_port, process, until_ready
 from tests.processes import until
 

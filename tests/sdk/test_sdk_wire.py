@@ -1,13 +1,16 @@
 """One contract for each wire: the SDK's own and a program's, for threads and for asyncio, at servers that misbehave."""
 
 import asyncio
+import os
 import socket
 import ssl
 import threading
+import time
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+import httpcore
 import httpx
 import pytest
 from cryptography import x509
@@ -17,12 +20,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from broker.sdk.clock import Timing
 from broker.sdk.exchange import Answer, Lost, Request, http_date
-from broker.sdk.wire import GivenAsyncWire, GivenWire, OwnAsyncWire, OwnWire
+from broker.sdk.wire import _MOST, GivenAsyncWire, GivenWire, OwnAsyncWire, OwnWire, _trusted
 
 REQUEST = Request(method="POST", url="", headers={"Authorization": "Bearer s3cr3t"}, content=b"{}", timeout_s=5.0)
 
 
-class Own:
+class Threaded:
+    def end(self):
+        pass
+
+
+class Own(Threaded):
     @contextmanager
     def open(self, url):
         wire = OwnWire(url, Timing())
@@ -30,7 +38,7 @@ class Own:
         wire.close()
 
 
-class Given:
+class Given(Threaded):
     @contextmanager
     def open(self, url):
         with httpx.Client(auth=("user", "pw"), headers={"X-Mine": "1"}, cookies={"c": "1"}, trust_env=False) as http:
@@ -41,13 +49,18 @@ class Given:
 
 
 class _Async:
+    def __init__(self):
+        self.runner = asyncio.Runner()
+
     @contextmanager
     def open(self, url):
-        with asyncio.Runner() as runner:
-            wires = self.wire(url)
-            wire = runner.run(wires.__aenter__())
-            yield lambda request: runner.run(wire.send(request))
-            runner.run(wires.__aexit__(None, None, None))
+        wires = self.wire(url)
+        wire = self.runner.run(wires.__aenter__())
+        yield lambda request: self.runner.run(wire.send(request))
+        self.runner.run(wires.__aexit__(None, None, None))
+
+    def end(self):
+        self.runner.close()
 
 
 class OwnAsync(_Async):
@@ -70,13 +83,16 @@ class GivenAsync(_Async):
 
 @pytest.fixture(params=[Own, Given, OwnAsync, GivenAsync])
 def wire(request):
-    return request.param()
+    found = request.param()
+    yield found
+    found.end()
 
 
 @contextmanager
-def listening(answer, *, tls=None):
+def listening(answer, *, tls=None, address="127.0.0.1"):
     """A server that gives each connection to `answer`, and tells how many there were."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.create_server((address, 0), family=family) as server:
         connections = []
 
         def serve():
@@ -92,7 +108,8 @@ def listening(answer, *, tls=None):
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         scheme = "https" if tls else "http"
-        yield f"{scheme}://127.0.0.1:{server.getsockname()[1]}", connections
+        host = f"[{address}]" if ":" in address else address
+        yield f"{scheme}://{host}:{server.getsockname()[1]}", connections
         server.shutdown(socket.SHUT_RDWR)
     thread.join()
 
@@ -101,7 +118,10 @@ def read_one(connection):
     """A whole request with the body `{}`."""
     said = b""
     while not said.endswith(b"{}"):
-        said += connection.recv(65536)
+        part = connection.recv(65536)
+        if not part:
+            raise ConnectionError("it was closed before that")
+        said += part
     return said.decode()
 
 
@@ -127,6 +147,165 @@ def test_what_was_asked_arrives_and_nothing_else_and_so_does_the_answer(wire):
     assert head == "POST /v1/tasks?x=1 HTTP/1.1"
     named = dict(line.lower().split(": ", 1) for line in rest)
     assert named == {"host": url.removeprefix("http://"), "authorization": "bearer s3cr3t", "content-length": "2"}
+
+
+def say(connection, content=b""):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+
+
+def test_an_ipv6_address_is_named_in_brackets(wire):
+    heard = []
+
+    def answer(connection):
+        heard.append(read_one(connection))
+        say(connection)
+
+    with listening(answer, address="::1") as (url, _), wire.open(url) as send:
+        assert send(replace(REQUEST, url=url)).status == 200
+    assert f"host: {url.removeprefix('http://')}\r\n" in heard[0].lower()
+
+
+def test_a_wire_that_was_closed_says_so_and_sends_nothing(wire):
+    def answer(connection):
+        read_one(connection)
+        say(connection)
+
+    with listening(answer) as (url, connections):
+        with wire.open(url) as send:
+            pass
+        with pytest.raises(RuntimeError, match="closed"):
+            send(replace(REQUEST, url=url))
+    assert connections == []
+
+
+@pytest.mark.parametrize("wire", [Own, OwnAsync], indirect=True)
+def test_an_answer_that_comes_drop_by_drop_is_given_up(wire):
+    over = threading.Event()
+
+    def answer(connection):
+        read_one(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        while not over.wait(0.03):
+            connection.sendall(b"x")
+
+    with listening(answer) as (url, _), wire.open(url) as send:
+        began = time.monotonic()
+        assert_lost(send(replace(REQUEST, url=url, timeout_s=0.1)), "did not end")
+        assert time.monotonic() - began < 10
+        over.set()
+
+
+@pytest.mark.parametrize("wire", [Own, OwnAsync], indirect=True)
+def test_an_answer_without_end_is_given_up(wire, monkeypatch):
+    monkeypatch.setattr("broker.sdk.wire._MOST_BYTES", 1000)
+
+    def answer(connection):
+        for _ in range(2):
+            read_one(connection)
+            say(connection, b"x" * 200_000)
+
+    with listening(answer) as (url, _), wire.open(url) as send:
+        assert_lost(send(replace(REQUEST, url=url)), "did not end")
+
+
+def test_a_process_that_was_forked_has_connections_of_its_own():
+    """Otherwise each reads what the other was answered: a credential of somebody else's task."""
+    said = []
+
+    def answer(connection):
+        for _ in range(2):
+            head = read_one(connection)
+            said.append(head.split()[1])
+            say(connection, head.split()[1].encode())
+
+    with listening_at_once(answer) as url:
+        wire = OwnWire(url, Timing())
+        assert wire.send(replace(REQUEST, url=f"{url}/before")).content == b"/before"
+        child = os.fork()
+        if not child:
+            answer_of = wire.send(replace(REQUEST, url=f"{url}/child"))
+            os._exit(0 if isinstance(answer_of, Answer) and answer_of.content == b"/child" else 1)
+        _, status = os.waitpid(child, 0)
+        assert wire.send(replace(REQUEST, url=f"{url}/parent")).content == b"/parent"
+        wire.close()
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert said == ["/before", "/child", "/parent"]
+
+
+@contextmanager
+def listening_at_once(answer):
+    """The same, each connection with a thread of its own."""
+    threads = []
+
+    def serve(connection):
+        copy = connection.dup()
+
+        def speak():
+            with copy, suppress(OSError):
+                answer(copy)
+
+        threads.append(threading.Thread(target=speak, daemon=True))
+        threads[-1].start()
+
+    with listening(serve) as (url, _):
+        yield url
+    for thread in threads:
+        thread.join()
+
+
+def test_connections_that_were_left_to_nobody_do_not_keep_the_others_waiting_for_ever():
+    """One that is cancelled just as its connection is made leaves it behind; here all places are left so."""
+
+    def answer(connection):
+        read_one(connection)
+        say(connection)
+
+    async def main(url):
+        wire = OwnAsyncWire(url, Timing())
+        nowhere = httpcore.Origin(b"http", b"127.0.0.1", 1)
+        wire._pool._connections += [httpcore.AsyncHTTPConnection(origin=nowhere) for _ in range(_MOST)]
+        request = replace(REQUEST, url=url, timeout_s=0.05)
+        assert_lost(await wire.send(request), "in time")
+        assert (await wire.send(replace(request, timeout_s=5.0))).status == 200
+        await wire.close()
+
+    with listening(answer) as (url, _):
+        asyncio.run(main(url))
+
+
+def test_who_waits_while_all_places_are_taken_takes_nobodys_place():
+    over = threading.Event()
+
+    def answer(connection):
+        read_one(connection)
+        over.wait(30)
+
+    async def main(url):
+        wire = OwnAsyncWire(url, Timing())
+        pool = wire._pool
+        request = replace(REQUEST, url=url, timeout_s=20.0)
+        others = [asyncio.create_task(wire.send(request)) for _ in range(_MOST)]
+        while len(pool.connections) < _MOST:
+            await asyncio.sleep(0.01)
+        assert_lost(await wire.send(replace(request, timeout_s=0.05)), "in time")
+        assert wire._pool is pool
+        over.set()
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await wire.close()
+
+    with listening_at_once(answer) as url:
+        asyncio.run(main(url))
+
+
+def test_no_file_is_told_the_keys_of_a_connection(monkeypatch, tmp_path):
+    monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / "keys"))
+    trusted = _trusted("https://broker.example")
+    assert trusted.keylog_filename is None
+    assert trusted.verify_mode is ssl.CERT_REQUIRED
+    assert trusted.check_hostname
+    assert trusted.cert_store_stats()["x509_ca"] > 50
 
 
 def test_a_redirect_is_an_answer_and_is_not_followed(wire):
@@ -229,6 +408,16 @@ def test_each_form_of_a_date_is_read(text):
     assert http_date(text) == datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("text", [None, "", "now", "Sun, 31 Feb 1994 08:49:37 GMT", "Sun, 06 Mai 1994 08:49:37 GMT"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "now",
+        "Sun, 31 Feb 1994 08:49:37 GMT",
+        "Sun, 06 Mai 1994 08:49:37 GMT",
+        "Fri, 31 Dec 9999 23:59:59 -1200",
+    ],
+)
 def test_what_is_no_date_is_none(text):
     assert http_date(text) is None
