@@ -168,11 +168,11 @@ def test_the_start_of_a_program_is_measured_with_real_credentials(directory):
     prepare(bench)
     with broker_on(bench):
         task = open_task(bench, ["agent-0"])
-        start = client.measure_start(bench.settings.issuer, bench.token("agent-0"), task, RESOURCE, starts=2)
+        start = client.measure_start(bench.settings.issuer, [bench.token("agent-0")] * 3, task, RESOURCE)
         assert 0 < start.loading < start.beyond
         assert start.least <= start.beyond
         with pytest.raises(SystemExit, match="a program with the SDK failed"):
-            client.measure_start(bench.settings.issuer, "no.token.atall", task, RESOURCE, starts=1)
+            client.measure_start(bench.settings.issuer, ["no.token.atall"], task, RESOURCE)
     told = client.Start(loading=0.03, beyond=0.0449, least=0.04).told
     assert told == "45 ms beyond the way (the best 40 ms), 30 ms of it loading"
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from broker.sdk.activities import Activity, RefusedActivity, Told
 from broker.sdk.client import Client
 from broker.sdk.clock import Timing
 from broker.sdk.credential import CredentialSource
@@ -38,13 +37,11 @@ from broker.sdk.values import (
     Introspection,
     Lease,
     Page,
-    Receipt,
-    ReceiptLine,
     Task,
-    Totals,
 )
 
 if TYPE_CHECKING:
+    from broker.sdk.activities import Activity, RefusedActivity, Told
     from broker.sdk.aio import AsyncClient
     from broker.sdk.async_credential import AsyncCredentialSource
     from broker.sdk.async_run import AsyncRunningTask
@@ -63,12 +60,20 @@ if TYPE_CHECKING:
         Signal,
         TimelineLine,
     )
+    from broker.sdk.receipts import Receipt, ReceiptLine, Totals
 
-# Loaded when first named. An event loop is half of what the rest costs to load, and an agent oversees nothing.
+# Loaded when first named. An event loop is half of what the rest costs to load; an agent oversees nothing, and what
+# is told and answered at the end is not waited for at the beginning.
 _LATER = {
     "AsyncClient": "broker.sdk.aio",
     "AsyncCredentialSource": "broker.sdk.async_credential",
     "AsyncRunningTask": "broker.sdk.async_run",
+    "Activity": "broker.sdk.activities",
+    "RefusedActivity": "broker.sdk.activities",
+    "Told": "broker.sdk.activities",
+    "Receipt": "broker.sdk.receipts",
+    "ReceiptLine": "broker.sdk.receipts",
+    "Totals": "broker.sdk.receipts",
     "Approval": "broker.sdk.oversight",
     "Drift": "broker.sdk.oversight",
     "Event": "broker.sdk.oversight",

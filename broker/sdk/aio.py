@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from broker.sdk import calls
-from broker.sdk.activities import OfGrant
 from broker.sdk.async_credential import AsyncCredentialSource
 from broker.sdk.async_reporting import AsyncReporter
 from broker.sdk.async_run import AsyncRunningTask, async_running
@@ -38,6 +37,8 @@ from broker.sdk.wire import AsyncWire, GivenAsyncWire, OwnAsyncWire
 
 if TYPE_CHECKING:
     import httpx
+
+    from broker.sdk.activities import OfGrant
 
 T = TypeVar("T")
 P = ParamSpec("P")

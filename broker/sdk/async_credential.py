@@ -11,12 +11,13 @@ from broker.sdk.credential import FINAL, NOTHING_MADE, Lifetime, Need, going, ha
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import ApprovalPending, BrokerError
 from broker.sdk.finishing import to_its_end
-from broker.sdk.values import Credential, Grant, Receipt
+from broker.sdk.values import Credential, Grant
 
 if TYPE_CHECKING:
     from broker.sdk.aio import AsyncClient
     from broker.sdk.auth import AsyncSourceAuth
     from broker.sdk.oversight import Approval
+    from broker.sdk.receipts import Receipt
 
 
 class AsyncCredentialSource:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.sdk import calls
-from broker.sdk.activities import Activity, OfGrant, Told
 from broker.sdk.clock import Timing
 from broker.sdk.errors import Unreachable
 from broker.sdk.exchange import Call
 from broker.sdk.reporting import GATHER_S, MOST_WAITING, Reports, halves_of, known
+
+if TYPE_CHECKING:
+    from broker.sdk.activities import Activity, OfGrant, Told
 
 
 class AsyncReporter(Reports):

@@ -13,11 +13,12 @@ from broker.sdk.errors import BrokerError
 from broker.sdk.exchange import Call
 from broker.sdk.finishing import to_its_end
 from broker.sdk.run import BEATS_PER_PERIOD, TASK_IS_GONE, Running, beat, ending, not_ended, note_loss
-from broker.sdk.values import Receipt, Task
+from broker.sdk.values import Task
 
 if TYPE_CHECKING:
     from broker.sdk.aio import AsyncClient
     from broker.sdk.async_credential import AsyncCredentialSource
+    from broker.sdk.receipts import Receipt
 
 
 class AsyncRunningTask(Running):

@@ -5,13 +5,13 @@ What is left out is not sent, so that the broker's own default counts.
 
 from __future__ import annotations
 
+import importlib
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from broker.sdk.activities import Activity, Told
 from broker.sdk.dpop import DpopKey
 from broker.sdk.errors import invalid, not_the_broker
 from broker.sdk.exchange import Answer, Call, require_id, require_idempotency_key
@@ -24,11 +24,11 @@ from broker.sdk.values import (
     Lease,
     Members,
     Page,
-    Receipt,
     Task,
 )
 
 if TYPE_CHECKING:
+    from broker.sdk.activities import Activity, Told
     from broker.sdk.oversight import (
         Approval,
         Drift,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         Signal,
         TimelineLine,
     )
+    from broker.sdk.receipts import Receipt
 
 T = TypeVar("T")
 
@@ -128,7 +129,9 @@ def cancel_task(task_id: str, reason: str | None = None) -> Call[Receipt]:
 
 def receipt(task_id: str) -> Call[Receipt]:
     """What of a task is dead and what is still exposed, as it stands now."""
-    return Call(method="GET", path=f"{_task(task_id)}/receipt", read=_reads(Receipt.of), repeatable=True)
+    return Call(
+        method="GET", path=f"{_task(task_id)}/receipt", read=_reads(_of("Receipt", within="receipts")), repeatable=True
+    )
 
 
 def timeline(
@@ -150,7 +153,9 @@ def tell(activities: Iterable[Activity]) -> Call[Told]:
     """
     body = {"activities": [activity.as_body() for activity in activities]}
     # Told again, each is the same activity.
-    return Call(method="POST", path="/v1/activities", body=body, read=_reads(Told.of), repeatable=True)
+    return Call(
+        method="POST", path="/v1/activities", body=body, read=_reads(_of("Told", within="activities")), repeatable=True
+    )
 
 
 def request_grant(
@@ -495,7 +500,9 @@ def token(
 
 def _end(path: str, verb: str, reason: str | None) -> Call[Receipt]:
     body = _given(reason=reason)
-    return Call(method="POST", path=f"{path}/{verb}", body=body, read=_reads(Receipt.of), repeatable=True)
+    return Call(
+        method="POST", path=f"{path}/{verb}", body=body, read=_reads(_of("Receipt", within="receipts")), repeatable=True
+    )
 
 
 def _said(approval_id: str, verb: str, body: dict[str, Any]) -> Call[Approval]:
@@ -565,15 +572,16 @@ def _listing(path: str, of: Callable[[object], T], page_size: int | None, **filt
     return Listing(first=Call(method="GET", path=path, query=query, read=read, repeatable=True))
 
 
-def _of(name: str) -> Callable[[object], Any]:
-    """How a value of `broker.sdk.oversight` is read, which is loaded with the first of them."""
+def _of(name: str, *, within: str = "oversight") -> Callable[[object], Any]:
+    """How a value of another module of the SDK is read, which is loaded with the first of them."""
 
     def of(value: object) -> Any:
-        from broker.sdk import oversight
-
-        return getattr(oversight, name).of(value)
+        return getattr(importlib.import_module(f"broker.sdk.{within}"), name).of(value)
 
     return of
+
+
+_of_receipt = _of("Receipt", within="receipts")
 
 
 def _reads(of: Callable[[object], T]) -> Callable[[Answer], T]:

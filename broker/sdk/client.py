@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from broker.sdk import calls
-from broker.sdk.activities import OfGrant
 from broker.sdk.clock import Timing
 from broker.sdk.credential import CredentialSource, Lifetime
 from broker.sdk.dpop import DpopKey
@@ -44,6 +43,8 @@ from broker.sdk.wire import GivenWire, OwnWire, Wire
 
 if TYPE_CHECKING:
     import httpx
+
+    from broker.sdk.activities import OfGrant
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -33,13 +33,14 @@ from broker.sdk.errors import (
     Unreachable,
 )
 from broker.sdk.exchange import Call, Wait
-from broker.sdk.values import Credential, Grant, Receipt
+from broker.sdk.values import Credential, Grant
 from broker.sdk.waiting import deciding
 
 if TYPE_CHECKING:
     from broker.sdk.auth import RequestsAuth, SourceAuth
     from broker.sdk.client import Client
     from broker.sdk.oversight import Approval
+    from broker.sdk.receipts import Receipt
 
 # What a broker says when it means it; anything else may pass.
 FINAL = (Refused, Conflict, NotFound)

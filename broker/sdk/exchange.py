@@ -7,7 +7,6 @@ tried again. Never repeated: a refusal, and a call whose repetition could make a
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 from collections.abc import Callable, Generator, Mapping
@@ -55,6 +54,7 @@ _SENT_DATE = re.compile(
     re.ASCII,
 )
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _PORTS = {"http": 80, "https": 443}
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -238,14 +238,21 @@ def is_private(scheme: str, host: str) -> bool:
         return False
     if scheme == "https":
         return True
+    return scheme == "http" and (host in _LOOPBACK or _is_loopback(host))
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress  # most that are here are in no need of it
+
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    return scheme == "http" and loopback
+        return False
 
 
 def _is_ipv6(host: str) -> bool:
+    import ipaddress
+
     try:
         return ipaddress.ip_address(host).version == 6 and "%" not in host
     except ValueError:

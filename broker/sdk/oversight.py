@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from broker.sdk.values import Grant, Members, Receipt, as_it_came
+from broker.sdk.receipts import Receipt
+from broker.sdk.values import Grant, Members, as_it_came
 
 
 @dataclass(frozen=True, kw_only=True)

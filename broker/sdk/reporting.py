@@ -13,13 +13,15 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from broker.sdk import calls
-from broker.sdk.activities import Activity, OfGrant, Told, grant_id_of
 from broker.sdk.clock import Timing
 from broker.sdk.errors import BrokerError, Invalid, Limited, NotAuthenticated, Unreachable
 from broker.sdk.exchange import Call
+
+if TYPE_CHECKING:
+    from broker.sdk.activities import Activity, OfGrant, Told
 
 MOST_WAITING = 2_000
 _MOST_TOGETHER = 100
@@ -53,6 +55,8 @@ class Reports:
 
     def put(self, grant: OfGrant | None, action: str, *, traceparent: str | None, at: Any = None, **more: Any) -> None:
         """Let one more wait; counted as refused where it is none, and as dropped where there are too many."""
+        from broker.sdk.activities import Activity, grant_id_of  # not before there is something to tell
+
         try:
             grant_id = None if grant is None else grant_id_of(grant)
             activity = Activity(

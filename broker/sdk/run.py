@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from broker.sdk import calls
 from broker.sdk.errors import BrokerError, Conflict, NotFound, Refused
 from broker.sdk.exchange import Call
-from broker.sdk.values import Receipt, Task
+from broker.sdk.values import Task
 
 if TYPE_CHECKING:
     from broker.sdk.client import Client
     from broker.sdk.credential import CredentialSource
     from broker.sdk.dpop import DpopKey
+    from broker.sdk.receipts import Receipt
 
 # A beat may get lost or come late, and the task goes on.
 BEATS_PER_PERIOD = 3

@@ -349,7 +349,8 @@ def test_for_asyncio_too(async_client, server, a):
 def test_a_program_waits_for_no_more_than_it_wants():
     text = """
 import sys, broker.sdk
-def loaded(): print(*(name for name in ("asyncio", "httpx", "broker.sdk.oversight", "rich") if name in sys.modules))
+late = ["asyncio", "httpx", *(f"broker.sdk.{name}" for name in ("oversight", "receipts", "activities"))]
+def loaded(): print(*(name for name in late if name in sys.modules))
 loaded()
 broker.sdk.Approval
 loaded()
@@ -357,7 +358,11 @@ broker.sdk.AsyncClient
 loaded()
 """
     ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines() == ["", "broker.sdk.oversight", "asyncio broker.sdk.oversight"]
+    assert ran.stdout.splitlines() == [
+        "",
+        "broker.sdk.oversight broker.sdk.receipts",
+        "asyncio broker.sdk.oversight broker.sdk.receipts",
+    ]
 
 
 def test_what_is_loaded_later_is_there_by_its_name():
