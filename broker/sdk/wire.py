@@ -36,7 +36,7 @@ _WHOLE = 6  # as often as long as one wait may take, for an answer that comes dr
 
 
 class Wire(Protocol):
-    """Safe to share between threads, and by processes that were forked. RuntimeError once it is closed.
+    """Safe to share between threads, and with a process that was forked. RuntimeError once it is closed.
 
     What cannot be had is `Lost`, and never an error that holds the request.
     """
@@ -46,43 +46,39 @@ class Wire(Protocol):
 
 
 class AsyncWire(Protocol):
-    """The same for asyncio."""
+    """The same for asyncio, where nothing outlives a fork."""
 
     async def send(self, request: Request) -> Answer | Lost: ...
     async def close(self) -> None: ...
 
 
 class _Open:
-    """Whose connections these are: this process's, for as long as it is not closed."""
+    """Until it is closed."""
 
     def __init__(self) -> None:
-        self._is_open, self._process = True, os.getpid()
+        self._is_closed = False
 
-    def is_still_ours(self) -> bool:
-        """False once in a process that was forked: the connections are its parent's, and so would the answers be."""
-        if not self._is_open:
+    def require(self) -> None:
+        if self._is_closed:
             raise RuntimeError("the client is closed: make another one")
-        is_ours, self._process = self._process == os.getpid(), os.getpid()
-        return is_ours
 
     def close(self) -> None:
-        self._is_open = False
+        self._is_closed = True
 
 
 class OwnWire:
     def __init__(self, origin: str, timing: Timing) -> None:
         self._origin, self._timing = origin, timing
-        self._open, self._pool = _Open(), self._made()
+        self._open = _Open()
+        # And whose they are: after a fork the connections are the parent's, and so would the answers be. Together, so
+        # that no thread sees the one without the other; a lock might be held by a thread that is not here any more.
+        self._held = os.getpid(), self._made()
 
     def send(self, request: Request) -> Answer | Lost:
-        if not self._open.is_still_ours():
-            left, self._pool = self._pool, self._made()
-            # One by one, and nothing is said on them: whoever held the pool's lock is not here to let go of it.
-            for connection in left.connections:
-                connection.close()
+        self._open.require()
         content, ends_at = bytearray(), self._timing.monotonic() + _WHOLE * request.timeout_s
         try:
-            with self._pool.stream(request.method, request.url, **_told(request)) as response:
+            with self._pool().stream(request.method, request.url, **_told(request)) as response:
                 for part in response.iter_stream():
                     if _is_without_end(content, self._timing, ends_at):
                         return Lost(why=_WITHOUT_END)
@@ -93,21 +89,32 @@ class OwnWire:
 
     def close(self) -> None:
         self._open.close()
-        self._pool.close()
+        self._pool().close()
+
+    def _pool(self) -> httpcore.ConnectionPool:
+        process, pool = self._held
+        if process == os.getpid():
+            return pool
+        # One by one, and nothing is said on them: whoever held the pool's lock is not here to let go of it.
+        for connection in pool.connections:
+            connection.close()
+        self._held = os.getpid(), self._made()
+        return self._held[1]
 
     def _made(self) -> httpcore.ConnectionPool:
         return httpcore.ConnectionPool(ssl_context=_trusted(self._origin), **_POOL)
 
 
 class OwnAsyncWire:
+    """An event loop is not taken along by a fork, so neither are its connections."""
+
     def __init__(self, origin: str, timing: Timing) -> None:
         self._origin, self._timing = origin, timing
         self._open, self._pool = _Open(), self._made()
         self._under_way = 0
 
     async def send(self, request: Request) -> Answer | Lost:
-        if not self._open.is_still_ours():
-            self._pool = self._made()
+        self._open.require()
         pool = self._pool
         self._under_way += 1
         try:
@@ -152,7 +159,7 @@ class GivenWire:
     def send(self, request: Request) -> Answer | Lost:
         import httpx
 
-        self._open.is_still_ours()
+        self._open.require()
         try:
             response = self._http.send(_built(request), auth=None, follow_redirects=False)
         except httpx.RequestError as problem:
@@ -172,7 +179,7 @@ class GivenAsyncWire:
     async def send(self, request: Request) -> Answer | Lost:
         import httpx
 
-        self._open.is_still_ours()
+        self._open.require()
         try:
             response = await self._http.send(_built(request), auth=None, follow_redirects=False)
         except httpx.RequestError as problem:
