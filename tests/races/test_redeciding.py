@@ -136,7 +136,7 @@ def test_a_version_that_comes_between_the_question_and_the_deed_stops_the_deed(r
     """INV-14: what is done is what counts when it is done."""
     issued = race.one.issue(race.one.open_task())
     forbid(race.one)
-    asked = race.stop(race.one.broker.redeciding, "_asked", after=True)
+    asked = race.stop(race.one.broker.redeciding, "_asked_by_kind", after=True)
     running = race.start(race.one.broker.redeciding.run)
     asked.until_reached(running)
     apply(race.other, policies=POLICIES)
