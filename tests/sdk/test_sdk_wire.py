@@ -215,7 +215,7 @@ def test_a_process_that_was_forked_has_connections_of_its_own():
     def answer(connection):
         for _ in range(2):
             head = read_one(connection)
-            said.append(head.split()[1])
+            said.append((head.split()[1], connection.getpeername()))
             say(connection, head.split()[1].encode())
 
     with listening_at_once(answer) as url:
@@ -229,7 +229,9 @@ def test_a_process_that_was_forked_has_connections_of_its_own():
         assert wire.send(replace(REQUEST, url=f"{url}/parent")).content == b"/parent"
         wire.close()
     assert os.waitstatus_to_exitcode(status) == 0
-    assert said == ["/before", "/child", "/parent"]
+    assert [path for path, _ in said] == ["/before", "/child", "/parent"]
+    before, child, parent = (peer for _, peer in said)
+    assert before == parent != child
 
 
 @contextmanager

@@ -142,6 +142,14 @@ def test_the_same_id_for_something_else_is_refused_and_the_first_stands(house, g
     assert [row.action for row in rows(house)] == ["GET /contacts"] * 2
 
 
+def test_who_tells_again_may_have_read_the_clock_again_and_the_first_time_stands(house, grant):
+    house.clock.forward(seconds=600)
+    tell(house, report(grant))
+    assert tell(house, report(grant, at=NOW + timedelta(minutes=5))).repeated == 1
+    assert codes(tell(house, report(grant, at=NOW + timedelta(minutes=5, seconds=1)))) == ["idempotency_conflict"]
+    assert [row.at for row in rows(house)] == [NOW]
+
+
 def test_two_reporters_have_ids_of_their_own(house, grant):
     assert tell(house, report(grant)).recorded == 1
     assert tell(house, report(grant), by="crm-api").recorded == 1

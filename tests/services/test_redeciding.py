@@ -626,6 +626,16 @@ def test_two_that_differ_in_what_is_always_read_are_of_two_kinds(house, change):
     assert kinds_of(house) == [1, 1]
 
 
+def test_two_that_do_not_say_when_they_were_decided_are_of_two_kinds(house):
+    """How long they live is not known, and unknown is never alike."""
+    task = house.open_task()
+    for _ in range(2):
+        issued = house.issue(task)
+        with house.broker.database.begin() as db:
+            of_terms(decided_at=None)(db, issued.grant)
+    assert kinds_of(house) == [1, 1]
+
+
 def test_what_hangs_on_when_it_was_decided_is_asked_of_each(house):
     """Alike in all that policies read, and one is over by the new ceiling while the other is shortened."""
     task = house.open_task()
