@@ -35,8 +35,9 @@ def accepted(verifier, issued, within_s=20):
     until(lambda: why(verifier, issued) is None, within_s=within_s, what="the yes")
 
 
-def following(verifier, channel):
-    until(lambda: verifier.state().channel == channel, what=f"following by {channel}")
+def following(verifier, channel, issued):
+    """A list is fetched when something is checked, and not by itself: so it is asked about all the while."""
+    until(lambda: why(verifier, issued) is None and verifier.state().channel == channel, what=f"following by {channel}")
 
 
 @pytest.mark.parametrize("without", [(), ("stream",), ("stream", "poll")], ids=["stream", "poll", "lists"])
@@ -45,7 +46,7 @@ def test_what_ends_is_refused_within_the_bound_by_every_channel(source, verifier
         grant, task, other = source.issue(), source.issue(), source.issue()
         for each in (grant, task, other):
             accepted(verifier, each)
-        following(verifier, {0: "stream", 1: "poll", 2: "lists"}[len(without)])
+        following(verifier, {0: "stream", 1: "poll", 2: "lists"}[len(without)], other)
         source.revoke_grant(grant)
         source.end_task(task)
         refused(verifier, grant)
@@ -57,7 +58,7 @@ def test_what_ends_is_refused_within_the_bound_by_every_channel(source, verifier
 def test_a_bulk_revocation_ends_what_is_out_and_not_what_comes(source, verifier, axis):
     issued = source.issue()
     accepted(verifier, issued)
-    following(verifier, "stream")
+    following(verifier, "stream", issued)
     source.revoke(axis, "summarizer" if axis == "agent" else source.audience)
     refused(verifier, issued)
     until(lambda: why(verifier, source.issue()) is None, what="a yes to what was issued since")
@@ -73,7 +74,7 @@ def test_a_verifier_that_comes_later_knows_what_ended_before(source, verifier):
 def test_a_broker_that_is_away_for_too_long_is_no_reason_to_say_yes(source, verifier):
     issued = source.issue()
     accepted(verifier, issued)
-    following(verifier, "stream")
+    following(verifier, "stream", issued)
     source.stop()
     refused(verifier, issued, codes=("not_fresh",))
     source.start()
@@ -95,7 +96,7 @@ def test_what_was_revoked_stays_so_when_the_broker_starts_again(source, verifier
 def test_a_rotation_of_keys_refuses_nobody(source, verifier):
     before = source.issue()
     accepted(verifier, before)
-    following(verifier, "stream")
+    following(verifier, "stream", before)
     source.rotate_keys()
     after = source.issue()
     assert why(verifier, after) is None
