@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import getpass
 import logging
 import multiprocessing
@@ -268,7 +269,17 @@ def _built(settings: Settings, sweeping: bool, cores: SynchronizedArray[int]) ->
     if feed is not None:
         feed.start()
     application: Callable[..., Any] = create_app(house).wsgi_app
+    _keep_for_good()
     return application
+
+
+def _keep_for_good() -> None:
+    """What is there before the first request stays: to look through all of it for garbage keeps everybody waiting.
+
+    Measured: 0.16 s, in the middle of somebody's request.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def stay_on_one_core(taken: SynchronizedArray[int]) -> None:

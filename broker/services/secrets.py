@@ -45,7 +45,7 @@ from broker.services.standing import StandingReader
 from broker.store import gate, grants, leases, locks, models
 from broker.store.database import Database
 from broker.store.tasks import Tasks
-from broker.store.transitions import change_of, move, record
+from broker.store.transitions import change_of, move, record, recorded_together
 
 # Longer than every deadline of one issue together: then its issuer is taken for dead.
 ISSUE_WITHIN = timedelta(seconds=60)
@@ -184,42 +184,41 @@ class Secrets:
             if standing.catalogue.version != intent.catalogue_version:
                 # What it was decided by is not what stands now (INV-14).
                 raise Unavailable("the configuration changed while this credential was being made: try again")
-            row = grants.find_grant(db, grant.id, lock=True)
-            # As the row says by now: a ceiling may have shrunk while the provider was asked (INV-10).
-            expires_at = min(grant.expires_at if row is None else row.expires_at, secret.expires_at)
-            given = replace(
-                grant,
-                state=GrantState.ACTIVE,
-                issued_at=now,
-                expires_at=expires_at,
-                credential_sha256=secret.data.sha256(),
-            )
-            # The grant before its lease, as whoever ends it takes them: so no two wait for each other.
-            active = move(
-                db,
-                models.Grant,
-                GrantState.ACTIVE,
-                grants.with_id(grant.id),
-                grants.unexpired(now),
-                event=lambda _row: grant_event(given, intent.caller, now, "grant.issued", lease_id=lease.id),
-                issued_at=now,
-                expires_at=expires_at,
-                credential_sha256=secret.data.sha256(),
-            )
-            held = move(
-                db,
-                models.Lease,
-                LeaseState.HELD,
-                leases.with_id(lease.id),
-                event=lease_event(
-                    now, "lease.held", trace_id=intent.caller.trace_id, data={"facts": dict(secret.facts)}
-                ),
-                returning=leases.LEASE_FACTS,
-                reference=secret.reference,
-                facts=dict(secret.facts),
-                unknown=False,
-                expires_at=secret.lasts_until or secret.expires_at,
-            )
+            told = replace(grant, state=GrantState.ACTIVE, issued_at=now, credential_sha256=secret.data.sha256())
+            with recorded_together(db):
+                # The grant before its lease, as whoever ends it takes them: so no two wait for each other.
+                active = move(
+                    db,
+                    models.Grant,
+                    GrantState.ACTIVE,
+                    grants.with_id(grant.id),
+                    grants.unexpired(now),
+                    event=lambda _row: grant_event(told, intent.caller, now, "grant.issued", lease_id=lease.id),
+                    returning=("expires_at",),
+                    issued_at=now,
+                    # Of what the row says by now: a ceiling may have shrunk while the provider was asked (INV-10).
+                    expires_at=grants.at_the_latest(secret.expires_at),
+                    credential_sha256=told.credential_sha256,
+                )
+                held = move(
+                    db,
+                    models.Lease,
+                    LeaseState.HELD,
+                    leases.with_id(lease.id),
+                    event=lease_event(
+                        now,
+                        "lease.held",
+                        task_id=grant.task_id,
+                        trace_id=intent.caller.trace_id,
+                        data={"facts": dict(secret.facts)},
+                    ),
+                    returning=leases.LEASE_FACTS,
+                    reference=secret.reference,
+                    facts=dict(secret.facts),
+                    unknown=False,
+                    expires_at=secret.lasts_until or secret.expires_at,
+                )
+            expires_at = active[0].expires_at if active else now
             if not (held and active and task.is_open(now) and now < expires_at):
                 # Rolled back: neither moves without the other.
                 raise Conflict(f"grant {grant.id} was ended while its credential was being made")
@@ -227,7 +226,7 @@ class Secrets:
         kind = engine if isinstance(engine, str) else grant.provider
         credential = DynamicSecret(type=kind, data=secret.data, expires_at=expires_at)
         lease = replace(lease, state=LeaseState.HELD, revocation_class=revocation_class)
-        return Issued(grant=given, credential=credential, lease=lease)
+        return Issued(grant=replace(told, expires_at=expires_at), credential=credential, lease=lease)
 
     def _give_up(self, intent: Intent, made: _Made, problem: BrokerError) -> None:
         """End the grant and owe whatever may exist. What arrives after its lease was released is a debt of its own."""

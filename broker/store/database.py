@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -16,13 +17,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DatabaseError, DataError, IntegrityError, InterfaceError, ProgrammingError
+from sqlalchemy.exc import (
+    DatabaseError,
+    DataError,
+    IntegrityError,
+    InterfaceError,
+    InvalidatePoolError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from broker.domain.errors import Unavailable
 
 _READS_ONLY = "reads_only"
+_LEFT_AT = "left_at"  # by the monotonic clock
+_QUIET_S = 1.0
 _PATIENCE_S = 10  # for a connection, a lock, an unanswered packet: longer, and the caller is told to come again
 # A statement nobody bounds holds its locks, and whoever waits for them, for ever.
 _POSTGRESQL_BOUNDS = " ".join(
@@ -215,13 +225,12 @@ def _engine(url: str, pool_size: int) -> Engine:
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_immediate)
         return engine
-    return create_engine(
+    engine = create_engine(
         parsed,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=_PATIENCE_S,
         hide_parameters=True,  # an error message is logged, and parameters are not ours to log (INV-30)
-        pool_pre_ping=True,
         isolation_level="READ COMMITTED",
         connect_args={
             "options": _POSTGRESQL_BOUNDS,
@@ -230,6 +239,32 @@ def _engine(url: str, pool_size: int) -> Engine:
             "keepalives_idle": _PATIENCE_S,
         },
     )
+    _ask_the_quiet(engine)
+    return engine
+
+
+def _ask_the_quiet(engine: Engine) -> None:
+    """Ask a connection that was quiet for a while whether it still is one, before anything depends on it.
+
+    A server that starts again ends those that nobody uses without their hearing of it. One that was used a moment ago
+    is not asked: that would be one more answer to wait for in every transaction.
+    """
+
+    def left(_driver: Any, record: ConnectionPoolEntry) -> None:
+        record.info[_LEFT_AT] = time.monotonic()
+
+    def taken(driver: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+        quiet_since = record.info.get(_LEFT_AT)
+        if quiet_since is None or time.monotonic() - quiet_since < _QUIET_S:
+            return
+        try:
+            engine.dialect.do_ping(driver)
+        except engine.dialect.loaded_dbapi.Error as problem:
+            # Those that were made before it went the same way.
+            raise InvalidatePoolError from problem
+
+    event.listen(engine, "checkin", left)
+    event.listen(engine, "checkout", taken)
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Select,
     String,
     bindparam,
+    case,
     exists,
     func,
     literal,
@@ -334,6 +335,11 @@ def expired(now: datetime) -> ColumnElement[bool]:
 
 def unexpired(now: datetime) -> ColumnElement[bool]:
     return _grants.c.expires_at > now
+
+
+def at_the_latest(moment: datetime) -> ColumnElement[datetime]:
+    """What `expires_at` becomes where it may become earlier and never later."""
+    return case((_grants.c.expires_at < moment, _grants.c.expires_at), else_=literal(moment, _grants.c.expires_at.type))
 
 
 def any_due(db: Connection, *, now: datetime) -> bool:

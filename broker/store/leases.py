@@ -282,10 +282,15 @@ def page_of_leases(
 # --- When a provider was last compared with our rows ----------------------------------------------------------------
 
 
+# Composed once: each issue asks it twice.
+_LAST_LOOK = select(_looks.c.number, _looks.c.began_at, _looks.c.wanted_at).where(
+    _looks.c.provider == bindparam("provider")
+)
+
+
 def last_look(db: Connection, provider: str) -> Any:
     """None, or a row: `number`: how many looks there were; `began_at`: when the last began; `wanted_at`."""
-    columns = (_looks.c.number, _looks.c.began_at, _looks.c.wanted_at)
-    return db.execute(select(*columns).where(_looks.c.provider == provider)).one_or_none()
+    return db.execute(_LAST_LOOK, {"provider": provider}).one_or_none()
 
 
 def looks(db: Connection) -> dict[str, datetime]:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, exists, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, bindparam, exists, or_, select, update
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -23,6 +23,14 @@ _tasks = models.table_of(models.Task)
 _agents = models.table_of(models.TaskAgent)
 _grants = models.table_of(models.Grant)
 _SELECT = select(*(_tasks.c[name] for name in _COLUMNS))
+_MAY_CHANGE = ("id", "state", "heartbeat_due_at", "upheld_until", "ended_at", "reason")
+_HELD_SHARED = (
+    select(*(_tasks.c[name] for name in _MAY_CHANGE))
+    .where(_tasks.c.id.in_(bindparam("ids", expanding=True)))
+    # In one order everywhere, so that two transactions cannot wait for each other.
+    .order_by(_tasks.c.id)
+    .with_for_update(read=True)
+)
 
 
 def insert_tasks(db: Connection, tasks: Iterable[Task]) -> None:
@@ -54,13 +62,7 @@ class Tasks:
         """The tasks as they are, kept from ending until this transaction does (INV-12)."""
         if not ids:
             return {}
-        names = ("id", "state", "heartbeat_due_at", "upheld_until", "ended_at", "reason")
-        changing = [_tasks.c[name] for name in names]
-        # In one order everywhere, so that two transactions cannot wait for each other.
-        statement = (
-            select(*changing).where(_tasks.c.id.in_(sorted(ids))).order_by(_tasks.c.id).with_for_update(read=True)
-        )
-        rows = db.execute(statement).fetchall()
+        rows = db.execute(_HELD_SHARED, {"ids": sorted(ids)}).fetchall()
         # One look at what is remembered: another thread may forget it all meanwhile.
         known = self._known
         unknown = [row.id for row in rows if row.id not in known]

@@ -6,7 +6,9 @@ that moved: losing a race gives a shorter list, never a corrupt row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
@@ -60,8 +62,30 @@ def move(
     return moved
 
 
+_told: ContextVar[list[Event] | None] = ContextVar("told", default=None)
+
+
+@contextmanager
+def recorded_together(db: Connection) -> Iterator[None]:
+    """Write the events of several changes of one transaction at the end of the block, with one statement.
+
+    Where the block fails nothing is written, and nothing changed: its transaction is rolled back.
+    """
+    events: list[Event] = []
+    token = _told.set(events)
+    try:
+        yield
+    finally:
+        _told.reset(token)
+    record(db, events)
+
+
 def record(db: Connection, events: Iterable[Event]) -> None:
     """Write audit events; the caller's transaction is that of the change they speak of."""
+    told = _told.get()
+    if told is not None:
+        told.extend(events)
+        return
     made = _with_tasks(db, list(events))
     insert_rows(db, AuditEvent, [dict(zip(_EVENT, _values_of(event), strict=True)) for event in made])
     owe_alerts(db, made)

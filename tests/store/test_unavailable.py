@@ -1,5 +1,6 @@
 """A store that does not answer is Unavailable, whatever its driver calls that; a bad row is not."""
 
+import contextlib
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
 from broker.domain.errors import Unavailable
+from broker.store import database as store
 from broker.store.database import Database
 from tests.conftest import postgres_database
 
@@ -29,10 +31,7 @@ def test_a_connection_that_is_cut_in_the_middle_is_unavailable(postgres):
         database = Database(url)
         with pytest.raises(Unavailable), database.begin() as db:
             pid = db.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
-            admin = sa.create_engine(url)
-            with admin.connect() as other:
-                other.execute(sa.text("SELECT pg_terminate_backend(:pid)"), {"pid": pid})
-            admin.dispose()
+            cut(url, [pid])
             db.execute(sa.text("SELECT 1"))
         with database.read() as db:
             assert db.execute(sa.text("SELECT 1")).scalar_one() == 1
@@ -118,3 +117,32 @@ def test_every_statement_has_a_bound_on_postgresql(postgres):
             for name in ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout"):
                 assert db.execute(sa.text(f"SELECT current_setting('{name}')")).scalar_one() != "0"
         database.close()
+
+
+@pytest.mark.parametrize("quiet_s", [0, 60], ids=["quiet", "just used"])
+def test_a_connection_that_was_cut_while_nobody_used_it_is_nobodys_trouble(postgres, monkeypatch, quiet_s):
+    """Unless it was used a moment ago: then it is not asked, and whoever comes first is told to come again."""
+    monkeypatch.setattr(store, "_QUIET_S", quiet_s)
+    with postgres_database(postgres) as url:
+        database = Database(url)
+        with contextlib.ExitStack() as held:
+            taken = [held.enter_context(database.engine.connect()) for _ in range(3)]
+            pids = [each.execute(sa.text("SELECT pg_backend_pid()")).scalar_one() for each in taken]
+        cut(url, pids)
+        if quiet_s:
+            with pytest.raises(Unavailable), database.begin() as db:
+                db.execute(sa.text("SELECT 1"))
+        # The others went the same way, and nobody has to find that out for each of them.
+        for _ in pids:
+            with database.begin() as db:
+                assert db.execute(sa.text("SELECT pg_backend_pid()")).scalar_one() not in pids
+        database.close()
+
+
+def cut(url, pids):
+    admin = sa.create_engine(url)
+    with admin.connect() as other:
+        for pid in pids:
+            # Asked to go, it takes a moment.
+            other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+    admin.dispose()
