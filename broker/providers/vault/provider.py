@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -44,9 +44,7 @@ MARGIN = timedelta(seconds=30)
 # Between look-ups while Vault's own queue works on what we revoked; together less than a caller waits for a receipt.
 CONFIRM_PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
-# Between looks at what is left under a prefix while the queue works on what several tokens left; and how much may live
-# under it for another look to cost less than asking about each.
-QUEUE_PAUSES_S = (0.05,) * 10
+# How much may live under a prefix for a list of it to cost less than asking about each.
 WORTH_LISTING = 1000
 SLOW_S = 1.0
 LONG_FOR_S = 300.0  # after which it is tried again
@@ -154,71 +152,59 @@ class VaultProvider:
 
     def revoke(self, handle: Handle | None, reference: str | None) -> None:
         """The accessor first, so that nothing more is read; then the lease at once; then look until both are gone."""
-        self._end_lease(handle, reference, self._end_token(handle))
+        self._confirm(handle, reference, [*self._end_token(handle), *self._end_lease(reference)])
 
     def revoke_many(self, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
-        """All tokens first: their death queues their leases, which are left to the queue for a while."""
+        """All tokens first, so that their leases are in Vault's queue; then each lease at once; then a look at all."""
         began = time.monotonic()
-        ended: list[list[str] | Exception] = []
-        for number, (handle, _) in enumerate(owed):
-            try:
-                # A part of the time, or a slow Vault is asked to end all of them and about none whether it did.
-                _require_in_time(began + MANY_S / 4, first=number == 0)
-                ended.append(self._end_token(handle))
-            except (ProviderUnavailable, ValueError) as problem:
-                ended.append(problem)
-        # While the queue works.
-        in_time = began + MANY_S / 2
-        dead = {
-            number
-            for number, known in enumerate(ended)
-            if known == [] and time.monotonic() <= in_time and self._is_without_token(owed[number][0])
-        }
-        self._let_work({reference for number in dead if (reference := owed[number][1])}, in_time)
+        # Each step has a part of the time, or a slow Vault is asked to end all of them and about none whether it did.
+        until_tokens, until_looks, until_leases = (began + MANY_S * part / 4 for part in (1, 2, 3))
+        dying = [_Dying(handle, reference) for handle, reference in owed]
+        self._each(dying, until_tokens, lambda one: one.problems.extend(self._end_token(one.handle)))
+        for one in dying:
+            if one.handle is not None and time.monotonic() <= until_looks and self._is_without_token(one.handle):
+                one.handle = None
+        self._each(dying, until_leases, lambda one: one.problems.extend(self._end_lease(one.reference)))
+        self._look_at_lists(dying)
         # Where listing took its time, some is left for asking about each.
         ends_at = max(began + MANY_S, time.monotonic() + MANY_S / 4)
-        return [
-            self._problem_with(None if number in dead else handle, reference, ended[number], ends_at, first=number == 0)
-            for number, (handle, reference) in enumerate(owed)
-        ]
+        self._each(dying, ends_at, lambda one: self._confirm(one.handle, one.reference, one.problems))
+        return [one.failure for one in dying]
 
-    def _problem_with(
-        self, handle: Handle | None, reference: str | None, known: list[str] | Exception, ends_at: float, *, first: bool
-    ) -> Exception | None:
-        if isinstance(known, Exception):
-            return known
-        try:
-            _require_in_time(ends_at, first=first)
-            # One that the queue has done already is not asked for again: Vault would work on it twice.
-            if known or self._alive(handle, reference):
-                self._end_lease(handle, reference, known)
-        except (ProviderRefused, ProviderUnavailable, ValueError) as problem:
-            return problem
-        return None
+    def _each(self, dying: Sequence[_Dying], ends_at: float, step: Callable[[_Dying], None]) -> None:
+        """The trouble of one is no other's; the first is always dealt with, so that some are however slow Vault is."""
+        for number, one in enumerate(dying):
+            if one.failure is not None or one.is_dead:
+                continue
+            try:
+                if number > 0 and time.monotonic() > ends_at:
+                    raise ProviderUnavailable("Vault answers too slowly to be asked about every one of many")
+                step(one)
+            except (ProviderRefused, ProviderUnavailable, ValueError) as problem:
+                one.failure = problem
 
-    def _is_without_token(self, handle: Handle | None) -> bool:
-        """Whether its token is certainly dead, and so its lease in the queue."""
+    def _look_at_lists(self, dying: Sequence[_Dying]) -> None:
+        """One look for many: what a list of what lives beside them leaves out is gone (INV-04).
+
+        Only where there is nothing else to ask about; and a list without a name proves nothing, because it is a 404,
+        which something on the way may say as well.
+        """
+        left = {one.reference: one for one in dying if one.reference is not None and one.is_revoked}
+        for prefix in {reference.rpartition("/")[0] for reference in left}:
+            listed = set() if self._is_long(prefix) else self._listed(prefix)
+            for reference, one in left.items():
+                if listed and reference.rpartition("/")[0] == prefix and reference not in listed:
+                    one.is_dead = True
+
+    def _is_without_token(self, handle: Handle) -> bool:
+        """Whether its token is certainly dead."""
         try:
-            return handle is not None and self._is_token_dead(handle.value)
+            return self._is_token_dead(handle.value)
         except (ProviderRefused, ProviderUnavailable, ValueError):
             return False
 
-    def _let_work(self, references: Collection[str], ends_at: float) -> None:
-        """Wait a moment, until Vault lists none of these leases any more: each is looked up afterwards (INV-04).
-
-        What its queue works on and is asked for besides, Vault works on twice.
-        """
-        left = set(references)
-        for pause_s in QUEUE_PAUSES_S:
-            prefixes = {reference.rpartition("/")[0] for reference in left}
-            if not left or time.monotonic() > ends_at or any(self._is_long(prefix) for prefix in prefixes):
-                return
-            left &= {reference for prefix in prefixes for reference in self._listed(prefix)}
-            if left:
-                self._pause(pause_s)
-
     def _listed(self, prefix: str) -> Collection[str]:
-        """What Vault lists under a prefix; where that fails or takes long, it is not asked again for a while."""
+        """What Vault lists under a prefix, or nothing; where that fails or takes long, it is not asked for a while."""
         began, listed, is_long = time.monotonic(), set[str](), True
         try:
             listed = set(self._leases_under(f"{_path_of_lease(prefix)}/", _MOST_DEPTH))
@@ -240,10 +226,15 @@ class VaultProvider:
             self._attempt(problems, lambda: self._revoke_accessor(handle.value))
         return problems
 
-    def _end_lease(self, handle: Handle | None, reference: str | None, problems: list[str]) -> None:
-        """At once, and then look until lease and token are gone."""
+    def _end_lease(self, reference: str | None) -> list[str]:
+        """At once; answers what went wrong, which may be no harm."""
+        problems: list[str] = []
         if reference is not None:
             self._attempt(problems, lambda: self._revoke_lease(reference))
+        return problems
+
+    def _confirm(self, handle: Handle | None, reference: str | None, problems: Sequence[str]) -> None:
+        """Look until lease and token are gone."""
         # What a step could not do Vault's queue may yet do; but it will hardly, so the next debt is not kept waiting.
         pauses_s = CONFIRM_PAUSES_S[:3] if problems else CONFIRM_PAUSES_S
         alive: list[str] = []
@@ -466,10 +457,20 @@ def _lasts(source: SecretSource) -> tuple[int, timedelta]:
     return classes.index(source.revocation), source.bound or timedelta(0)
 
 
-def _require_in_time(ends_at: float, *, first: bool) -> None:
-    """The first of many is always asked about, so that some are paid however slow Vault is."""
-    if not first and time.monotonic() > ends_at:
-        raise ProviderUnavailable("Vault answers too slowly to be asked about every one of many")
+@dataclass
+class _Dying:
+    """One of many that are being ended. `handle` is None where there is no token, or none any more."""
+
+    handle: Handle | None
+    reference: str | None
+    problems: list[str] = field(default_factory=list)  # of steps, which may have done no harm
+    failure: Exception | None = None
+    is_dead: bool = False
+
+    @property
+    def is_revoked(self) -> bool:
+        """Whether all that was asked of Vault was done, as it says; so that a look at the lease is all that is left."""
+        return self.failure is None and self.handle is None and not self.problems
 
 
 def _reference(lease_id: object, source: SecretSource) -> str | None:
