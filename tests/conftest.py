@@ -1,5 +1,6 @@
 """Real databases: a SQLite file, and a PostgreSQL server from pip, one a test run, one database a test."""
 
+import gc
 import os
 import shutil
 import signal
@@ -14,6 +15,15 @@ import sqlalchemy as sa
 
 from broker.store.database import Database
 from broker.store.migration import migrate
+
+# What collecting ten thousand tests makes stays to the end: nobody looks for garbage in it, now or later.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
 
 # What a run under `nohup` is told to ignore, so would be every process that a test starts and interrupts.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
