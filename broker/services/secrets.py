@@ -51,6 +51,7 @@ from broker.store.transitions import change_of, move, record, recorded_together
 ISSUE_WITHIN = timedelta(seconds=60)
 _AT_ONCE = 24  # of the server's threads, some are always left for what ends authority (INV-27)
 _PATIENCE_S = 5
+_OUTLASTED = "getting this credential took longer than it would have lived: try again"
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ class Secrets:
         """What is left of the grant; nothing outlives it (INV-08)."""
         left = intent.grant.expires_at - self._clock()
         if left <= timedelta(0):
-            raise Unavailable("getting this credential took longer than it would have lived: try again")
+            raise Unavailable(_OUTLASTED)
         return left
 
     def _commit_handle(self, intent: Intent, handle: Handle, late: timedelta) -> None:
@@ -184,6 +185,8 @@ class Secrets:
             if standing.catalogue.version != intent.catalogue_version:
                 # What it was decided by is not what stands now (INV-14).
                 raise Unavailable("the configuration changed while this credential was being made: try again")
+            if secret.expires_at - now < timedelta(seconds=1):
+                raise Unavailable(_OUTLASTED)
             told = replace(grant, state=GrantState.ACTIVE, issued_at=now, credential_sha256=secret.data.sha256())
             with recorded_together(db):
                 # The grant before its lease, as whoever ends it takes them: so no two wait for each other.
@@ -218,15 +221,15 @@ class Secrets:
                     unknown=False,
                     expires_at=secret.lasts_until or secret.expires_at,
                 )
-            expires_at = active[0].expires_at if active else now
-            if not (held and active and task.is_open(now) and now < expires_at):
+            if not (held and active and task.is_open(now)):
                 # Rolled back: neither moves without the other.
                 raise Conflict(f"grant {grant.id} was ended while its credential was being made")
+        [row] = active
         engine = intent.lease.settings.get("engine")
         kind = engine if isinstance(engine, str) else grant.provider
-        credential = DynamicSecret(type=kind, data=secret.data, expires_at=expires_at)
+        credential = DynamicSecret(type=kind, data=secret.data, expires_at=row.expires_at)
         lease = replace(lease, state=LeaseState.HELD, revocation_class=revocation_class)
-        return Issued(grant=replace(told, expires_at=expires_at), credential=credential, lease=lease)
+        return Issued(grant=replace(told, expires_at=row.expires_at), credential=credential, lease=lease)
 
     def _give_up(self, intent: Intent, made: _Made, problem: BrokerError) -> None:
         """End the grant and owe whatever may exist. What arrives after its lease was released is a debt of its own."""

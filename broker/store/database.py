@@ -20,9 +20,9 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import (
     DatabaseError,
     DataError,
+    DisconnectionError,
     IntegrityError,
     InterfaceError,
-    InvalidatePoolError,
     ProgrammingError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -247,22 +247,28 @@ def _ask_the_quiet(engine: Engine) -> None:
     """Ask a connection that was quiet for a while whether it still is one, before anything depends on it.
 
     A server that starts again ends those that nobody uses without their hearing of it. One that was used a moment ago
-    is not asked: that would be one more answer to wait for in every transaction.
+    is not asked: that would be one more answer to wait for in every transaction. But where one broke, the others that
+    were there by then are asked, each before it is used again.
     """
+    broke_at = float("-inf")
+
+    def broke(_driver: Any, _record: ConnectionPoolEntry, _problem: BaseException | None) -> None:
+        nonlocal broke_at
+        broke_at = time.monotonic()
 
     def left(_driver: Any, record: ConnectionPoolEntry) -> None:
         record.info[_LEFT_AT] = time.monotonic()
 
     def taken(driver: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
-        quiet_since = record.info.get(_LEFT_AT)
-        if quiet_since is None or time.monotonic() - quiet_since < _QUIET_S:
+        left_at = record.info.get(_LEFT_AT)
+        if left_at is None or left_at > max(broke_at, time.monotonic() - _QUIET_S):
             return
         try:
             engine.dialect.do_ping(driver)
         except engine.dialect.loaded_dbapi.Error as problem:
-            # Those that were made before it went the same way.
-            raise InvalidatePoolError from problem
+            raise DisconnectionError from problem
 
+    event.listen(engine, "invalidate", broke)
     event.listen(engine, "checkin", left)
     event.listen(engine, "checkout", taken)
 

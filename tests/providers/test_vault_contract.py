@@ -279,6 +279,35 @@ def test_of_several_each_lease_is_revoked_at_once_and_not_left_to_the_queue(stan
     assert set(revoked) == {secret.reference for _, secret in made}
 
 
+@pytest.mark.parametrize("step", ["POST /v1/auth/token/lookup-accessor", "PUT /v1/sys/leases/revoke"])
+def test_a_list_confirms_nobody_of_whom_a_step_was_not_answered(stand, monkeypatch, step):
+    """Whatever it leaves out: their token may live, or what was left undone may follow (INV-04)."""
+    bystander = stand.issue()[2].reference
+    made = [stand.issue()[1:] for _ in range(2)]
+    confirmed = []
+    confirm = stand.provider._confirm
+
+    def noted(handle, reference, problems):
+        confirmed.append(reference)
+        confirm(handle, reference, problems)
+
+    monkeypatch.setattr(stand.provider, "_confirm", noted)
+    stand.wire.loses_reply(step)
+    assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
+    assert made[0][1].reference in confirmed
+    assert references(stand) == {bystander}
+
+
+def test_of_several_whose_token_nobody_could_ask_about_none_is_confirmed_by_a_list(stand):
+    bystander = stand.issue()[2].reference
+    owed = [(handle, secret.reference) for _, handle, secret in (stand.issue() for _ in range(2))]
+    for _ in range(4):
+        stand.wire.loses_reply("POST /v1/auth/token/lookup-accessor")
+    assert [type(problem) for problem in stand.provider.revoke_many(owed)] == [ProviderUnavailable] * 2
+    assert stand.provider.revoke_many(owed) == [None] * 2
+    assert references(stand) == {bystander}
+
+
 def told_of(stand, monkeypatch, name):
     """What a step of the provider is called with from now on."""
     told, step = [], getattr(stand.provider, name)
@@ -319,6 +348,44 @@ def test_a_vault_slow_enough_to_end_all_and_confirm_none_is_asked_about_some_of_
     monkeypatch.undo()
     for handle, secret in made[2:]:
         stand.provider.revoke(handle, secret.reference)
+
+
+def test_where_there_is_no_time_to_revoke_a_lease_one_looks_whether_the_queue_did(stand, monkeypatch):
+    """One that hangs is no failure of those beside it: their tokens are dead, and so their leases are being ended."""
+    made = [stand.issue()[1:] for _ in range(3)]
+    now = 0.0
+    revoke_lease = stand.provider._revoke_lease
+
+    def slow(reference):
+        nonlocal now
+        now += 8.0
+        revoke_lease(reference)
+
+    listed = told_of(stand, monkeypatch, "_listed")
+    monkeypatch.setattr(stand.provider, "_revoke_lease", slow)
+    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: now)
+    said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
+    monkeypatch.undo()
+    assert said == [None] * 3 and now == 8.0
+    assert not listed  # which takes time as well
+    assert not any(stand.opens(**secret.data.reveal()) for _, secret in made)
+
+
+def test_what_cannot_be_looked_at_in_time_is_given_up(stand, monkeypatch):
+    made = [stand.issue()[1:] for _ in range(4)]
+    now = 0.0
+    confirm = stand.provider._confirm
+
+    def slow(handle, reference, problems):
+        nonlocal now
+        now += 6.0
+        confirm(handle, reference, problems)
+
+    monkeypatch.setattr(stand.provider, "_confirm", slow)
+    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: now)
+    said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
+    monkeypatch.undo()
+    assert [type(problem) for problem in said] == [type(None)] * 2 + [ProviderUnavailable] * 2
 
 
 def test_a_secret_ends_with_the_time_it_was_given_though_its_lease_is_longer(stand):

@@ -453,6 +453,30 @@ def test_a_ceiling_that_shrank_while_the_provider_was_asked_stays_shrunk(house):
     assert house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)[0].expires_at == until
 
 
+def test_a_grant_ends_with_its_secret_where_that_ends_earlier(house):
+    """INV-08."""
+    until = house.clock() + timedelta(seconds=30)
+    ends(house, until)
+    issued = ask(house)
+    assert issued.grant.expires_at == issued.credential.expires_at == until
+    assert house.broker.verification.find_grant(house.caller("ada"), issued.grant.id)[0].expires_at == until
+
+
+def test_a_secret_that_is_over_before_it_is_confirmed_is_not_handed_out(house):
+    ends(house, house.clock())
+    with pytest.raises(Unavailable, match="longer than it would have lived"):
+        ask(house)
+    assert states(house.broker.database) == [(GrantState.FAILED, LeaseState.REVOKING)]
+    house.broker.debts.pay()
+    assert house.outside.alive == {}
+
+
+def ends(house, moment):
+    """The next secret ends then, whatever was asked for."""
+    issue = house.outside.issue
+    house.outside.issue = lambda *arguments: replace(issue(*arguments), expires_at=moment)
+
+
 def test_what_was_handed_down_of_a_secret_whose_confirmation_nobody_heard_ends_with_it(house, monkeypatch):
     """INV-05, INV-11: it counts as made, so a part of it may be out."""
     task, parts = house.open_task(), []

@@ -120,22 +120,45 @@ def test_every_statement_has_a_bound_on_postgresql(postgres):
 
 
 @pytest.mark.parametrize("quiet_s", [0, 60], ids=["quiet", "just used"])
-def test_a_connection_that_was_cut_while_nobody_used_it_is_nobodys_trouble(postgres, monkeypatch, quiet_s):
-    """Unless it was used a moment ago: then it is not asked, and whoever comes first is told to come again."""
+@pytest.mark.parametrize("way", ["begin", "look"])
+def test_connections_that_were_cut_while_nobody_used_them_are_at_most_one_callers_trouble(
+    postgres, monkeypatch, way, quiet_s
+):
+    """Of those that were used a moment ago the first is not asked whether it lives; once it broke the others are."""
     monkeypatch.setattr(store, "_QUIET_S", quiet_s)
     with postgres_database(postgres) as url:
         database = Database(url)
+
+        def ask():
+            if way == "look":
+                return database.look("SELECT pg_backend_pid()", {})[0][0]
+            with database.begin() as db:
+                return db.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
+
         with contextlib.ExitStack() as held:
-            taken = [held.enter_context(database.engine.connect()) for _ in range(3)]
+            taken = [held.enter_context(database.engine.connect()) for _ in range(10)]
             pids = [each.execute(sa.text("SELECT pg_backend_pid()")).scalar_one() for each in taken]
         cut(url, pids)
         if quiet_s:
-            with pytest.raises(Unavailable), database.begin() as db:
-                db.execute(sa.text("SELECT 1"))
-        # The others went the same way, and nobody has to find that out for each of them.
-        for _ in pids:
+            with pytest.raises(Unavailable):
+                ask()
+        assert not {ask() for _ in range(12)} & set(pids)
+        database.close()
+
+
+def test_a_connection_that_was_used_a_moment_ago_is_not_asked_whether_it_lives(postgres, monkeypatch):
+    with postgres_database(postgres) as url:
+        database = Database(url)
+        asked = []
+        monkeypatch.setattr(database.engine.dialect, "do_ping", asked.append)
+        for _ in range(3):
             with database.begin() as db:
-                assert db.execute(sa.text("SELECT pg_backend_pid()")).scalar_one() not in pids
+                db.execute(sa.text("SELECT 1"))
+        assert not asked
+        monkeypatch.setattr(store, "_QUIET_S", 0)
+        with database.begin() as db:
+            db.execute(sa.text("SELECT 1"))
+        assert len(asked) == 1
         database.close()
 
 

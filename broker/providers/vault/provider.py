@@ -51,6 +51,7 @@ LONG_FOR_S = 300.0  # after which it is tried again
 
 # Several are given up together when Vault is so slow, so that whoever claimed them still has the claim.
 MANY_S = 10.0
+_TOO_SLOW = "Vault answers too slowly to be asked about every one of many"
 
 TRIAL_S = 30
 
@@ -162,28 +163,36 @@ class VaultProvider:
         dying = [_Dying(handle, reference) for handle, reference in owed]
         self._each(dying, until_tokens, lambda one: one.problems.extend(self._end_token(one.handle)))
         for one in dying:
-            if one.handle is not None and time.monotonic() <= until_looks and self._is_without_token(one.handle):
+            if one.failure is None and time.monotonic() <= until_looks and self._is_without_token(one.handle):
                 one.handle = None
-        self._each(dying, until_leases, lambda one: one.problems.extend(self._end_lease(one.reference)))
-        self._look_at_lists(dying)
-        # Where listing took its time, some is left for asking about each.
+        self._each(dying, until_leases, lambda one: one.problems.extend(self._end_lease(one.reference)), by_queue=True)
+        self._look_at_lists(dying, until_leases)
+        # Where a list took its time, some is left for asking about each.
         ends_at = max(began + MANY_S, time.monotonic() + MANY_S / 4)
         self._each(dying, ends_at, lambda one: self._confirm(one.handle, one.reference, one.problems))
         return [one.failure for one in dying]
 
-    def _each(self, dying: Sequence[_Dying], ends_at: float, step: Callable[[_Dying], None]) -> None:
-        """The trouble of one is no other's; the first is always dealt with, so that some are however slow Vault is."""
+    def _each(
+        self, dying: Sequence[_Dying], ends_at: float, step: Callable[[_Dying], None], *, by_queue: bool = False
+    ) -> None:
+        """The trouble of one is no other's; the first is always dealt with, so that some are however slow Vault is.
+
+        `by_queue`: where there is no time for it, Vault's queue may yet do the same, so that one looks all the same.
+        """
         for number, one in enumerate(dying):
             if one.failure is not None or one.is_dead:
                 continue
             try:
-                if number > 0 and time.monotonic() > ends_at:
-                    raise ProviderUnavailable("Vault answers too slowly to be asked about every one of many")
-                step(one)
+                if number == 0 or time.monotonic() <= ends_at:
+                    step(one)
+                elif by_queue:
+                    one.problems.append(_TOO_SLOW)
+                else:
+                    raise ProviderUnavailable(_TOO_SLOW)
             except (ProviderRefused, ProviderUnavailable, ValueError) as problem:
                 one.failure = problem
 
-    def _look_at_lists(self, dying: Sequence[_Dying]) -> None:
+    def _look_at_lists(self, dying: Sequence[_Dying], ends_at: float) -> None:
         """One look for many: what a list of what lives beside them leaves out is gone (INV-04).
 
         Only where there is nothing else to ask about; and a list without a name proves nothing, because it is a 404,
@@ -191,15 +200,15 @@ class VaultProvider:
         """
         left = {one.reference: one for one in dying if one.reference is not None and one.is_revoked}
         for prefix in {reference.rpartition("/")[0] for reference in left}:
-            listed = set() if self._is_long(prefix) else self._listed(prefix)
+            listed = set() if self._is_long(prefix) or time.monotonic() > ends_at else self._listed(prefix)
             for reference, one in left.items():
                 if listed and reference.rpartition("/")[0] == prefix and reference not in listed:
                     one.is_dead = True
 
-    def _is_without_token(self, handle: Handle) -> bool:
+    def _is_without_token(self, handle: Handle | None) -> bool:
         """Whether its token is certainly dead."""
         try:
-            return self._is_token_dead(handle.value)
+            return handle is not None and self._is_token_dead(handle.value)
         except (ProviderRefused, ProviderUnavailable, ValueError):
             return False
 
