@@ -129,6 +129,8 @@ class Door:
     @contextmanager
     def without(self, *channels: str) -> Iterator[None]:
         self._shut = tuple(self._CHANNELS[channel] for channel in channels)
+        # A verifier follows from its first moment on: a stream that is open already would go on.
+        self._cut()
         try:
             yield
         finally:
@@ -139,6 +141,9 @@ class Door:
         self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         self._thread.join(10)
+        self._cut()
+
+    def _cut(self) -> None:
         for connection in list(self._open):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)

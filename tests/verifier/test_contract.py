@@ -36,7 +36,10 @@ def accepted(verifier, issued, within_s=20):
 
 
 def following(verifier, channel, issued):
-    """A list is fetched when something is checked, and not by itself: so it is asked about all the while."""
+    """It may have been told something before a channel was shut, which lasts for as long as its bound.
+
+    Asked about all the while: a list is fetched when something is checked, and not by itself.
+    """
     until(lambda: why(verifier, issued) is None and verifier.state().channel == channel, what=f"following by {channel}")
 
 
