@@ -106,9 +106,13 @@ def free_port(consecutive: int = 1) -> int:
     """A port nobody has, or the first of several.
 
     Below those the system gives to outgoing connections: of them a port that was free a moment ago is somebody's soon.
+    Each of the suite's workers has its own, because nobody listens yet on what was given out a moment ago, and of two
+    servers on one port each hears some of what the other was asked.
     """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    room = 12_000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        first = 20_000 + secrets.randbelow(12_000)
+        first = 20_000 + worker * room + secrets.randbelow(room - consecutive)
         with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
             for port in range(first, first + consecutive):
                 opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
