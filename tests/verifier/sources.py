@@ -129,8 +129,9 @@ class Door:
     @contextmanager
     def without(self, *channels: str) -> Iterator[None]:
         self._shut = tuple(self._CHANNELS[channel] for channel in channels)
-        # A verifier follows from its first moment on: a stream that is open already would go on.
-        self._cut()
+        if channels:
+            # A verifier follows from its first moment on: a stream that is open already would go on.
+            self._cut()
         try:
             yield
         finally:
