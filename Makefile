@@ -48,8 +48,8 @@ $(NPM_STAMP): $(PROGRAMS) $(NPM_LOCK) $(NPM_PACKAGE)
 	  || { echo "The suite tries a client that comes from npm: it needs an npm registry beside the Python one." >&2; exit 1; }
 	@touch $(NPM_STAMP)
 
-# Twice as many as there are cores: many tests wait, for a process or for a time.
-WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((cores * 2)))
+# Half as many again as there are cores: many tests wait, for a process or for a time, and some of them for less of it.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((cores + cores / 2)))
 
 test: export PYTHONDONTWRITEBYTECODE = # the suite starts the broker a thousand times: compiled once is enough
 test: $(STAMP) $(OPENBAO) $(PROGRAMS) $(NPM_STAMP) ## the whole suite
