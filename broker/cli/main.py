@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -91,6 +92,8 @@ def main() -> None:
 
 def _loaded(module: str) -> ModuleType:
     """What a module brings with it stays: to look for garbage among it, again and again, is a fifth of loading it."""
+    if module in sys.modules:
+        return sys.modules[module]
     gc.disable()
     try:
         return importlib.import_module(module)

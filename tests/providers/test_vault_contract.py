@@ -261,7 +261,7 @@ def test_a_list_without_a_name_confirms_nobody_and_one_with_names_all_it_leaves_
     looked_up = told_of(stand, monkeypatch, "_lease")
     owed = [(None, stand.issue()[2].reference) for _ in range(3)]
     assert stand.provider.revoke_many(owed) == [None] * 3
-    assert set(looked_up) == {reference for _, reference in owed}
+    assert set(looked_up) == {(reference,) for _, reference in owed}
     looked_up.clear()
     other = stand.issue()[2].reference
     owed = [(None, stand.issue()[2].reference) for _ in range(3)]
@@ -276,7 +276,7 @@ def test_of_several_each_lease_is_revoked_at_once_and_not_left_to_the_queue(stan
     revoked = told_of(stand, monkeypatch, "_revoke_lease")
     made = [stand.issue()[1:] for _ in range(3)]
     assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 3
-    assert set(revoked) == {secret.reference for _, secret in made}
+    assert set(revoked) == {(secret.reference,) for _, secret in made}
 
 
 @pytest.mark.parametrize("step", ["POST /v1/auth/token/lookup-accessor", "PUT /v1/sys/leases/revoke"])
@@ -284,17 +284,10 @@ def test_a_list_confirms_nobody_of_whom_a_step_was_not_answered(stand, monkeypat
     """Whatever it leaves out: their token may live, or what was left undone may follow (INV-04)."""
     bystander = stand.issue()[2].reference
     made = [stand.issue()[1:] for _ in range(2)]
-    confirmed = []
-    confirm = stand.provider._confirm
-
-    def noted(handle, reference, problems):
-        confirmed.append(reference)
-        confirm(handle, reference, problems)
-
-    monkeypatch.setattr(stand.provider, "_confirm", noted)
+    confirmed = told_of(stand, monkeypatch, "_confirm")
     stand.wire.loses_reply(step)
     assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
-    assert made[0][1].reference in confirmed
+    assert made[0][1].reference in [reference for _, reference, _ in confirmed]
     assert references(stand) == {bystander}
 
 
@@ -312,12 +305,25 @@ def told_of(stand, monkeypatch, name):
     """What a step of the provider is called with from now on."""
     told, step = [], getattr(stand.provider, name)
 
-    def noted(of):
+    def noted(*of):
         told.append(of)
-        return step(of)
+        return step(*of)
 
     monkeypatch.setattr(stand.provider, name, noted)
     return told
+
+
+def takes(stand, monkeypatch, name, seconds):
+    """From now on a step of the provider takes so long, by a clock that nothing else moves; answers that clock."""
+    clock, step = [0.0], getattr(stand.provider, name)
+
+    def slow(*of):
+        clock[0] += seconds
+        return step(*of)
+
+    monkeypatch.setattr(stand.provider, name, slow)
+    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: clock[0])
+    return clock
 
 
 def test_several_are_given_up_together_where_vault_is_too_slow_and_the_first_never_is(stand, monkeypatch):
@@ -333,56 +339,43 @@ def test_several_are_given_up_together_where_vault_is_too_slow_and_the_first_nev
 
 def test_a_vault_slow_enough_to_end_all_and_confirm_none_is_asked_about_some_of_them(stand, monkeypatch):
     made = [stand.issue()[1:] for _ in range(8)]
-    now = 0.0
-    end_token = stand.provider._end_token
-
-    def slow(handle):
-        nonlocal now
-        now += 1.3
-        return end_token(handle)
-
-    monkeypatch.setattr(stand.provider, "_end_token", slow)
-    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: now)
+    asked = told_of(stand, monkeypatch, "_is_token_dead")
+    takes(stand, monkeypatch, "_end_token", 1.3)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     assert [problem is None for problem in said] == [True, True] + [False] * 6
+    # Nothing more is asked about those that are given up.
+    assert len(asked) == 2
     monkeypatch.undo()
     for handle, secret in made[2:]:
+        stand.provider.revoke(handle, secret.reference)
+
+
+def test_where_there_is_no_time_to_look_at_all_tokens_first_each_is_looked_at_with_its_lease(stand, monkeypatch):
+    made = [stand.issue()[1:] for _ in range(4)]
+    asked = told_of(stand, monkeypatch, "_is_without_token")
+    takes(stand, monkeypatch, "_is_token_dead", 3.0)
+    said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
+    monkeypatch.undo()
+    assert len(asked) == 2 and said[:3] == [None] * 3
+    for handle, secret in made:
         stand.provider.revoke(handle, secret.reference)
 
 
 def test_where_there_is_no_time_to_revoke_a_lease_one_looks_whether_the_queue_did(stand, monkeypatch):
     """One that hangs is no failure of those beside it: their tokens are dead, and so their leases are being ended."""
     made = [stand.issue()[1:] for _ in range(3)]
-    now = 0.0
-    revoke_lease = stand.provider._revoke_lease
-
-    def slow(reference):
-        nonlocal now
-        now += 8.0
-        revoke_lease(reference)
-
     listed = told_of(stand, monkeypatch, "_listed")
-    monkeypatch.setattr(stand.provider, "_revoke_lease", slow)
-    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: now)
+    clock = takes(stand, monkeypatch, "_revoke_lease", 8.0)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     monkeypatch.undo()
-    assert said == [None] * 3 and now == 8.0
+    assert said == [None] * 3 and clock == [8.0]
     assert not listed  # which takes time as well
     assert not any(stand.opens(**secret.data.reveal()) for _, secret in made)
 
 
 def test_what_cannot_be_looked_at_in_time_is_given_up(stand, monkeypatch):
     made = [stand.issue()[1:] for _ in range(4)]
-    now = 0.0
-    confirm = stand.provider._confirm
-
-    def slow(handle, reference, problems):
-        nonlocal now
-        now += 6.0
-        confirm(handle, reference, problems)
-
-    monkeypatch.setattr(stand.provider, "_confirm", slow)
-    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: now)
+    takes(stand, monkeypatch, "_confirm", 6.0)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     monkeypatch.undo()
     assert [type(problem) for problem in said] == [type(None)] * 2 + [ProviderUnavailable] * 2
