@@ -62,9 +62,9 @@ _ADMINISTRATOR = "vault_admin"
 _CONFIGURATION = """
 storage "raft" {{
   path = "{directory}/data"
-  node_id = "one"
+  node_id = "{name}"
   performance_multiplier = 1
-}}
+{joining}}}
 listener "tcp" {{
   address = "127.0.0.1:{port}"
   cluster_address = "127.0.0.1:{cluster_port}"
@@ -74,12 +74,21 @@ api_addr = "http://127.0.0.1:{port}"
 cluster_addr = "http://127.0.0.1:{cluster_port}"
 log_level = "warn"
 """
+# It has no vote: what the others do needs nobody who may be gone.
+_JOINING = """  retry_join_as_non_voter = true
+  retry_join {{
+    leader_api_addr = "{address}"
+  }}
+"""
 
 
 class OpenBao:
-    """One server: started, sealed, killed and started again by whoever tests with it."""
+    """One server: started, sealed, killed and started again by whoever tests with it.
 
-    def __init__(self, directory: Path) -> None:
+    `joins` is the one whose storage it follows: it is a standby of that, which answers reads from what it has.
+    """
+
+    def __init__(self, directory: Path, *, name: str = "one", joins: OpenBao | None = None) -> None:
         self.directory = directory
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
@@ -89,7 +98,10 @@ class OpenBao:
         self._process: subprocess.Popen[bytes] | None = None
         self._client = httpx.Client(base_url=f"{self.address}/v1/", timeout=30, trust_env=False)
         (directory / "data").mkdir()
-        text = _CONFIGURATION.format(directory=directory, port=self.port, cluster_port=free_port())
+        joining = "" if joins is None else _JOINING.format(address=joins.address)
+        text = _CONFIGURATION.format(
+            directory=directory, port=self.port, cluster_port=free_port(), name=name, joining=joining
+        )
         (directory / "openbao.hcl").write_text(text)
 
     def start(self) -> None:
@@ -116,6 +128,17 @@ class OpenBao:
     def unseal(self) -> None:
         self._client.put("sys/unseal", json={"key": self._unseal_key}).raise_for_status()
         until(lambda: self._client.get("sys/health").status_code == 200, what="OpenBao being active")
+
+    def follow(self, active: OpenBao) -> None:
+        """Be a standby of it, once it has told what there is."""
+        self._unseal_key, self.root_token = active._unseal_key, active.root_token
+
+        def is_standby() -> bool:
+            # It can be unsealed when it has joined, and not before.
+            self._client.put("sys/unseal", json={"key": self._unseal_key})
+            return self._client.get("sys/health").status_code == 429
+
+        until(is_standby, what="OpenBao being a standby")
 
     def seal(self) -> None:
         self.root("put", "sys/seal")

@@ -162,7 +162,7 @@ def house_on_vault(
     settings = replace(settings_for(store_url, directory, catalogue, **limits), vault=VaultSettings.parse(table))
     broker = build(settings, clock=clock)
     # Vault's queue works while the broker waits for it.
-    broker.debts._providers["vault"]._pause = lambda _seconds: fake.work()  # type: ignore[attr-defined]
+    broker.debts._providers["vault"]._ending._pause = lambda _seconds: fake.work()  # type: ignore[attr-defined]
     broker.apply(by="tests")
     if looked:
         broker.reconciliation.run()

@@ -16,7 +16,7 @@ takes the provider's settings and the clock and answers a `Provider`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from importlib.metadata import entry_points
@@ -32,6 +32,8 @@ from broker.domain.secret import SecretData as SecretData
 ENTRY_POINTS = "broker.providers"
 
 Setting = str | int | bool
+# As `map`: it is for whoever calls to say how many steps are taken at once.
+AtOnce = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 _log = logging.getLogger(__name__)
 
@@ -127,9 +129,11 @@ class Provider(Protocol):
 
 @runtime_checkable
 class RevokesMany(Protocol):
-    """A provider that kills several faster than one after another; each is confirmed as by `revoke`."""
+    """A provider that kills several faster than each by itself; each is confirmed as by `revoke`."""
 
-    def revoke_many(self, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
+    def revoke_many(
+        self, owed: Sequence[tuple[Handle | None, str | None]], at_once: AtOnce
+    ) -> Sequence[Exception | None]:
         """For each in order: None if it is confirmed dead, else what `revoke` would have raised for it."""
 
 
@@ -150,17 +154,19 @@ def require_foreseeable(provider: Provider, request: SecretRequest, ttl: timedel
         provider.foresee(request, ttl)
 
 
-def revoke_each(provider: Provider, owed: Sequence[tuple[Handle | None, str | None]]) -> Sequence[Exception | None]:
+def revoke_each(
+    provider: Provider, owed: Sequence[tuple[Handle | None, str | None]], at_once: AtOnce = map
+) -> Sequence[Exception | None]:
     """What became of each; the trouble of one is no other's, nor is a fault of the provider's in killing several."""
     if isinstance(provider, RevokesMany) and len(owed) > 1:
         try:
-            answers = provider.revoke_many(owed)
+            answers = provider.revoke_many(owed, at_once)
             if len(answers) == len(owed):
                 return answers
             _log.error("a provider did not say of each whether it is dead", extra={"fields": {"owed": len(owed)}})
         except Exception:
             _log.exception("a provider could not kill several", extra={"fields": {"owed": len(owed)}})
-    return [_problem_with(provider, handle, reference) for handle, reference in owed]
+    return list(at_once(lambda one: _problem_with(provider, *one), owed))
 
 
 def _problem_with(provider: Provider, handle: Handle | None, reference: str | None) -> Exception | None:

@@ -26,7 +26,7 @@ from broker.domain.clock import Clock
 from broker.domain.errors import BrokerError, Unavailable
 from broker.domain.lease import STUCK_AFTER, Lease, RevocationClass, Urgency, dead_at, next_attempt
 from broker.domain.lifecycle import GrantState, LeaseState
-from broker.providers.base import Handle, Provider, revoke_each
+from broker.providers.base import AtOnce, Handle, Provider, revoke_each
 from broker.providers.targets import Logins
 from broker.services.endings import ACTOR, end_grants, lease_event
 from broker.services.reconciliation import OLD_ENOUGH
@@ -40,9 +40,11 @@ _CLAIMED_AGAIN_S = 8.0  # while its provider is asked
 _WORKERS = 8  # at one provider at once, for what is paid in its turn
 _URGENT_WORKERS = 2  # of them, for nothing but what is urgent
 _CLOSING_WORKERS = 8  # for what somebody is waiting for just now
+_CLOSING_CALLS = 24  # by all of them together
 _CLOSING_S = 2.0
 _TOGETHER = 16  # claimed by one worker at once
-_CLOSED_TOGETHER = (8, 25)  # at least, and at most where there are so many that each worker has as many
+_CLOSERS = 4  # of one task: some record what died while others ask
+_CLOSED_TOGETHER = (8, 100)  # claimed by each: at least, and at most
 _INTENTS_AT_ONCE = 100
 _ABANDONED_EVERY = timedelta(hours=1)
 _LOOK_AGAIN = timedelta(seconds=5)
@@ -137,17 +139,17 @@ class Debts:
         ends_at = time.monotonic() + _CLOSING_S
         with self._database.read() as db:
             owed = leases.providers_owed_for(db, grant_ids)
-        workers = min(_CLOSING_WORKERS, len(grant_ids))
         least, most = _CLOSED_TOGETHER
-        together = min(most, max(least, math.ceil(len(grant_ids) / _CLOSING_WORKERS)))
-        pay = functools.partial(self._pay_until_none, grant_ids=tuple(grant_ids), ends_at=ends_at)
+        together = min(most, max(least, math.ceil(len(grant_ids) / _CLOSERS)))
+        pay = functools.partial(self._pay_until_none, grant_ids=tuple(grant_ids), ends_at=ends_at, together=together)
         with self._guard:
             if self._closed.is_set():
                 return
+            lanes = [self._lane(provider) for provider in owed]
             running = [
-                self._lane(provider).closings.submit(pay, provider, together=together)
-                for provider in owed
-                for _ in range(workers)
+                lane.closings.submit(pay, lane.provider, at_once=lane.calls.map)
+                for lane in lanes
+                for _ in range(min(_CLOSERS, math.ceil(len(grant_ids) / together)))
             ]
         done, _ = wait(running, timeout=_CLOSING_S)
         for future in done:
@@ -182,6 +184,7 @@ class Debts:
         ends_at: float | None = None,
         at_most_urgency: Urgency = Urgency.EXPIRED,
         together: int | None = None,
+        at_once: AtOnce = map,
     ) -> int:
         paid = 0
         while not self._stopped.is_set() if ends_at is None else time.monotonic() < ends_at:
@@ -198,13 +201,13 @@ class Debts:
                 )
             if not claimed:
                 break
-            paid += self._pay_claimed(provider, claimed)
+            paid += self._pay_claimed(provider, claimed, at_once)
         return paid
 
-    def _pay_claimed(self, provider: str, claimed: Sequence[Lease]) -> int:
+    def _pay_claimed(self, provider: str, claimed: Sequence[Lease], at_once: AtOnce) -> int:
         """Answers how many of them were released."""
         died: dict[datetime, list[Lease]] = {}
-        answers = list(self._asked_for(provider, claimed))
+        answers = list(self._asked_for(provider, claimed, at_once))
         # One moment for all that were confirmed by then: they are released together.
         confirmed_at = self._clock()
         for lease, problem in answers:
@@ -223,7 +226,9 @@ class Debts:
                     died.setdefault(died_at, []).append(lease)
         return self._release(died)
 
-    def _asked_for(self, name: str, claimed: Sequence[Lease]) -> Iterator[tuple[Lease, Exception | None]]:
+    def _asked_for(
+        self, name: str, claimed: Sequence[Lease], at_once: AtOnce
+    ) -> Iterator[tuple[Lease, Exception | None]]:
         """Each with what its provider says of its end; those that need nobody to be asked with nothing."""
         owed: list[tuple[Lease, Handle | None]] = []
         for lease in claimed:
@@ -242,7 +247,7 @@ class Debts:
             yield from ((lease, missing) for lease, _ in owed)
             return
         with self._kept([lease for lease, _ in owed]):
-            answers = revoke_each(provider, [(handle, lease.reference) for lease, handle in owed])
+            answers = revoke_each(provider, [(handle, lease.reference) for lease, handle in owed], at_once)
         yield from ((lease, answer) for (lease, _), answer in zip(owed, answers, strict=True))
 
     @contextmanager
@@ -373,6 +378,8 @@ class _Lane:
     def __init__(self, provider: str) -> None:
         self.provider = provider
         self.closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix=f"closings {provider}")
+        # Closings wait for these, and these for nobody.
+        self.calls = ThreadPoolExecutor(_CLOSING_CALLS, thread_name_prefix=f"calls {provider}")
         # And one who sees to the others.
         self._turns = ThreadPoolExecutor(_WORKERS + 1, thread_name_prefix=f"debts {provider}")
         self._paying: Future[int] | None = None
@@ -399,7 +406,7 @@ class _Lane:
             raise
 
     def close(self) -> None:
-        for pool in (self._turns, self.closings):
+        for pool in (self._turns, self.closings, self.calls):
             pool.shutdown()
 
 

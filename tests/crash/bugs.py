@@ -58,7 +58,7 @@ def a_204_is_death() -> None:
 
     def revoke(self: VaultProvider, handle: Handle | None, reference: str | None) -> None:
         if handle is not None:
-            self._revoke_accessor(handle.value)
+            self._calls.revoke_accessor(handle.value)
 
     VaultProvider.revoke = revoke
     del VaultProvider.revoke_many

@@ -30,6 +30,8 @@ import psycopg
 from broker.domain.errors import ProviderUnavailable
 from broker.providers.vault import VaultProvider
 from broker.providers.vault import provider as vault
+from broker.providers.vault.calls import Calls
+from broker.providers.vault.ending import Ending
 from broker.services import debts, issuance, reconciliation, revocation, sweeper, tasks
 from broker.services.debts import Debts
 from broker.services.secrets import Secrets
@@ -237,15 +239,15 @@ def _forgetting(rollback: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _wrap_calls(faults: Faults) -> None:
-    for name, point in (
-        ("_child_token", "prepare"),
-        ("issue", "issue"),
-        ("_revoke_accessor", "revoke accessor"),
-        ("_revoke_lease", "revoke lease"),
-        ("_alive", "look up"),
-        ("list_live", "list"),
+    for owner, name, point in (
+        (VaultProvider, "_child_token", "prepare"),
+        (VaultProvider, "issue", "issue"),
+        (Calls, "revoke_accessor", "revoke accessor"),
+        (Calls, "revoke_lease", "revoke lease"),
+        (Ending, "_alive", "look up"),
+        (VaultProvider, "list_live", "list"),
     ):
-        setattr(VaultProvider, name, _calling(getattr(VaultProvider, name), point, faults))
+        setattr(owner, name, _calling(getattr(owner, name), point, faults))
     obtain = Secrets.obtain
 
     @functools.wraps(obtain)

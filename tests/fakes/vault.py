@@ -3,6 +3,8 @@
 It keeps what was measured on OpenBao 2.7: `revoke-accessor` only queues the leases of a token; a `sync` revocation may
 answer 204 while the queue works on the same lease; revoking what does not exist is a success; after six failures a
 lease is irrevocable and left alone for a day; a request past its token check registers its lease after the token died.
+What changed something says how far the storage was then (`X-Vault-Index`), and a look that is asked for since that
+moment is refused by a node that is behind.
 What is on top of that a test asks for: see `FakeVault`'s faults.
 """
 
@@ -93,12 +95,16 @@ class Call:
         self.path = handler.path.partition("?")[0].removeprefix("/v1/")
         self.token = handler.headers.get("X-Vault-Token", "")
         self.namespace = handler.headers.get("X-Vault-Namespace", "")
+        self.since = int(handler.headers.get("X-Vault-Index") or 0)
+        self.index: int | None = None  # that the answer tells
 
     def answer(self, status: int, document: Any = None, **headers: str) -> None:
         self.raw(status, b"" if document is None else json.dumps(document).encode(), **headers)
 
     def raw(self, status: int, body: bytes, **headers: str) -> None:
         self.handler.send_response(status)
+        if self.index is not None and self.vault.tells_its_index:
+            self.handler.send_header("X-Vault-Index", str(self.index))
         for name, value in {"Content-Type": "application/json", **headers}.items():
             self.handler.send_header(name.replace("_", "-"), value)
         self.handler.send_header("Content-Length", str(len(body)))
@@ -131,12 +137,15 @@ class FakeVault:
         self.logins = 0
         self.renewals = 0
         self.login_works = True
+        self.tells_its_index = True  # as OpenBao does since 2.7, and HashiCorp's does not
+        self.index = 1  # of the storage, at the active node
         self.transit: dict[str, list[bytes]] = {}  # the versions of each key of the transit engine
         self.least_version = 1  # that still opens what it wrapped
         self.seen: list[tuple[str, str, dict[str, Any]]] = []  # method, path, body; never a token
         self.tokens: dict[str, Token] = {}
         self.leases: dict[str, Lease] = {}
         self.alive: set[str] = set()  # what opens something at the target
+        self._standby: tuple[int, set[str], set[str]] | None = None  # that is asked: its index, accessors and leases
         self._faults: list[Fault] = []
         self._landing: list[Callable[[], None]] = []
         self._guard = threading.RLock()
@@ -189,6 +198,20 @@ class FakeVault:
             for landing in self._landing:
                 landing()
             self._landing.clear()
+
+    def falls_behind(self) -> None:
+        """From now on a standby is asked, which passes on what changes something and answers looks from what it has."""
+        with self._guard:
+            self._standby = (self.index, {token.accessor for token in self.tokens.values()}, set(self.leases))
+
+    def hears_of_tokens(self) -> None:
+        """The standby knows all that there are by now, and what they read as before."""
+        with self._guard:
+            assert self._standby is not None
+            self._standby[1].update(token.accessor for token in self.tokens.values())
+
+    def catches_up(self) -> None:
+        self._standby = None
 
     def fault(self, match: str, act: Callable[[Call], None], times: int = 1) -> None:
         self._faults.append(Fault(re.compile(match), act, times))
@@ -279,6 +302,11 @@ class FakeVault:
         if is_child != bool(re.match(r"(database|rabbitmq|kubernetes|aws|pki|ssh)/", call.path)) and not checked:
             raise _Refusal(403, "1 error occurred:\n\t* permission denied\n\n")
         path, body = call.path, call.body
+        if not re.match(r"auth/token/lookup|sys/leases/lookup", path):
+            self.index += 1
+            call.index = self.index
+        elif self._standby is not None and call.since > self._standby[0]:
+            raise _Refusal(429)  # without a word, as measured on a cluster
         if path.startswith("auth/token/create/"):
             return self._create(path.rsplit("/", 1)[1], body)
         if path == "auth/token/lookup-self":
@@ -293,10 +321,12 @@ class FakeVault:
         if path in ("auth/token/revoke-accessor", "auth/token/lookup-accessor"):
             token = next((t for t in self.tokens.values() if t.accessor == body.get("accessor")), None)
             if path.endswith("lookup-accessor"):
-                if token is None:
+                if token is None or (self._standby is not None and token.accessor not in self._standby[1]):
                     raise _Refusal(400, "1 error occurred:\n\t* invalid accessor\n\n")
                 return _data({"accessor": token.accessor, "orphan": token.orphan, "meta": token.meta})
-            if token is None:
+            if token is None or (self._standby is not None and token.accessor not in self._standby[1]):
+                # That which has nothing to change is answered by whoever is asked.
+                call.index = self._standby[0] if self._standby is not None else self.index
                 return 200, {"warnings": ["No token found with this accessor"], "data": None}
             self._end_token(token)
             return 204, None
@@ -304,7 +334,8 @@ class FakeVault:
             return self._look_up(str(body.get("lease_id")))
         if path.startswith("sys/leases/lookup/"):
             prefix = path.removeprefix("sys/leases/lookup/").rstrip("/") + "/"
-            keys = sorted({_next(lease_id[len(prefix) :]) for lease_id in self.leases if lease_id.startswith(prefix)})
+            known = self.leases.keys() if self._standby is None else self._standby[2]
+            keys = sorted({_next(lease_id[len(prefix) :]) for lease_id in known if lease_id.startswith(prefix)})
             if not keys:
                 raise _Refusal(404)
             return _data({"keys": keys})
@@ -379,7 +410,7 @@ class FakeVault:
 
     def _look_up(self, lease_id: str) -> tuple[int, Any]:
         lease = self.leases.get(lease_id)
-        if lease is None:
+        if lease is None or (self._standby is not None and lease_id not in self._standby[2]):
             raise _Refusal(400, "invalid lease")
         seen = {
             "id": lease.id,

@@ -1,6 +1,7 @@
 """The contract of a provider, on the fake Vault and on a real OpenBao alike."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from broker.domain.errors import ProviderRefused, ProviderUnavailable
 from broker.providers.base import Handle, Provider, RevocationClass
+from broker.providers.vault import ending
 from tests.fakes.vault import FakeVault
 from tests.openbao import DATABASE, GENERIC, PKI, PKI_ISSUE, SSH
 from tests.providers.contract import TTL, OnFake, OnOpenBao, csr, ssh_key
@@ -219,10 +221,10 @@ def test_of_several_what_vault_still_lists_is_not_taken_for_dead(stand, monkeypa
     made = [stand.issue()[1:] for _ in range(2)]
     owed = [(handle, secret.reference) for handle, secret in made]
     with monkeypatch.context() as lazy:
-        lazy.setattr("broker.providers.vault.provider.CONFIRM_PAUSES_S", (0.01,))
-        lazy.setattr(stand.provider, "_revoke_accessor", lambda _accessor: None)
-        lazy.setattr(stand.provider, "_is_without_token", lambda _handle: True)
-        lazy.setattr(stand.provider, "_revoke_lease", lambda _reference: None)
+        lazy.setattr("broker.providers.vault.ending.CONFIRM_PAUSES_S", (0.01,))
+        lazy.setattr(stand.provider._calls, "revoke_accessor", lambda _accessor: None)
+        lazy.setattr(stand.provider._ending, "_look_at_token", lambda one: setattr(one, "handle", None))
+        lazy.setattr(stand.provider._calls, "revoke_lease", lambda _reference: None)
         said = stand.provider.revoke_many(owed)
     assert [type(problem) for problem in said] == [ProviderUnavailable] * 2
     assert all(stand.opens(**secret.data.reveal()) for _, secret in made)
@@ -232,25 +234,25 @@ def test_of_several_what_vault_still_lists_is_not_taken_for_dead(stand, monkeypa
 @pytest.mark.parametrize("why", ["too many", "too slow", "refused"])
 def test_what_is_not_worth_listing_is_not_listed_again_for_a_while(stand, monkeypatch, why):
     asked = []
-    leases_under = stand.provider._leases_under
+    leases_under = stand.provider._calls.leases_under
 
-    def listing(prefix, depth):
+    def listing(prefix, since):
         asked.append(prefix)
         if why == "refused":
             raise ProviderUnavailable("it does not list", reason="a test")
-        return leases_under(prefix, depth)
+        return leases_under(prefix, since)
 
-    monkeypatch.setattr(stand.provider, "_leases_under", listing)
+    monkeypatch.setattr(stand.provider._calls, "leases_under", listing)
     # More than none, and longer than no time.
     name = {"too many": "WORTH_LISTING", "too slow": "SLOW_S"}.get(why)
     if name:
-        monkeypatch.setattr(f"broker.providers.vault.provider.{name}", -1)
+        monkeypatch.setattr(f"broker.providers.vault.ending.{name}", -1)
     for _ in range(2):
         made = [stand.issue()[1:] for _ in range(2)]
         assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
         assert len(asked) == 1
-    monkeypatch.setattr("broker.providers.vault.provider.LONG_FOR_S", -1.0)
-    stand.provider._long.clear()
+    monkeypatch.setattr("broker.providers.vault.ending.LONG_FOR_S", -1.0)
+    stand.provider._ending._long.clear()
     made = [stand.issue()[1:] for _ in range(2)]
     assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
     assert len(asked) == 2
@@ -258,10 +260,10 @@ def test_what_is_not_worth_listing_is_not_listed_again_for_a_while(stand, monkey
 
 def test_a_list_without_a_name_confirms_nobody_and_one_with_names_all_it_leaves_out(stand, monkeypatch):
     """The first is a 404, which something on the way may say as well: then each is looked up (INV-04)."""
-    looked_up = told_of(stand, monkeypatch, "_lease")
+    looked_up = told_of(stand.provider._calls, monkeypatch, "lease")
     owed = [(None, stand.issue()[2].reference) for _ in range(3)]
     assert stand.provider.revoke_many(owed) == [None] * 3
-    assert set(looked_up) == {(reference,) for _, reference in owed}
+    assert {reference for reference, _ in looked_up} == {reference for _, reference in owed}
     looked_up.clear()
     other = stand.issue()[2].reference
     owed = [(None, stand.issue()[2].reference) for _ in range(3)]
@@ -273,10 +275,24 @@ def test_a_list_without_a_name_confirms_nobody_and_one_with_names_all_it_leaves_
 
 def test_of_several_each_lease_is_revoked_at_once_and_not_left_to_the_queue(stand, monkeypatch):
     """A node that has not heard of a lease yet would call it gone; a revocation reaches the one that has."""
-    revoked = told_of(stand, monkeypatch, "_revoke_lease")
+    revoked = told_of(stand.provider._calls, monkeypatch, "revoke_lease")
     made = [stand.issue()[1:] for _ in range(3)]
     assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 3
     assert set(revoked) == {(secret.reference,) for _, secret in made}
+
+
+def test_of_many_what_vault_s_queue_ends_is_told_by_lists_no_older_than_the_deaths_of_their_tokens(stand, monkeypatch):
+    bystander = stand.issue()[2].reference
+    made = [stand.issue()[1:] for _ in range(ending._FEW + 8)]
+    listed = told_of(stand.provider._ending, monkeypatch, "_listed")
+    revoked = told_of(stand.provider._calls, monkeypatch, "revoke_lease")
+    with ThreadPoolExecutor(8) as pool:
+        said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made], pool.map)
+    assert said == [None] * len(made)
+    assert listed and all(since for _, since in listed)
+    assert len(revoked) < len(made)
+    assert not any(stand.opens(**secret.data.reveal()) for _, secret in made)
+    assert references(stand) == {bystander}
 
 
 @pytest.mark.parametrize("step", ["POST /v1/auth/token/lookup-accessor", "PUT /v1/sys/leases/revoke"])
@@ -284,10 +300,10 @@ def test_a_list_confirms_nobody_of_whom_a_step_was_not_answered(stand, monkeypat
     """Whatever it leaves out: their token may live, or what was left undone may follow (INV-04)."""
     bystander = stand.issue()[2].reference
     made = [stand.issue()[1:] for _ in range(2)]
-    confirmed = told_of(stand, monkeypatch, "_confirm")
+    confirmed = told_of(stand.provider._ending, monkeypatch, "_confirm")
     stand.wire.loses_reply(step)
     assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
-    assert made[0][1].reference in [reference for _, reference, _ in confirmed]
+    assert made[0][1].reference in [one.reference for (one,) in confirmed]
     assert references(stand) == {bystander}
 
 
@@ -301,35 +317,35 @@ def test_of_several_whose_token_nobody_could_ask_about_none_is_confirmed_by_a_li
     assert references(stand) == {bystander}
 
 
-def told_of(stand, monkeypatch, name):
-    """What a step of the provider is called with from now on."""
-    told, step = [], getattr(stand.provider, name)
+def told_of(part, monkeypatch, name):
+    """What a step of a part of the provider is called with from now on."""
+    told, step = [], getattr(part, name)
 
     def noted(*of):
         told.append(of)
         return step(*of)
 
-    monkeypatch.setattr(stand.provider, name, noted)
+    monkeypatch.setattr(part, name, noted)
     return told
 
 
-def takes(stand, monkeypatch, name, seconds):
-    """From now on a step of the provider takes so long, by a clock that nothing else moves; answers that clock."""
-    clock, step = [0.0], getattr(stand.provider, name)
+def takes(part, monkeypatch, name, seconds):
+    """From now on a step of a part of the provider takes so long, by a clock that nothing else moves; answers it."""
+    clock, step = [0.0], getattr(part, name)
 
     def slow(*of):
         clock[0] += seconds
         return step(*of)
 
-    monkeypatch.setattr(stand.provider, name, slow)
-    monkeypatch.setattr("broker.providers.vault.provider.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(part, name, slow)
+    monkeypatch.setattr("broker.providers.vault.ending.time.monotonic", lambda: clock[0])
     return clock
 
 
 def test_several_are_given_up_together_where_vault_is_too_slow_and_the_first_never_is(stand, monkeypatch):
     """Whoever claimed them keeps the claim no longer than that, and some are paid however slow Vault is."""
     made = [stand.issue()[1:] for _ in range(3)]
-    monkeypatch.setattr("broker.providers.vault.provider.MANY_S", -1.0)
+    monkeypatch.setattr("broker.providers.vault.ending.MANY_S", -1.0)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     assert [type(problem) for problem in said] == [type(None), ProviderUnavailable, ProviderUnavailable]
     assert [stand.opens(**secret.data.reveal()) for _, secret in made] == [False, True, True]
@@ -339,8 +355,8 @@ def test_several_are_given_up_together_where_vault_is_too_slow_and_the_first_nev
 
 def test_a_vault_slow_enough_to_end_all_and_confirm_none_is_asked_about_some_of_them(stand, monkeypatch):
     made = [stand.issue()[1:] for _ in range(8)]
-    asked = told_of(stand, monkeypatch, "_is_token_dead")
-    takes(stand, monkeypatch, "_end_token", 1.3)
+    asked = told_of(stand.provider._calls, monkeypatch, "is_token_dead")
+    takes(stand.provider._ending, monkeypatch, "_end_token", 1.3)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     assert [problem is None for problem in said] == [True, True] + [False] * 6
     # Nothing more is asked about those that are given up.
@@ -352,8 +368,8 @@ def test_a_vault_slow_enough_to_end_all_and_confirm_none_is_asked_about_some_of_
 
 def test_where_there_is_no_time_to_look_at_all_tokens_first_each_is_looked_at_with_its_lease(stand, monkeypatch):
     made = [stand.issue()[1:] for _ in range(4)]
-    asked = told_of(stand, monkeypatch, "_is_without_token")
-    takes(stand, monkeypatch, "_is_token_dead", 3.0)
+    asked = told_of(stand.provider._ending, monkeypatch, "_look_at_token")
+    takes(stand.provider._calls, monkeypatch, "is_token_dead", 3.0)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     monkeypatch.undo()
     assert len(asked) == 2 and said[:3] == [None] * 3
@@ -364,8 +380,8 @@ def test_where_there_is_no_time_to_look_at_all_tokens_first_each_is_looked_at_wi
 def test_where_there_is_no_time_to_revoke_a_lease_one_looks_whether_the_queue_did(stand, monkeypatch):
     """One that hangs is no failure of those beside it: their tokens are dead, and so their leases are being ended."""
     made = [stand.issue()[1:] for _ in range(3)]
-    listed = told_of(stand, monkeypatch, "_listed")
-    clock = takes(stand, monkeypatch, "_revoke_lease", 8.0)
+    listed = told_of(stand.provider._ending, monkeypatch, "_listed")
+    clock = takes(stand.provider._calls, monkeypatch, "revoke_lease", 8.0)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     monkeypatch.undo()
     assert said == [None] * 3 and clock == [8.0]
@@ -375,7 +391,7 @@ def test_where_there_is_no_time_to_revoke_a_lease_one_looks_whether_the_queue_di
 
 def test_what_cannot_be_looked_at_in_time_is_given_up(stand, monkeypatch):
     made = [stand.issue()[1:] for _ in range(4)]
-    takes(stand, monkeypatch, "_confirm", 6.0)
+    takes(stand.provider._ending, monkeypatch, "_confirm", 6.0)
     said = stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made])
     monkeypatch.undo()
     assert [type(problem) for problem in said] == [type(None)] * 2 + [ProviderUnavailable] * 2

@@ -5,7 +5,8 @@ import pytest
 from broker.domain.clock import system_clock
 from broker.domain.errors import ProviderUnavailable
 from broker.providers.vault import VaultSettings
-from broker.providers.vault.provider import VaultProvider, _Dying
+from broker.providers.vault.ending import Dying
+from broker.providers.vault.provider import VaultProvider
 
 A, B = "database/creds/jit-a", "database/creds/jit-b"
 
@@ -31,15 +32,15 @@ def provider(tmp_path):
 def dead_of(provider, references, lists, monkeypatch):
     """Those of these leases that a look at these lists, by prefix, confirms; an exception is a list that breaks."""
 
-    def leases_under(prefix, _depth):
+    def leases_under(prefix, _since):
         for name in lists[prefix.rstrip("/")]:
             if isinstance(name, Exception):
                 raise name
             yield prefix + name
 
-    monkeypatch.setattr(provider, "_leases_under", leases_under)
-    dying = [_Dying(None, reference) for reference in references]
-    provider._look_at_lists(dying, float("inf"))
+    monkeypatch.setattr(provider._calls, "leases_under", leases_under)
+    dying = [Dying(None, reference) for reference in references]
+    provider._ending._look_at_lists(dying, float("inf"), None)
     return [one.reference for one in dying if one.is_dead]
 
 
@@ -54,5 +55,5 @@ def test_a_list_that_breaks_off_proves_nothing_of_what_it_had_not_come_to(provid
 
 
 def test_a_list_is_not_asked_for_when_there_is_no_time(provider, monkeypatch):
-    monkeypatch.setattr(provider, "_listed", lambda _prefix: pytest.fail("it was listed"))
-    provider._look_at_lists([_Dying(None, f"{A}/one")], float("-inf"))
+    monkeypatch.setattr(provider._ending, "_listed", lambda *_of: pytest.fail("it was listed"))
+    provider._ending._look_at_lists([Dying(None, f"{A}/one")], float("-inf"), None)

@@ -221,7 +221,7 @@ class TestOthersTrouble:
         task = house.open_task()
         both = [ask(house, task) for _ in range(2)]
 
-        def revoke_many(owed):
+        def revoke_many(owed, _at_once):
             if isinstance(answers, Exception):
                 raise answers
             return answers
@@ -414,7 +414,7 @@ def test_a_provider_that_hangs_keeps_nobody_waiting_for_another(house, monkeypat
     monkeypatch.setattr(debts, "_CLOSED_TOGETHER", (1, 1))
     monkeypatch.setattr(house.broker.debts, "_providers", {"vault": house.outside, "other": Outside(house.clock)})
     task, others = house.open_task(), [ask(house, house.open_task()) for _ in range(2)]
-    of_one = [ask(house, task) for _ in range(debts._CLOSING_WORKERS + debts._WORKERS)]
+    of_one = [ask(house, task) for _ in range(debts._CLOSERS + debts._WORKERS)]
     for each in others:
         row(house, each, provider="other")
     go_on, hanging, original = threading.Event(), threading.Semaphore(0), house.outside.revoke
@@ -428,7 +428,7 @@ def test_a_provider_that_hangs_keeps_nobody_waiting_for_another(house, monkeypat
     try:
         house.broker.tasks.end(house.caller("pipeline"), task.id, TaskState.COMPLETED)
         first = house.broker.debts.begin_to_pay()
-        for _ in range(debts._CLOSING_WORKERS + debts._WORKERS - debts._URGENT_WORKERS):
+        for _ in range(debts._CLOSERS + debts._WORKERS - debts._URGENT_WORKERS):
             assert hanging.acquire(timeout=10)
         revoke(house, others[0])
         assert lease_of(house, others[0]).state is LeaseState.RELEASED
@@ -453,8 +453,12 @@ def test_a_task_with_many_secrets_is_paid_before_its_receipt(house):
     assert set(states(house.broker.database)) == {("revoked", "released")}
 
 
-@pytest.mark.parametrize(("grants", "together"), [(1, 8), (25, 8), (100, 13), (200, 25), (5000, 25)])
-def test_few_secrets_are_shared_among_the_workers_and_many_are_claimed_together(house, monkeypatch, grants, together):
+@pytest.mark.parametrize(
+    ("grants", "together", "closers"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (100, 25, 4), (200, 50, 4), (5000, 100, 4)]
+)
+def test_what_is_closed_is_claimed_by_four_in_equal_parts_unless_it_is_little_or_very_much(
+    house, monkeypatch, grants, together, closers
+):
     claimed = []
 
     def claims(_db, _provider, **how):
@@ -464,7 +468,32 @@ def test_few_secrets_are_shared_among_the_workers_and_many_are_claimed_together(
     monkeypatch.setattr(debts.leases, "providers_owed_for", lambda *_about: ["vault"])
     monkeypatch.setattr(debts.leases, "claim_owed", claims)
     house.broker.debts.pay_now([f"grt_{number}" for number in range(grants)])
-    assert claimed == [together] * min(8, grants)
+    assert claimed == [together] * closers
+
+
+def test_of_what_is_closed_several_are_asked_about_at_once_and_no_more_than_it_is_said(house, monkeypatch):
+    """Whatever the provider can: bounded for all closings together."""
+    monkeypatch.setattr(debts, "_CLOSING_CALLS", 5)
+    guard, under_way, most, original = threading.Lock(), [0], [0], house.outside.revoke
+
+    def counted(handle, reference):
+        with guard:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        threading.Event().wait(0.02)
+        original(handle, reference)
+        with guard:
+            under_way[0] -= 1
+
+    house.outside.revoke = counted
+    task = house.open_task()
+    for _ in range(20):
+        ask(house, task)
+    receipt = house.broker.tasks.end(house.caller("pipeline"), task.id, TaskState.COMPLETED).receipt.as_json()
+    assert receipt["totals"]["confirmed_dead"] == 20
+    assert most == [5]
+    house.broker.debts.close()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("calls", "closings"))]
 
 
 def test_a_provider_that_hangs_delays_a_receipt_by_two_seconds_and_no_more(house, monkeypatch):

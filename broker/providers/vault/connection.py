@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,13 +35,22 @@ _HEADERS = {
     "User-Agent": "agent-credential-broker",
     "X-Vault-Request": "true",
 }
+_INDEX_HEADER = "X-Vault-Index"
 _IN_JSON = {"Content-Type": "application/json"}
 _compact = JSONEncoder(separators=(",", ":")).encode
 
 # Vault decides these before it does anything. 412 and the 47x of its clusters say nothing about what was done.
 _REFUSALS = frozenset({400, 403, 404, 405, 429})
 
+# Of a node that has not come as far as was asked for, and of one that wants to be asked less: soon it may answer.
+_NOT_YET = frozenset({412, 429})
+_INDEX = re.compile(r"[!-~]{1,512}")
+
 _call = threading.local()
+
+
+class Behind(ProviderUnavailable):
+    """Nothing is known, because this node of Vault is behind, or asks to slow down: worth asking again soon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +60,7 @@ class Answer:
     status: int
     body: Mapping[str, Any] | None
     vaults: bool  # whether it is Vault who speaks, and not something on the way
+    index: str | None = None  # how far Vault was then, in its own words; None where that was not done, or is not told
 
     def __repr__(self) -> str:
         return f"Answer({self.status})"
@@ -92,7 +103,8 @@ class Answer:
         if 300 <= self.status < 400:
             # Followed, the token would go wherever the redirect says.
             reason = f"{self.status}: a redirect, which is not followed; configure the address of the active node"
-        return ProviderUnavailable(f"Vault did not say whether it could {doing}", reason=f"{at}: {reason}")
+        kind = Behind if self.status in _NOT_YET else ProviderUnavailable
+        return kind(f"Vault did not say whether it could {doing}", reason=f"{at}: {reason}")
 
 
 class _Adapter(RawAdapter):  # type: ignore[misc]
@@ -166,18 +178,31 @@ class Connection:
     def close(self) -> None:
         self._pool.clear()
 
-    def adapter(self, token: Secret | None) -> _Adapter:
-        """An hvac adapter that speaks with this token; for one caller, inside `within`."""
+    def adapter(self, token: Secret | None, *, since: str | None = None) -> _Adapter:
+        """An hvac adapter that speaks with this token; for one caller, inside `within`.
+
+        `since`: the index of an earlier answer, which the node that answers must have come to.
+        """
         headers = dict(_HEADERS)
+        if since is not None:
+            headers[_INDEX_HEADER] = since
         if token is not None:
             headers["X-Vault-Token"] = token.reveal()
         if self._namespace:
             headers["X-Vault-Namespace"] = self._namespace
         return _Adapter(self._pool, self._address, headers, self._timeout)
 
-    def call(self, method: str, path: str, *, token: Secret | None, body: Mapping[str, Any] | None = None) -> Answer:
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        token: Secret | None,
+        body: Mapping[str, Any] | None = None,
+        since: str | None = None,
+    ) -> Answer:
         """One request to `/v1/<path>`; ProviderUnavailable if there is no whole answer within the deadline."""
-        adapter = self.adapter(token)
+        adapter = self.adapter(token, since=since)
         return self.within(lambda: adapter.request(method, f"/v1/{path}", json=body))
 
     def within(self, ask: Callable[[], Answer]) -> Answer:
@@ -204,8 +229,11 @@ def _answer(response: urllib3.BaseHTTPResponse) -> Answer:
         if len(raw) > MAX_BODY:
             raise Invalid(f"it has more than {MAX_BODY} bytes")
     status = response.status
+    index = response.headers.get(_INDEX_HEADER)
+    if index is not None and not _INDEX.fullmatch(index):
+        index = None
     if status == 204 and not raw:
-        return Answer(status=status, body=None, vaults=True)
+        return Answer(status=status, body=None, vaults=True, index=index)
     try:
         body = strict_json.loads(bytes(raw), max_bytes=MAX_BODY)
     except Invalid:
@@ -216,7 +244,7 @@ def _answer(response: urllib3.BaseHTTPResponse) -> Answer:
         raise Invalid("it is not a JSON object")
     if not isinstance(body, dict):
         return Answer(status=status, body=None, vaults=False)
-    return Answer(status=status, body=body, vaults=status == 200 or isinstance(body.get("errors"), list))
+    return Answer(status=status, body=body, vaults=status == 200 or isinstance(body.get("errors"), list), index=index)
 
 
 def _kind(problem: Exception) -> str:
