@@ -317,6 +317,8 @@ def measure_secrets_of(report: Report, house: secrets.House, options: argparse.N
     report.value(f"closing a task of {closed.count} secrets", closed.ours)
     report.value(f"OpenBao: revoke-prefix of {closed.count}", f"{closed.theirs:8.2f} s")
     report.value("  all dead, beside it", f"{closed.ratio:.2f} × its time")
+    report.value(f"OpenBao: the tokens of {closed.count} as well", f"{closed.theirs_with_tokens:8.2f} s")
+    report.value("  all dead, beside it", f"{closed.ratio_with_tokens:.2f} × its time")
     if not options.quick:
         urgent = secrets.measure_backlog(house, _DEBTS, _URGENT)
         report.value(f"urgent, before {urgent.owed} debts: one grant", urgent.told(urgent.one))

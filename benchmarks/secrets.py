@@ -97,6 +97,13 @@ class Outside:
         """With one request, answered when it is done."""
         self.bao.root("POST", f"sys/leases/revoke-prefix/{_SOURCE.path}", {"sync": True})
 
+    def revoke_tokens(self) -> None:
+        """All that were made for one secret each, and so what was read with them; answered when both are gone."""
+        self.bao.root("POST", "sys/leases/revoke-prefix/auth/token/create/jit", {"sync": True})
+        ends_at = time.monotonic() + _PATIENCE_S
+        while self.logins() and time.monotonic() < ends_at:
+            time.sleep(_LOOK_EVERY_S / 4)
+
     def require(self, logins: int) -> None:
         found = self.logins()
         if found != logins:
@@ -258,13 +265,17 @@ class Beside:
 
 @dataclass(frozen=True, kw_only=True)
 class Closed:
-    """Seconds after a task of so many secrets was to be completed; `theirs`: as many revoked by their prefix."""
+    """Seconds after a task of so many secrets was to be completed; `theirs`: as many revoked by their prefix.
+
+    That leaves the tokens they were read with alive; `theirs_with_tokens`: as many, by the prefix of their tokens.
+    """
 
     count: int
     authority_ended: float
     answered: float
     dead: float
     theirs: float
+    theirs_with_tokens: float
 
     @property
     def ours(self) -> str:
@@ -276,6 +287,10 @@ class Closed:
     @property
     def ratio(self) -> float:
         return self.dead / self.theirs
+
+    @property
+    def ratio_with_tokens(self) -> float:
+        return self.dead / self.theirs_with_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,13 +394,24 @@ def measure_closing(house: House, count: int) -> Closed:
     beyond.require(logins=0)
     if receipt["totals"] != {"ended": count, "confirmed_dead": count, "outstanding": 0}:
         raise SystemExit(f"a task of {count} secrets ended like this: {receipt['totals']}")
-    _with_own_tokens(beyond, count=count)
-    beyond.require(logins=count)
-    began = time.perf_counter()
-    beyond.revoke_all()
-    theirs = time.perf_counter() - began
-    beyond.require(logins=0)
-    return Closed(count=count, authority_ended=ended, answered=answered, dead=dead, theirs=theirs)
+    theirs = []
+    for revoke in (beyond.revoke_all, beyond.revoke_tokens):
+        # Those of what was measured before live on where their leases were revoked.
+        beyond.revoke_tokens()
+        _with_own_tokens(beyond, count=count)
+        beyond.require(logins=count)
+        began = time.perf_counter()
+        revoke()
+        theirs.append(time.perf_counter() - began)
+        beyond.require(logins=0)
+    return Closed(
+        count=count,
+        authority_ended=ended,
+        answered=answered,
+        dead=dead,
+        theirs=theirs[0],
+        theirs_with_tokens=theirs[1],
+    )
 
 
 def median_of(rounds: Sequence[Closed]) -> Closed:

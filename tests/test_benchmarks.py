@@ -159,7 +159,8 @@ def test_checks_of_the_verifier_are_measured_while_the_feed_is_followed():
 
 
 def test_of_several_closings_the_one_in_the_middle_is_told():
-    rounds = [secrets.Closed(count=2, authority_ended=0.1, answered=1, dead=dead, theirs=2) for dead in (2.2, 4.0, 1.8)]
+    same = {"count": 2, "authority_ended": 0.1, "answered": 1, "theirs": 2, "theirs_with_tokens": 4}
+    rounds = [secrets.Closed(dead=dead, **same) for dead in (2.2, 4.0, 1.8)]
     assert secrets.median_of(rounds).ratio == pytest.approx(1.1)
 
 

@@ -32,7 +32,8 @@ from broker.domain.secret import SecretData as SecretData
 ENTRY_POINTS = "broker.providers"
 
 Setting = str | int | bool
-# As `map`: it is for whoever calls to say how many steps are taken at once.
+# As `map`: it is for whoever calls to say how many steps are taken at once. Read to its end, all are taken; a step
+# must not use it itself.
 AtOnce = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 _log = logging.getLogger(__name__)

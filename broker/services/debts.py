@@ -13,9 +13,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -40,11 +41,11 @@ _CLAIMED_AGAIN_S = 8.0  # while its provider is asked
 _WORKERS = 8  # at one provider at once, for what is paid in its turn
 _URGENT_WORKERS = 2  # of them, for nothing but what is urgent
 _CLOSING_WORKERS = 8  # for what somebody is waiting for just now
-_CLOSING_CALLS = 24  # by all of them together
+_CLOSING_CALLS = 24  # that help them, all together
 _CLOSING_S = 2.0
 _TOGETHER = 16  # claimed by one worker at once
 _CLOSERS = 4  # of one task: some record what died while others ask
-_CLOSED_TOGETHER = (8, 100)  # claimed by each: at least, and at most
+_CLOSED_TOGETHER = (8, 50)  # claimed by each: at least, and at most
 _INTENTS_AT_ONCE = 100
 _ABANDONED_EVERY = timedelta(hours=1)
 _LOOK_AGAIN = timedelta(seconds=5)
@@ -147,7 +148,7 @@ class Debts:
                 return
             lanes = [self._lane(provider) for provider in owed]
             running = [
-                lane.closings.submit(pay, lane.provider, at_once=lane.calls.map)
+                lane.closings.submit(pay, lane.provider, at_once=lane.at_once)
                 for lane in lanes
                 for _ in range(min(_CLOSERS, math.ceil(len(grant_ids) / together)))
             ]
@@ -379,10 +380,27 @@ class _Lane:
         self.provider = provider
         self.closings = ThreadPoolExecutor(_CLOSING_WORKERS, thread_name_prefix=f"closings {provider}")
         # Closings wait for these, and these for nobody.
-        self.calls = ThreadPoolExecutor(_CLOSING_CALLS, thread_name_prefix=f"calls {provider}")
+        self._calls = ThreadPoolExecutor(_CLOSING_CALLS, thread_name_prefix=f"calls {provider}")
         # And one who sees to the others.
         self._turns = ThreadPoolExecutor(_WORKERS + 1, thread_name_prefix=f"debts {provider}")
         self._paying: Future[int] | None = None
+
+    def at_once(self, step: Callable[[Any], Any], items: Iterable[Any]) -> Iterable[Any]:
+        """As `map`, with the help of those who have time.
+
+        They begin with the first, and whoever asks with the last: it gets on however much the others have to do.
+        """
+        # Each in the context of whoever asks, by which a provider that is called in a transaction is found out.
+        begun = [(item, self._calls.submit(copy_context().run, step, item)) for item in items]
+        mine: dict[int, Any] = {}
+        try:
+            for place, (item, future) in reversed(list(enumerate(begun))):
+                if future.cancel():
+                    mine[place] = step(item)
+            return [mine[place] if place in mine else future.result() for place, (_, future) in enumerate(begun)]
+        finally:
+            for _, future in begun:
+                future.cancel()
 
     def begin(self, in_turn: Callable[[str], int], urgent: Callable[[str, threading.Event], int]) -> Future[int] | None:
         """Pay, unless it is being paid; None then."""
@@ -406,7 +424,7 @@ class _Lane:
             raise
 
     def close(self) -> None:
-        for pool in (self._turns, self.closings, self.calls):
+        for pool in (self._turns, self.closings, self._calls):
             pool.shutdown()
 
 

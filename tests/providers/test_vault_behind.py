@@ -63,6 +63,7 @@ def test_of_several_a_token_that_a_node_has_not_heard_of_is_not_called_dead(stan
     [first] = made(stand, 1)
     stand.fake.falls_behind()
     alone = stand.provider.prepare(stand.request(), TTL)
+    stand.provider._calls._made_at = None  # as where another broker made it
     said = stand.provider.revoke_many([first, (alone, None)])
     assert type(said[1]) is ProviderUnavailable
     assert alone.value in {token.accessor for token in stand.fake.tokens.values()}
@@ -100,13 +101,81 @@ def test_none_of_many_is_called_dead_by_a_list_that_is_older_than_it(stand, monk
     assert len(stand.fake.alive) == 1
 
 
-@pytest.mark.parametrize("status", [412, 429])
+@pytest.mark.parametrize(("status", "errors"), [(412, ["required index state not present"]), (429, [])])
 @pytest.mark.parametrize("look", ["POST auth/token/lookup-accessor", "PUT sys/leases/lookup"])
-def test_a_node_that_does_not_answer_yet_is_asked_again(stand, status, look):
+def test_a_node_that_does_not_answer_yet_is_asked_again(stand, status, errors, look):
     [(handle, reference)] = made(stand, 1)
-    stand.fake.answers(look, status, {"errors": ["not yet"]})
+    stand.fake.answers(look, status, {"errors": errors})
     stand.provider.revoke(handle, reference)
     assert not stand.fake.alive
+
+
+def test_a_vault_that_is_asked_too_much_is_not_asked_again_at_once(stand):
+    [(handle, reference)] = made(stand, 1)
+    stand.fake.answers("PUT sys/leases/lookup", 429, {"errors": ["rate limit quota exceeded"]})
+    with pytest.raises(ProviderUnavailable):
+        stand.provider.revoke(handle, reference)
+    assert len(asked(stand, "PUT sys/leases/lookup")) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, MANY])
+@pytest.mark.parametrize("ours", [True, False], ids=["made by us", "made by another broker"])
+def test_what_was_made_a_moment_ago_is_not_called_dead_by_a_node_that_knows_none_of_it(stand, count, ours):
+    """It knows no token, so that none tells how far Vault is; what ended the leases does, or what made them."""
+    stand.fake.falls_behind()
+    owed = made(stand, count)
+    if not ours:
+        stand.provider._calls._made_at = None
+    said = stand.provider.revoke_many(owed)
+    assert refusals(said) == [ProviderUnavailable] * count
+    assert {handle.value for handle, _ in owed} <= {token.accessor for token in stand.fake.tokens.values()}
+    stand.fake.catches_up()
+    assert refusals(stand.provider.revoke_many(owed)) == [type(None)] * count
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["a token alone", "with its lease"])
+def test_what_we_made_is_not_called_dead_where_every_step_failed_at_a_node_that_is_behind(stand, alone):
+    """Its end told nothing of how far Vault is; that it was made did."""
+    stand.fake.target_works = False
+    stand.fake.falls_behind()
+    handle, reference = (stand.provider.prepare(stand.request(), TTL), None) if alone else made(stand, 1)[0]
+    with pytest.raises(ProviderUnavailable):
+        stand.provider.revoke(handle, reference)
+    assert handle.value in {token.accessor for token in stand.fake.tokens.values()}
+
+
+def test_a_lease_that_we_read_is_not_called_dead_where_it_could_not_be_revoked_at_a_node_that_is_behind(stand):
+    """Which knows of its token, and so is as far as that was."""
+    stand.fake.target_works = False
+    request = stand.request()
+    handle = stand.provider.prepare(request, TTL)
+    stand.fake.falls_behind()
+    reference = stand.provider.issue(handle, request, TTL).reference
+    with pytest.raises(ProviderUnavailable):
+        stand.provider.revoke(None, reference)
+    assert len(stand.fake.alive) == 1
+
+
+def test_an_index_is_kept_until_there_is_another_and_taken_from_no_refusal(stand):
+    calls = stand.provider._calls
+    for index in ("an-index", None):
+        calls.made(Answer(status=200, body={}, vaults=True, index=index))
+    assert calls.made_at == "an-index"
+    stand.fake.answers(REVOKE_LEASE, 400, {"errors": ["invalid lease"]}, X_Vault_Index="1")
+    assert calls.revoke_lease("database/creds/jit-orders-ro/abcdefgh") is None
+
+
+def test_leases_alone_are_not_called_dead_by_a_list_that_is_older_than_they(stand):
+    """The queue is at them, which says that they are done; and what is listed is somebody else's."""
+    made(stand, 1)
+    stand.fake.falls_behind()
+    owed = [(None, reference) for _, reference in made(stand, 2)]
+    stand.provider._calls._made_at = None
+    stand.fake.queue_works = False
+    for _, reference in owed:
+        stand.fake.leases[reference].queued = True
+    assert refusals(stand.provider.revoke_many(owed)) == [ProviderUnavailable] * 2
+    assert len(stand.fake.alive) == 3
 
 
 def test_what_is_asked_for_is_the_moment_at_which_the_token_died(stand, monkeypatch):
@@ -153,7 +222,7 @@ def test_that_a_node_knew_of_no_such_token_says_nothing_of_how_far_vault_was(sta
 def test_a_node_that_is_behind_is_asked_for_a_list_again_soon(stand):
     owed = made(stand, MANY)
     made(stand, 1)
-    stand.fake.answers(LIST, 412, {"errors": ["required index state not present"]})
+    stand.fake.answers(LIST, 429, {"errors": []})
     assert refusals(stand.provider.revoke_many(owed)) == [type(None)] * MANY
     assert len(asked(stand, LIST)) > 1 and not stand.provider._ending._long
 

@@ -236,14 +236,15 @@ def test_what_is_not_worth_listing_is_not_listed_again_for_a_while(stand, monkey
     asked = []
     leases_under = stand.provider._calls.leases_under
 
-    def listing(prefix, since):
+    def listing(prefix, since, **how):
         asked.append(prefix)
         if why == "refused":
             raise ProviderUnavailable("it does not list", reason="a test")
-        return leases_under(prefix, since)
+        return leases_under(prefix, since, **how)
 
     monkeypatch.setattr(stand.provider._calls, "leases_under", listing)
     # More than none, and longer than no time.
+    monkeypatch.setattr("broker.providers.vault.ending.SPARED", 1e9)
     name = {"too many": "WORTH_LISTING", "too slow": "SLOW_S"}.get(why)
     if name:
         monkeypatch.setattr(f"broker.providers.vault.ending.{name}", -1)
@@ -252,6 +253,7 @@ def test_what_is_not_worth_listing_is_not_listed_again_for_a_while(stand, monkey
         assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2
         assert len(asked) == 1
     monkeypatch.setattr("broker.providers.vault.ending.LONG_FOR_S", -1.0)
+    monkeypatch.setattr("broker.providers.vault.ending.SPARED", -1)
     stand.provider._ending._long.clear()
     made = [stand.issue()[1:] for _ in range(2)]
     assert stand.provider.revoke_many([(handle, secret.reference) for handle, secret in made]) == [None] * 2

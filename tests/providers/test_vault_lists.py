@@ -32,7 +32,8 @@ def provider(tmp_path):
 def dead_of(provider, references, lists, monkeypatch):
     """Those of these leases that a look at these lists, by prefix, confirms; an exception is a list that breaks."""
 
-    def leases_under(prefix, _since):
+    def leases_under(prefix, _since, *, depth):
+        assert depth == 0  # of what is further down it says nothing
         for name in lists[prefix.rstrip("/")]:
             if isinstance(name, Exception):
                 raise name

@@ -1,6 +1,7 @@
 """Paying what is owed outside: nothing is called dead before it is, nobody who is afraid waits for a mass expiry."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ from broker.domain.identity import new_id
 from broker.domain.lease import STUCK_AFTER, Urgency, next_attempt
 from broker.domain.lifecycle import LeaseState, TaskState
 from broker.services import debts
+from broker.store.database import in_transaction
 from broker.store.leases import insert_leases
 from tests.conftest import NOW
 from tests.fakes.outside import AGENTS, HOSTS, LONGEST, Outside, house_on_outside
@@ -454,7 +456,7 @@ def test_a_task_with_many_secrets_is_paid_before_its_receipt(house):
 
 
 @pytest.mark.parametrize(
-    ("grants", "together", "closers"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (100, 25, 4), (200, 50, 4), (5000, 100, 4)]
+    ("grants", "together", "closers"), [(1, 8, 1), (8, 8, 1), (9, 8, 2), (100, 25, 4), (200, 50, 4), (5000, 50, 4)]
 )
 def test_what_is_closed_is_claimed_by_four_in_equal_parts_unless_it_is_little_or_very_much(
     house, monkeypatch, grants, together, closers
@@ -474,6 +476,7 @@ def test_what_is_closed_is_claimed_by_four_in_equal_parts_unless_it_is_little_or
 def test_of_what_is_closed_several_are_asked_about_at_once_and_no_more_than_it_is_said(house, monkeypatch):
     """Whatever the provider can: bounded for all closings together."""
     monkeypatch.setattr(debts, "_CLOSING_CALLS", 5)
+    monkeypatch.setattr(debts, "_CLOSERS", 2)
     guard, under_way, most, original = threading.Lock(), [0], [0], house.outside.revoke
 
     def counted(handle, reference):
@@ -491,9 +494,53 @@ def test_of_what_is_closed_several_are_asked_about_at_once_and_no_more_than_it_i
         ask(house, task)
     receipt = house.broker.tasks.end(house.caller("pipeline"), task.id, TaskState.COMPLETED).receipt.as_json()
     assert receipt["totals"]["confirmed_dead"] == 20
-    assert most == [5]
+    assert most == [5 + 2]
     house.broker.debts.close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("calls", "closings"))]
+
+
+@pytest.mark.parametrize("secrets", [1, 3])
+def test_who_closes_gets_on_though_all_who_help_hang(house, monkeypatch, secrets):
+    """However much is being closed at a provider, the next is not last in a queue (INV-27)."""
+    monkeypatch.setattr(debts, "_CLOSING_CALLS", 2)
+    monkeypatch.setattr(debts, "_CLOSING_S", 5.0)
+    go_on, hanging, original = threading.Event(), threading.Semaphore(0), house.outside.revoke
+    large, small = house.open_task(), house.open_task()
+    of_large = {ask(house, large).grant.id for _ in range(8)}
+    of_small = [ask(house, small) for _ in range(secrets)]
+    owed = {lease_of(house, issued).handle: issued for issued in of_small}
+
+    def hangs(handle, reference):
+        if handle.value not in owed:
+            hanging.release()
+            assert go_on.wait(20)
+        original(handle, reference)
+
+    house.outside.revoke = hangs
+    with ThreadPoolExecutor(1) as aside:
+        try:
+            ending = aside.submit(house.broker.tasks.end, house.caller("pipeline"), large.id, TaskState.COMPLETED)
+            for _ in range(3):
+                assert hanging.acquire(timeout=10)
+            house.broker.tasks.end(house.caller("pipeline"), small.id, TaskState.COMPLETED)
+            assert {lease_of(house, issued).state for issued in of_small} == {LeaseState.RELEASED}
+        finally:
+            go_on.set()
+        ending.result(20)
+    assert len(of_large) == 8
+
+
+def test_a_provider_that_is_called_in_a_transaction_is_found_out_by_whom_it_has_help(house):
+    task = house.open_task()
+    for _ in range(3):
+        ask(house, task)
+    lane, found = debts._Lane("vault"), []
+    try:
+        with house.broker.database.begin():
+            found = list(lane.at_once(lambda _item: in_transaction(), range(8)))
+    finally:
+        lane.close()
+    assert found == [True] * 8
 
 
 def test_a_provider_that_hangs_delays_a_receipt_by_two_seconds_and_no_more(house, monkeypatch):

@@ -1,8 +1,8 @@
 """What ends a token or a lease, and what tells whether it has ended: one call each, with the broker's own token.
 
-A node that is behind knows neither what was made a moment ago nor what was ended. So a call that changed something
-answers how far Vault was when it had (`X-Vault-Index`, OpenBao 2.7), and a look can be asked for `since` then: a node
-that has not come so far yet says so instead of answering. Where that is not said, a look is as new as the node is.
+A node that is behind knows neither what was made a moment ago nor what was ended. From OpenBao 2.7 on, what changed
+something is answered with how far the storage was then (`X-Vault-Index`). With such an index, `since`, a node that has
+not come so far answers a look with `Behind`. Without one a look is as new as the node that answers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,19 @@ class Calls:
     def __init__(self, connection: Connection, login: Login) -> None:
         self._connection = connection
         self._login = login
+        self._made_at: str | None = None
+
+    @property
+    def made_at(self) -> str | None:
+        """The index at which this broker made something last: all that it made is there."""
+        return self._made_at
+
+    def made(self, answer: Answer) -> None:
+        """Keep the index of an answer that gave what was made."""
+        self._made_at = answer.index or self._made_at
 
     def revoke_accessor(self, accessor: str) -> str | None:
-        """Its token is gone when this answers, and its leases are in Vault's queue."""
+        """End its token, and put its leases into Vault's queue. Answers the index, if a token was ended."""
         answer = self._ask("post", "auth/token/revoke-accessor", {"accessor": _accessor(accessor)})
         if not answer.ok and not says(answer, "invalid accessor"):
             answer.fail("revoke the token", "auth/token/revoke-accessor")
@@ -36,13 +46,13 @@ class Calls:
         return answer.index if answer.status == 204 else None
 
     def revoke_lease(self, reference: str) -> str | None:
-        """At once, and at the active node; which says the same where its queue is still at it."""
+        """End it at once. Answers the index of the active node, which says that it is done while its queue is at it."""
         # By path and not by body, so that Vault's policy can keep the broker to the leases of its own roles (INV-29).
         path = f"sys/leases/revoke/{path_of_lease(reference)}"
         answer = self._ask("put", path, {"sync": True})
         if not answer.ok and not says(answer, "invalid lease"):
             answer.fail("revoke the lease", path)
-        return answer.index
+        return answer.index if answer.ok else None
 
     def is_token_dead(self, accessor: str, since: str | None = None) -> bool:
         answer = self._ask("post", "auth/token/lookup-accessor", {"accessor": _accessor(accessor)}, since)
@@ -63,11 +73,8 @@ class Calls:
             return data
         raise answer.unknown("look up the lease", "sys/leases/lookup")
 
-    def leases_under(self, prefix: str, since: str | None = None) -> Iterable[str]:
-        """Every lease under a prefix, which ends with a slash."""
-        return self._under(prefix, since, 0)
-
-    def _under(self, prefix: str, since: str | None, depth: int) -> Iterable[str]:
+    def leases_under(self, prefix: str, since: str | None = None, *, depth: int = _MOST_DEPTH) -> Iterable[str]:
+        """Every lease under a prefix, which ends with a slash, and under what is in it, so many levels down."""
         answer = self._ask("list", f"sys/leases/lookup/{prefix}", None, since)
         # An empty list is a 404 with no errors; any other 404 says nothing about leases.
         if answer.status == 404 and answer.vaults and not answer.errors:
@@ -80,8 +87,8 @@ class Calls:
                 raise ProviderUnavailable("Vault lists a lease whose name cannot be read")
             if not key.endswith("/"):
                 yield prefix + key
-            elif depth < _MOST_DEPTH:
-                yield from self._under(prefix + key, since, depth + 1)
+            elif depth > 0:
+                yield from self.leases_under(prefix + key, since, depth=depth - 1)
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, since: str | None = None) -> Answer:
         return self._login.speak(lambda token: self._connection.call(method, path, token=token, body=body, since=since))

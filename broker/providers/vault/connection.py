@@ -42,15 +42,13 @@ _compact = JSONEncoder(separators=(",", ":")).encode
 # Vault decides these before it does anything. 412 and the 47x of its clusters say nothing about what was done.
 _REFUSALS = frozenset({400, 403, 404, 405, 429})
 
-# Of a node that has not come as far as was asked for, and of one that wants to be asked less: soon it may answer.
-_NOT_YET = frozenset({412, 429})
 _INDEX = re.compile(r"[!-~]{1,512}")
 
 _call = threading.local()
 
 
 class Behind(ProviderUnavailable):
-    """Nothing is known, because this node of Vault is behind, or asks to slow down: worth asking again soon."""
+    """Nothing is known, because this node of Vault has not come as far as was asked for: worth asking again soon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +58,7 @@ class Answer:
     status: int
     body: Mapping[str, Any] | None
     vaults: bool  # whether it is Vault who speaks, and not something on the way
-    index: str | None = None  # how far Vault was then, in its own words; None where that was not done, or is not told
+    index: str | None = None  # how far the storage was at the node that answered, in its own words; None if not told
 
     def __repr__(self) -> str:
         return f"Answer({self.status})"
@@ -103,7 +101,9 @@ class Answer:
         if 300 <= self.status < 400:
             # Followed, the token would go wherever the redirect says.
             reason = f"{self.status}: a redirect, which is not followed; configure the address of the active node"
-        kind = Behind if self.status in _NOT_YET else ProviderUnavailable
+        # OpenBao's says 429 without a word; with words that is somebody who is asked too much.
+        is_behind = self.status == 412 or (self.status == 429 and self.vaults and not self.errors)
+        kind = Behind if is_behind else ProviderUnavailable
         return kind(f"Vault did not say whether it could {doing}", reason=f"{at}: {reason}")
 
 

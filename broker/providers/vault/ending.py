@@ -1,9 +1,9 @@
 """Ending what was made for a grant: its token, so that nothing more is read; its lease, at once; then a look at both.
 
-Only a look confirms (INV-04): that a step was done says Vault before it is. Of many, the leases are first left to
-Vault's queue, which has them since their tokens died, where one list can tell what it has ended: a list that is no
-older than these deaths. Otherwise, and for what is left, each lease is revoked, which reaches the active node whatever
-node answers a look.
+Only a look confirms (INV-04): that a step was done says Vault before it is; and only a look that is no older than the
+making of what it is about. Of many, the leases are first left to Vault's queue, which has them since their tokens died,
+where lists of that age tell what it has ended. Otherwise, and for what is left, each lease is revoked, which reaches
+the active node whatever node answers a look.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ QUEUE_FRUITLESS = 5  # lists one after the other that confirm nobody: the queue 
 # How much may live under a prefix for a list of it to cost less than asking about each.
 WORTH_LISTING = 1000
 SLOW_S = 1.0
-LONG_FOR_S = 300.0  # after which it is tried again
+SPARED = 100  # times as long as one took that does not, it is not asked for again
+LONG_FOR_S = 300.0  # nor so long one that failed
 _FEW = 16  # cost less to revoke than lists to wait for
 
 # Several are given up together when Vault is so slow, so that whoever claimed them still has the claim.
@@ -43,7 +44,7 @@ class Dying:
 
     handle: Handle | None
     reference: str | None
-    since: str | None = None  # how far Vault was when this was there already, and its token was ended if it was
+    since: str | None = None  # an index at which it was there already, or had been
     problems: list[str] = field(default_factory=list)  # of steps, which may have done no harm
     failure: Exception | None = None
     is_dead: bool = False
@@ -82,14 +83,16 @@ class Ending:
         until_tokens, until_looks, until_leases = (began + MANY_S * part / 4 for part in (1, 2, 3))
         dying = [Dying(handle, reference) for handle, reference in owed]
         self._each(dying, until_tokens, self._end_token, at_once)
-        # Of any that died here: all that is owed was there before.
-        since = next((one.since for one in dying if one.since), None)
-        for one in dying:
-            one.since = one.since or since
-        self._each(dying, until_looks, self._look_at_token, at_once, or_later=True)
-        if since is not None and len(dying) > _FEW:
-            self._wait_for_queue(dying, until_leases, since)
+        since = _agreed(dying)
+        if since is not None:
+            self._each(dying, until_looks, self._look_at_token, at_once, or_later=True)
+            if len(dying) > _FEW:
+                self._wait_for_queue(dying, until_leases, since)
         self._each(dying, until_leases, self._end_lease, at_once, by_queue=True)
+        if since is None:
+            # Not before: a node that knew of no token may be one that is behind, and the leases may have told how far.
+            since = _agreed(dying)
+            self._each(dying, until_leases, self._look_at_token, at_once, or_later=True)
         self._look_at_lists(dying, until_leases, since)
         # Where a list took its time, some is left for asking about each.
         ends_at = max(began + MANY_S, time.monotonic() + MANY_S / 4)
@@ -157,7 +160,7 @@ class Ending:
     def _look_at_token(self, one: Dying) -> None:
         """No token is left to look at where it is certainly dead; what is not certain is asked again with the lease."""
         try:
-            if one.handle is not None and self._calls.is_token_dead(one.handle.value, one.since):
+            if one.handle is not None and self._calls.is_token_dead(one.handle.value, self._since(one)):
                 one.handle = None
         except (ProviderRefused, ProviderUnavailable, ValueError):
             return
@@ -175,16 +178,20 @@ class Ending:
             fruitless = 0 if now_left < left else fruitless + 1
             self._pause(QUEUE_PAUSE_S)
 
-    def _look_at_lists(self, dying: Sequence[Dying], ends_at: float, since: str | None) -> bool:
-        """One look for many: what a list of what lives beside them leaves out is gone (INV-04). Whether any told.
+    def _since(self, one: Dying) -> str | None:
+        """Where its own end told nothing, as where a step failed, it may still be that we made it."""
+        return one.since or self._calls.made_at
 
-        Only where there is nothing else to ask about; and a list without a name proves nothing, because it is a 404,
-        which something on the way may say as well.
+    def _look_at_lists(self, dying: Sequence[Dying], ends_at: float, since: str | None) -> bool:
+        """One look for many: what a list of what lives beside them leaves out is gone (INV-04).
+
+        Answers whether there was such a list, so that one more may tell more. Only where there is nothing else to ask
+        about; and a list without a name proves nothing, because it is a 404, which something on the way may say too.
         """
         told = False
         left = {one.reference: one for one in dying if one.reference is not None and one.is_a_lease_alone}
         for prefix in {reference.rpartition("/")[0] for reference in left}:
-            listed = set() if self._is_long(prefix) or time.monotonic() > ends_at else self._listed(prefix, since)
+            listed = () if self._is_long(prefix) or time.monotonic() > ends_at else self._listed(prefix, since)
             told |= bool(listed)
             for reference, one in left.items():
                 if listed and reference.rpartition("/")[0] == prefix and reference not in listed:
@@ -193,16 +200,18 @@ class Ending:
 
     def _listed(self, prefix: str, since: str | None) -> Collection[str]:
         """What Vault lists under a prefix, or nothing; where that fails or takes long, it is not asked for a while."""
-        began, listed, is_long = time.monotonic(), set[str](), True
+        began = time.monotonic()
         try:
-            listed = set(self._calls.leases_under(f"{path_of_lease(prefix)}/", since))
-            is_long = len(listed) > WORTH_LISTING or time.monotonic() - began > SLOW_S
+            listed = set(self._calls.leases_under(f"{path_of_lease(prefix)}/", since, depth=0))
         except Behind:
-            is_long = False
+            return ()
         except (ProviderRefused, ProviderUnavailable, ValueError) as problem:
             _log.info("the leases left were not listed", extra={"fields": {"kind": type(problem).__name__}})
-        if is_long:
             self._long[prefix] = time.monotonic() + LONG_FOR_S
+            return ()
+        took = time.monotonic() - began
+        if len(listed) > WORTH_LISTING or took > SLOW_S:
+            self._long[prefix] = time.monotonic() + SPARED * took
         return listed
 
     def _is_long(self, prefix: str) -> bool:
@@ -230,12 +239,20 @@ class Ending:
 
     def _alive(self, one: Dying) -> str | None:
         """What of it Vault still knows; the lease is asked about first, and while it is there nothing else."""
-        if one.reference is not None and self._calls.lease(one.reference, one.since) is not None:
+        if one.reference is not None and self._calls.lease(one.reference, self._since(one)) is not None:
             return "the lease"
-        if one.handle is not None and not self._calls.is_token_dead(one.handle.value, one.since):
+        if one.handle is not None and not self._calls.is_token_dead(one.handle.value, self._since(one)):
             return "the token"
         return None
 
 
 def _leases_alone(dying: Sequence[Dying]) -> int:
     return sum(one.is_a_lease_alone for one in dying)
+
+
+def _agreed(dying: Sequence[Dying]) -> str | None:
+    """An index that any of them was told is good for all: all that is owed was made before the first was ended."""
+    since = next((one.since for one in dying if one.since), None)
+    for one in dying:
+        one.since = one.since or since
+    return since

@@ -108,6 +108,7 @@ class VaultProvider:
         answer = self._connection.call(method, source.path, token=handle.opens, body=body)
         if answer.status != 200 or answer.body is None:
             answer.fail("give the secret", source.path)
+        self._calls.made(answer)
         reference = _reference(answer.body.get("lease_id"), source)
         ends_at = lasts_until = _lease_end(answer.body, began_at)
         try:
@@ -226,6 +227,7 @@ class VaultProvider:
         answer = self._login.speak(create)
         if not answer.ok:
             answer.fail("make a token for this grant", f"auth/token/create/{role}")
+        self._calls.made(answer)
         auth = answer.table("auth")
         wrong = _wrong_with(auth, seconds)
         if wrong:
