@@ -289,6 +289,23 @@ def test_the_queue_is_waited_for_as_long_as_there_is_time(stand, monkeypatch):
     assert until_leases < clock[0] <= until_leases + 1
 
 
+def test_where_no_index_is_told_and_there_is_no_time_to_look_at_tokens_they_are_looked_at_in_the_end(
+    stand, monkeypatch
+):
+    stand.fake.tells_its_index = False
+    owed = made(stand, 3)
+    clock, revoke = [0.0], stand.provider._calls.revoke_lease
+
+    def slow(reference):
+        clock[0] += 8.0
+        return revoke(reference)
+
+    monkeypatch.setattr(stand.provider._calls, "revoke_lease", slow)
+    monkeypatch.setattr(ending.time, "monotonic", lambda: clock[0])
+    assert refusals(stand.provider.revoke_many(owed)) == [type(None)] * 3
+    assert clock == [8.0] and not stand.fake.alive
+
+
 def test_steps_are_taken_by_whoever_the_caller_says(stand):
     owed = made(stand, MANY)
     taken = []

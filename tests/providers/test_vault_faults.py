@@ -272,6 +272,15 @@ def test_a_child_token_that_is_not_as_asked_is_refused_and_killed(fake, provider
         assert all("jit-secrets" not in token.policies for token in fake.tokens.values())
 
 
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_child_token_that_is_not_as_asked_is_refused_though_it_cannot_be_killed(fake, provider, status):
+    """It has no lease and ends by itself; what is wrong with it is what its reader has to hear of."""
+    fake.child = {"renewable": True}
+    fake.answers("POST auth/token/revoke-accessor", status, {"errors": ["no"]})
+    with pytest.raises(ProviderRefused, match="not set up as the broker needs it"):
+        provider.prepare(request_of(), TTL)
+
+
 def test_a_child_token_is_asked_for_with_what_bounds_it_and_nothing_that_widens_it(fake, provider):
     provider.prepare(request_of(), TTL)
     (body,) = [body for method, path, body in fake.seen if path == "auth/token/create/jit"]

@@ -543,6 +543,29 @@ def test_a_provider_that_is_called_in_a_transaction_is_found_out_by_whom_it_has_
     assert found == [True] * 8
 
 
+def test_what_nobody_has_begun_with_is_left_when_a_step_breaks(monkeypatch):
+    """Whoever asks goes on by another way, and is not to find it done twice."""
+    monkeypatch.setattr(debts, "_CLOSING_CALLS", 1)
+    lane, go_on, begun, taken = debts._Lane("vault"), threading.Event(), threading.Event(), []
+
+    def step(item):
+        if item == 0:
+            begun.set()
+            assert go_on.wait(20)
+        if item == 4:
+            assert begun.wait(20)
+            raise RuntimeError("a fault")
+        taken.append(item)
+
+    try:
+        with pytest.raises(RuntimeError):
+            list(lane.at_once(step, range(5)))
+    finally:
+        go_on.set()
+        lane.close()
+    assert taken == [0]
+
+
 def test_a_provider_that_hangs_delays_a_receipt_by_two_seconds_and_no_more(house, monkeypatch):
     monkeypatch.setattr(debts, "_CLOSING_S", 0.2)
     task = house.open_task()

@@ -30,7 +30,10 @@ class Calls:
 
     @property
     def made_at(self) -> str | None:
-        """The index at which this broker made something last: all that it made is there."""
+        """The index at which this broker made something last; of what was made at once, one may be heard after a later.
+
+        So it is second best, for what no step of its own end has told about.
+        """
         return self._made_at
 
     def made(self, answer: Answer) -> None:
